@@ -1,0 +1,35 @@
+# `make demo` and `make test` need Python 3.11+, a C++ compiler and make; everything else they install into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test bench lint build wheel-test clean
+
+demo: build
+	$(BIN)/pymape demo
+
+test: build
+	$(BIN)/python -m pytest tests
+
+bench: build
+	$(BIN)/python -m benchmarks all
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+build: .venv/.installed
+	mkdir -p build
+	flock build/.lock $(BIN)/pip install -q --no-build-isolation --no-deps -e .
+
+.venv/.installed: requirements-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -r requirements-dev.txt
+	touch $@
+
+wheel-test: .venv/.installed
+	$(BIN)/python tests/wheel/run.py
+
+clean:
+	rm -rf build dist *.egg-info pymape/_C*.so

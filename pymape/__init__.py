@@ -1,0 +1,48 @@
+"""Machine unlearning for Transformers: MAPE-Unlearn masks and S3T exact deletion."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# These two functions share their names with the modules that define them, so they are bound here, before anything can
+# import the submodules first. Both modules need torch alone.
+from pymape.importance import importance  # noqa: E402
+from pymape.search import search  # noqa: E402
+
+# Public name -> module that defines it. Nothing here is imported before it is used: `import pymape` stays cheap and needs
+# neither transformers nor triton.
+_EXPORTS = {
+    "Importance": "importance",
+    "MaskedFeedForward": "modules",
+    "MaskedMultiheadAttention": "modules",
+    "ModelLayout": "architectures",
+    "ModuleMasks": "masks",
+    "PartialParameters": "partial",
+    "UnlearnTrainer": "trainer",
+    "apply_masks": "modules",
+    "evaluate_candidates": "learned_gates",
+    "gates": "modules",
+    "instrument": "modules",
+    "layout": "architectures",
+    "learn_gates": "learned_gates",
+    "register_architecture": "architectures",
+    "restore": "modules",
+    "set_gates": "modules",
+}
+
+__all__ = ["__version__", "importance", "search", *sorted(_EXPORTS)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'pymape' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"pymape.{_EXPORTS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

@@ -1,0 +1,97 @@
+"""Which backends can run here, and the one rule that chooses among them.
+
+The rule for `backend="auto"`: CPU tensors take `cpu`; CUDA tensors take `triton` where the operator has a Triton kernel and
+triton is installed, and `cuda` otherwise; tensors of any other device take `reference`. A backend asked for by name either
+runs or raises with the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from types import ModuleType
+
+import torch
+
+__all__ = ["BACKENDS", "available_backends", "native", "resolve_backend"]
+
+BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
+
+
+@functools.cache
+def native() -> ModuleType:
+    """Return the native core, `pymape._C`.
+
+    Raises:
+        ImportError: the extension was not built.
+    """
+    try:
+        from pymape import _C  # type: ignore[attr-defined]
+    except ImportError as error:
+        raise ImportError(f"the native core pymape._C cannot be loaded ({error}); build it with `pip install .`") from error
+    return _C
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _triton_interpreted() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def _why_not(backend: str, device: torch.device) -> str | None:
+    """Return why `backend` cannot work on tensors of `device`, or None if it can."""
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        return None if device.type == "cpu" else f"it needs CPU tensors, got tensors on {device}"
+    if backend == "cuda":
+        if device.type != "cuda":
+            return f"it needs CUDA tensors, got tensors on {device}"
+        return None if native().has_cuda else "this build of pymape has no CUDA kernels (nvcc was not found when it was built)"
+    if not _has_triton():
+        return "triton is not installed"
+    if device.type != "cuda" and not (device.type == "cpu" and _triton_interpreted()):
+        return f"it needs CUDA tensors, got tensors on {device}"
+    return None
+
+
+def available_backends(device: torch.device | str) -> dict[str, str | None]:
+    """Return, for each backend, None if it can run on `device` here, or the reason why it cannot."""
+    return {name: _why_not(name, torch.device(device)) for name in BACKENDS[1:]}
+
+
+def resolve_backend(op: str, backend: str, device: torch.device, *, supported: tuple[str, ...]) -> str:
+    """Turn a `backend` argument into the backend to run.
+
+    Args:
+        op: the operator's name, for messages.
+        backend: one of `BACKENDS`.
+        device: where the operator's tensors are.
+        supported: the backends that implement the operator, without `auto`.
+
+    Returns:
+        One of `supported`.
+
+    Raises:
+        ValueError: the name is unknown, or the operator has no such backend.
+        RuntimeError: the backend was asked for and cannot run here.
+    """
+    if backend == "auto":
+        if device.type == "cpu":
+            return "cpu"
+        if device.type == "cuda":
+            return "triton" if "triton" in supported and _has_triton() else "cuda"
+        return "reference"
+    if backend not in supported:
+        valid = ", ".join(("auto", *supported))
+        raise ValueError(f"backend of {op} must be one of {valid}, got {backend!r}")
+    reason = _why_not(backend, device)
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r} of {op} cannot run: {reason}")
+    return backend

@@ -1,0 +1,77 @@
+"""The package as a whole: what importing it costs and loads, and what the native core depends on."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pymape
+from pymape.backends import native
+
+HEAVY = ("transformers", "triton", "datasets", "peft", "matplotlib", "sklearn", "scipy", "pandas", "jsonargparse")
+
+
+def fresh(code: str) -> str:
+    """Run `code` in a new process and return what it prints."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_import_loads_nothing_heavy() -> None:
+    loaded = json.loads(fresh(f"import sys, json, pymape; print(json.dumps([m for m in {HEAVY} if m in sys.modules]))"))
+    # torch itself may import some of these; what counts is what pymape adds.
+    torchs_own = json.loads(fresh(f"import sys, json, torch; print(json.dumps([m for m in {HEAVY} if m in sys.modules]))"))
+    assert set(loaded) <= set(torchs_own)
+
+
+def test_import_starts_no_cuda_context() -> None:
+    assert fresh("import pymape, torch; print(torch.cuda.is_initialized())").strip() == "False"
+
+
+@pytest.mark.parametrize("name", pymape.__all__)
+def test_every_public_name_resolves(name: str) -> None:
+    assert getattr(pymape, name) is not None
+
+
+@pytest.mark.parametrize("name", ["importance", "search"])
+def test_functions_that_share_their_modules_name_stay_functions(name: str) -> None:
+    code = f"import pymape, importlib; importlib.import_module('pymape.{name}'); print(callable(pymape.{name}))"
+    assert fresh(code).strip() == "True"
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(AttributeError, match="module 'pymape' has no attribute 'nothing'"):
+        pymape.nothing  # noqa: B018
+
+
+def test_native_core_needs_no_torch_library() -> None:
+    if shutil.which("readelf") is None:
+        pytest.skip("readelf is not installed")
+    needed = subprocess.run(["readelf", "-d", native().__file__], capture_output=True, text=True, check=True).stdout
+    libraries = re.findall(r"NEEDED.*\[(.*)\]", needed)
+    assert libraries
+    assert not [name for name in libraries if "torch" in name or "c10" in name or "cudart" in name]
+
+
+def test_one_openmp_runtime() -> None:
+    code = (
+        "import torch, pymape; from pymape.backends import native; native()\n"
+        "x = torch.ones(4, 64, 64); from pymape.ops import module_scores; module_scores(x, x); x @ x\n"
+        "print('\\n'.join(sorted({line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line or 'iomp' in line or '/libomp' in line})))"
+    )
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("needs /proc")
+    runtimes = fresh(code).split()
+    assert len(runtimes) == 1, runtimes
+
+
+def test_core_sources_include_no_torch_header() -> None:
+    sources = list((Path(__file__).parents[1] / "csrc").iterdir())
+    assert sources
+    for source in sources:
+        assert not re.search(r"#include\s*<(torch|ATen|c10)/", source.read_text()), source.name
