@@ -1,0 +1,1 @@
+"""Microbenchmarks: `python -m benchmarks OP [--device cpu] [--json FILE]`, or `all`."""

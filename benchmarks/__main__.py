@@ -1,0 +1,27 @@
+"""Run one benchmark or all: `python -m benchmarks module_scores --json FILE`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+from pathlib import Path
+
+import benchmarks
+
+
+def main() -> None:
+    names = sorted(m.name.removeprefix("bench_") for m in pkgutil.iter_modules(benchmarks.__path__) if m.name.startswith("bench_"))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Microbenchmarks of pymape.")
+    parser.add_argument("op", choices=[*names, "all"])
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--json", type=Path, help="result file (default benchmarks/results/OP-DEVICE.json)")
+    arguments, rest = parser.parse_known_args()
+    for name in names if arguments.op == "all" else [arguments.op]:
+        report = importlib.import_module(f"benchmarks.bench_{name}").run(arguments.device, rest)
+        report.show()
+        report.write(arguments.json or Path(__file__).parent / "results" / f"{name}-{arguments.device}.json")
+
+
+if __name__ == "__main__":
+    main()

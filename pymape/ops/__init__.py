@@ -1,0 +1,22 @@
+"""The operators: one module each, with the public function, its plain torch reference and its registration."""
+
+from pymape.ops.greedy_swap import GreedySwapResult, greedy_swap, greedy_swap_reference
+from pymape.ops.masked_attention import gate_heads, gate_heads_reference, masked_attention, masked_attention_reference
+from pymape.ops.masked_ffn import masked_activation, masked_activation_reference, masked_ffn, masked_ffn_reference
+from pymape.ops.module_scores import module_scores, module_scores_reference
+
+__all__ = [
+    "GreedySwapResult",
+    "gate_heads",
+    "gate_heads_reference",
+    "greedy_swap",
+    "greedy_swap_reference",
+    "masked_activation",
+    "masked_activation_reference",
+    "masked_attention",
+    "masked_attention_reference",
+    "masked_ffn",
+    "masked_ffn_reference",
+    "module_scores",
+    "module_scores_reference",
+]
