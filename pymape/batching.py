@@ -1,0 +1,207 @@
+"""Batches of records of similar length, so that padding costs little, with the place of every record kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    default_collate,
+)
+
+from pymape.losses import IGNORED_LABEL
+
+__all__ = ["LengthBucketSampler", "PaddingCollator", "RecordBatches", "record_lengths"]
+
+_PADDING = {"labels": IGNORED_LABEL, "special_tokens_mask": 1}
+
+
+class LengthBucketSampler(Sampler[list[int]]):
+    """Batches of positions in order of falling length; records of one length keep their order.
+
+    The longest batch comes first, so that a shortage of memory shows at once and later batches reuse its buffers.
+
+    Args:
+        lengths: [N] number of tokens of each record.
+        batch_size: records per batch; the last batch may be smaller.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int) -> None:
+        order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+        self.batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class PaddingCollator:
+    """Stacks records into a batch and pads what has one value per token on the right.
+
+    Unlike `DataCollatorWithPadding` it needs no tokenizer and pads token labels too (with -100). Columns that are not
+    numbers (texts) are left out, `label` and `label_ids` become `labels`.
+
+    Args:
+        pad_token_id: fills `input_ids`; the model's own padding token where it has one.
+    """
+
+    def __init__(self, pad_token_id: int = 0) -> None:
+        self.padding = {"input_ids": pad_token_id, **_PADDING}
+
+    def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        columns: dict[str, list[Tensor]] = {}
+        for name, value in records[0].items():
+            if _is_numeric(value):
+                label = "labels" if name in ("label", "label_ids") else name
+                columns[label] = [torch.as_tensor(record[name]) for record in records]
+        if "input_ids" not in columns:
+            return {name: torch.stack(values) for name, values in columns.items()}
+        lengths = [len(value) for value in columns["input_ids"]]
+        if "attention_mask" not in columns and len(set(lengths)) > 1:
+            columns["attention_mask"] = [torch.ones(length, dtype=torch.long) for length in lengths]
+        batch = {}
+        for name, values in columns.items():
+            if values[0].ndim == 1 and [len(value) for value in values] == lengths:
+                fill = self.padding.get(name, 0)
+                batch[name] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill)
+            else:
+                batch[name] = torch.stack(values)
+        return batch
+
+
+class RecordBatches:
+    """Iterates over a data set batch by batch and tells which records each batch holds.
+
+    Args:
+        data: map-style data set of dicts, or a DataLoader over one. Of a DataLoader with an ordinary sampler the batch
+            size, the collate function and the workers are kept and the order is free; a batch sampler of the user's
+            own is followed.
+        batch_size: records per batch (a DataLoader brings its own).
+        collate_fn: list of records -> dict of tensors; default `PaddingCollator` (or the DataLoader's own).
+        bucket: group records of similar length where `input_ids` vary in length.
+        pad_token_id: padding token of the default collate function.
+
+    Attributes:
+        data: the data set itself.
+        positions: [N] int64 places in `data` of the records, rising: row n of a result is record positions[n].
+
+    Iterating yields `(rows [B], ids [B] or None, batch)`: `ids` are the records' own `id` fields.
+
+    Raises:
+        ValueError: `data` is empty, cannot be indexed, or a sampler draws a record twice.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        *,
+        batch_size: int = 32,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        bucket: bool = True,
+        pad_token_id: int = 0,
+    ) -> None:
+        records: Any = data
+        own_batches: list[list[int]] | None = None
+        options: dict[str, Any] = {}
+        if isinstance(data, DataLoader):
+            records, options = data.dataset, {"num_workers": data.num_workers, "pin_memory": data.pin_memory}
+            if collate_fn is None and data.collate_fn is not default_collate:
+                collate_fn = data.collate_fn
+        indexable = hasattr(records, "__getitem__") and hasattr(records, "__len__")
+        if isinstance(records, IterableDataset) or not indexable:
+            raise ValueError(f"data must be a map-style data set with a length, got {type(records).__name__}")
+        if len(records) == 0:
+            raise ValueError("data must hold at least one record, got an empty data set")
+        places = list(range(len(records)))
+        if isinstance(data, DataLoader):
+            if type(data.batch_sampler) is BatchSampler:
+                batch_size = data.batch_sampler.batch_size
+            elif data.batch_sampler is not None:
+                own_batches = [list(batch) for batch in data.batch_sampler]
+                places = sorted(place for batch in own_batches for place in batch)
+            if own_batches is None and not _takes_all(data.sampler, len(records)):
+                places = sorted(data.sampler)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if len(set(places)) != len(places):
+            raise ValueError(f"data must give every record once, got {len(places) - len(set(places))} repetitions")
+        if own_batches is None:
+            # With equal lengths the sampler keeps the order of the data set.
+            lengths = (record_lengths(records, places) if bucket else None) or [0] * len(places)
+            own_batches = [[places[index] for index in batch] for batch in LengthBucketSampler(lengths, batch_size)]
+        self.data = records
+        self.positions = places
+        self._batches = own_batches
+        self._rows = {place: row for row, place in enumerate(places)}
+        collate = _WithIds(collate_fn or PaddingCollator(pad_token_id))
+        # A generator of its own: a DataLoader draws a seed from the global one, which is the user's.
+        generator = torch.Generator()
+        self._loader: DataLoader[Any] = DataLoader(
+            records, batch_sampler=own_batches, collate_fn=collate, generator=generator, **options
+        )
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, list[str] | None, Any]]:
+        for places, (ids, batch) in zip(self._batches, self._loader, strict=True):
+            yield torch.tensor([self._rows[place] for place in places]), ids, batch
+
+
+def record_lengths(data: Any, positions: Sequence[int] | None = None) -> list[int] | None:
+    """Number of tokens of each record, read from `input_ids`.
+
+    Args:
+        data: map-style data set of dicts; of a `datasets.Dataset` only the one column is read.
+        positions: places to look at; default all.
+
+    Returns:
+        [N] lengths, or None where records have no `input_ids`.
+    """
+    places = range(len(data)) if positions is None else positions
+    first = data[places[0]]
+    if not isinstance(first, Mapping):
+        raise ValueError(f"data must give dicts as records, got {type(first).__name__}")
+    if "input_ids" not in first:
+        return None
+    columns = data.select_columns(["input_ids"]) if hasattr(data, "select_columns") else data
+    return [len(columns[place]["input_ids"]) for place in places]
+
+
+class _WithIds:
+    """Takes the `id` field off the records before they are collated (a class, so that worker processes can load it)."""
+
+    def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
+        self.collate_fn = collate_fn
+
+    def __call__(self, records: list[Mapping[str, Any]]) -> tuple[list[str] | None, Any]:
+        if not isinstance(records[0], Mapping):
+            raise ValueError(f"data must give dicts as records, got {type(records[0]).__name__}")
+        ids = [str(record["id"]) for record in records] if "id" in records[0] else None
+        bare = [{name: value for name, value in record.items() if name != "id"} for record in records]
+        return ids, self.collate_fn(bare)
+
+
+def _takes_all(sampler: Any, count: int) -> bool:
+    """Whether a sampler draws every record once, known without drawing from its generator."""
+    if isinstance(sampler, RandomSampler):
+        return not sampler.replacement and sampler.num_samples == count
+    return type(sampler) is SequentialSampler
+
+
+def _is_numeric(value: Any) -> bool:
+    while isinstance(value, list | tuple):
+        if not value:
+            return False
+        value = value[0]
+    return not isinstance(value, str | bytes) and (hasattr(value, "dtype") or isinstance(value, int | float))

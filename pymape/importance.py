@@ -1,0 +1,412 @@
+"""Per-sample gradients of the head and filter masks, and the empirical Fisher information they give."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pymape.architectures import ModelLayout, layout
+from pymape.batching import RecordBatches
+from pymape.files import atomic_write
+from pymape.losses import check_labels, per_sample_loss
+
+__all__ = ["Importance", "importance"]
+
+FORMAT = "pymape.importance.1"
+_STORED = (torch.float32, torch.bfloat16, torch.float64)
+_LABELS = ("labels", "start_positions", "end_positions")
+_CHUNK = 256  # samples raised to fp64 at a time
+_FP16_LOSS_SCALE = 4096.0  # a power of two: exact, and keeps gradients of 1e-8 above fp16's smallest number
+
+
+@dataclass(eq=False)
+class Importance:
+    """Per-sample gradients g_n = d loss_n / d m of a model's masks at m = 1.
+
+    The empirical Fisher information is F = (1/N) sum_n g_n g_n^T; it is never formed, only its factors are kept.
+
+    Args:
+        heads: [N, L, H] gradients of the head gates (query heads), fp32, bf16 or fp64.
+        filters: [N, L, F] gradients of the filter gates.
+        ids: [N] ids of the records, all different.
+        layout: the model's layout.
+        provenance: JSON-able record of how the gradients came to be.
+
+    Raises:
+        ValueError: shapes that differ from the layout or from each other, or repeated ids.
+    """
+
+    heads: Tensor
+    filters: Tensor
+    ids: list[str]
+    layout: ModelLayout
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "filters"):
+            expected = (len(self.ids), self.layout.layers, getattr(self.layout, name))
+            if tuple(getattr(self, name).shape) != expected:
+                raise ValueError(f"{name} must have shape {expected}, got {tuple(getattr(self, name).shape)}")
+        _check_unique(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the ids in order: which records these gradients are of."""
+        return hashlib.sha256(json.dumps(self.ids).encode()).hexdigest()
+
+    @property
+    def fisher_heads(self) -> Tensor:
+        """Diagonal of the Fisher information of the head gates, (1/N) sum_n g_n^2: fp64 [L, H]."""
+        return _mean(self.heads, 2)
+
+    @property
+    def fisher_filters(self) -> Tensor:
+        """Diagonal of the Fisher information of the filter gates, (1/N) sum_n g_n^2: fp64 [L, F]."""
+        return _mean(self.filters, 2)
+
+    @property
+    def grad_heads(self) -> Tensor:
+        """Gradient of the mean loss with respect to the head gates: fp64 [L, H]."""
+        return _mean(self.heads, 1)
+
+    @property
+    def grad_filters(self) -> Tensor:
+        """Gradient of the mean loss with respect to the filter gates: fp64 [L, F]."""
+        return _mean(self.filters, 1)
+
+    def select(self, ids: Sequence[str]) -> Importance:
+        """The rows of these records, in the order given.
+
+        Raises:
+            ValueError: an id that is not here, or is given twice.
+        """
+        places = {name: row for row, name in enumerate(self.ids)}
+        missing = [name for name in ids if name not in places]
+        if missing:
+            raise ValueError(f"ids must be among the {len(self)} records, got {_sample(missing)}")
+        rows = torch.tensor([places[name] for name in ids], dtype=torch.long)
+        return dataclasses.replace(
+            self, heads=self.heads[rows], filters=self.filters[rows], ids=list(ids), provenance=dict(self.provenance)
+        )
+
+    def without(self, ids: Sequence[str]) -> Importance:
+        """The rows of all other records, in their order.
+
+        Raises:
+            ValueError: an id that is not here.
+        """
+        left_out = set(ids)
+        missing = left_out.difference(self.ids)
+        if missing:
+            raise ValueError(f"ids must be among the {len(self)} records, got {_sample(sorted(missing))}")
+        return self.select([name for name in self.ids if name not in left_out])
+
+    @classmethod
+    def concat(cls, parts: Sequence[Importance]) -> Importance:
+        """The rows of all parts, one after the other.
+
+        Raises:
+            ValueError: no parts, parts of different models, or an id in two of them.
+        """
+        if not parts:
+            raise ValueError("parts must hold at least one Importance, got none")
+        for part in parts:
+            _check_same_model(parts[0].layout, part.layout)
+        return cls(
+            torch.cat([part.heads for part in parts]),
+            torch.cat([part.filters for part in parts]),
+            [name for part in parts for name in part.ids],
+            parts[0].layout,
+            dict(parts[0].provenance),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything as one safetensors file, in one step."""
+        from safetensors.torch import save_file
+
+        metadata = {
+            "format": FORMAT,
+            "ids": json.dumps(self.ids),
+            "layout": json.dumps(dataclasses.asdict(self.layout)),
+            "provenance": json.dumps(self.provenance),
+        }
+        tensors = {"heads": self.heads.cpu().contiguous(), "filters": self.filters.cpu().contiguous()}
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, metadata)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], model: nn.Module | ModelLayout | None = None, *, mmap: bool = True
+    ) -> Importance:
+        """Read what `save` wrote, and check that it fits `model` if one is given.
+
+        Args:
+            path: the file.
+            model: the model (or its layout) that the gradients must be of.
+            mmap: leave the gradients on disk until they are read, for files larger than memory; False copies them.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a file that is truncated, corrupt or of another kind, or gradients of another model.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"format is {metadata.get('format')!r}, not {FORMAT!r}")
+                heads, filters = file.get_tensor("heads"), file.get_tensor("filters")
+                loaded = cls(
+                    heads if mmap else heads.clone(),
+                    filters if mmap else filters.clone(),
+                    json.loads(metadata["ids"]),
+                    ModelLayout(**json.loads(metadata["layout"])),
+                    json.loads(metadata["provenance"]),
+                )
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"path must be an intact importance file, got {os.fspath(path)}: {error}") from error
+        if model is not None:
+            _check_same_model(loaded.layout, model if isinstance(model, ModelLayout) else layout(model))
+        return loaded
+
+
+def importance(
+    model: nn.Module,
+    data: Any,
+    *,
+    loss: Callable[[Any, Mapping[str, Tensor]], Tensor] | None = None,
+    ids: Sequence[str] | None = None,
+    batch_size: int = 32,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    bucket: bool = True,
+    backend: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    autocast: torch.dtype | None = None,
+    progress: bool | None = None,
+    device: torch.device | str | None = None,
+) -> Importance:
+    """Gradients of every sample's own loss with respect to all head and filter masks, at m = 1.
+
+    heads: g_n[l, h] = sum_t <O[n, t, l, h], d loss_n / d O[n, t, l, h]>, filters: g_n[l, f] = sum_t a[n, t, l, f] *
+    d loss_n / d a[n, t, l, f], with O a head's output before W_O and a the activation of a filter. One forward and one
+    backward per batch give the gradients of all its samples, because samples do not mix; weights get no gradient. The
+    result does not depend on how records are batched or padded.
+
+    Args:
+        model: Hugging Face model of a supported architecture. It runs in eval mode and is left as it was found.
+        data: map-style data set of dicts with the model's inputs and `labels` (for question answering `start_positions`
+            and `end_positions`), or a DataLoader over one. An `id` field names the records.
+        loss: (model outputs, batch) -> [B] losses, in place of `per_sample_loss`; sample n's may depend on it alone.
+        ids: [N] ids of the records of `data`; default their `id` fields, or their places "0", "1", ...
+        batch_size: records per batch (a DataLoader brings its own).
+        collate_fn: list of records without `id` -> dict of tensors; default pads `input_ids` and the like on the right.
+        bucket: group records of similar length; changes the time, not the result.
+        backend: of the masked operators, where the model is not instrumented yet.
+        dtype: what the gradients are stored in: fp32, bf16 (half the memory) or fp64. They accumulate in at least fp32.
+        autocast: run the model in this dtype, bf16 or fp16.
+        progress: show a progress bar; default only on a terminal.
+        device: where to run; the model is moved there and back. Default where the model is.
+
+    Returns:
+        Importance on the CPU, rows in the order of `data`.
+
+    Raises:
+        ValueError: empty data, repeated ids, labels missing or out of range, a loss that is NaN or infinite, an unknown
+            architecture.
+
+    Source: arXiv 2508.17233 (MAPE-Unlearn); Kwon et al. 2022, arXiv 2204.09656.
+    """
+    from pymape.modules import gates  # loads transformers
+
+    if dtype not in _STORED:
+        raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float64, got {dtype}")
+    shape = layout(model)
+    config: Any = model.config
+    pad_token_id = getattr(config, "pad_token_id", None)
+    batches = RecordBatches(
+        data,
+        batch_size=batch_size,
+        collate_fn=collate_fn,
+        bucket=bucket,
+        pad_token_id=0 if pad_token_id is None else pad_token_id,
+    )
+    count, taken = len(batches.positions), set[str]()
+    names: list[str] = [str(place) for place in batches.positions]
+    if ids is not None:
+        if len(ids) != len(batches.data):
+            raise ValueError(f"ids must name the {len(batches.data)} records of data, got {len(ids)} ids")
+        names = [str(ids[place]) for place in batches.positions]
+        _check_unique(names)
+    with torch.inference_mode(False), torch.enable_grad(), _prepared(model, backend, device), gates(model):
+        heads = torch.empty(count, shape.layers, shape.heads, dtype=dtype)
+        filters = torch.empty(count, shape.layers, shape.filters, dtype=dtype)
+        run = _Pass(model, shape, loss, autocast)
+        bar = tqdm(total=count, desc="importance", unit="record", disable=None if progress is None else not progress)
+        with bar:
+            for rows, own_ids, batch in batches:
+                if ids is None and own_ids is not None:
+                    _check_unique(own_ids, taken)
+                    for row, name in zip(rows.tolist(), own_ids, strict=True):
+                        names[row] = name
+                scores = run(batch, [names[row] for row in rows.tolist()])
+                heads[rows], filters[rows] = (score.to("cpu", dtype) for score in scores)
+                bar.update(len(rows))
+    provenance = {
+        "samples": count,
+        "loss": "per_sample_loss" if loss is None else getattr(loss, "__qualname__", type(loss).__name__),
+        "model": type(model).__name__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
+    }
+    return Importance(heads, filters, names, shape, provenance)
+
+
+class _Pass:
+    """One forward and backward of a batch, from the losses down to the gates and no further."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: ModelLayout,
+        loss: Callable[[Any, Mapping[str, Tensor]], Tensor] | None,
+        autocast: torch.dtype | None,
+    ) -> None:
+        self.model, self.shape, self.loss, self.autocast = model, shape, loss, autocast
+        parameter = next(model.parameters())
+        self.device = parameter.device
+        # Gates in fp32 keep the sums over tokens in fp32 when the model is in half precision.
+        self.dtype = torch.promote_types(parameter.dtype, torch.float32)
+        half = torch.float16 in (parameter.dtype, autocast)
+        self.loss_scale = _FP16_LOSS_SCALE if half else 1.0
+        get_base = getattr(model, "get_base_model", None)
+        accepted = inspect.signature((get_base() if callable(get_base) else model).forward).parameters
+        self.accepted = set(accepted).difference(_LABELS)
+        self.options = {"use_cache": False} if "use_cache" in accepted else {}
+        self.gates: list[list[Tensor]] = []
+
+    def __call__(self, batch: Mapping[str, Any], ids: list[str]) -> tuple[Tensor, Tensor]:
+        if self.loss is None:
+            check_labels(self.model, batch, ids)
+        inputs = {
+            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+        }
+        known = {name: value for name, value in inputs.items() if name in self.accepted}
+        heads, filters = self._gates(len(ids))
+        precision: AbstractContextManager[Any] = nullcontext()
+        if self.autocast is not None:
+            precision = torch.autocast(self.device.type, self.autocast)
+        with precision:
+            outputs = self.model(**known, **self.options)
+        losses = self._losses(outputs, inputs, ids)
+        found = torch.autograd.grad(losses.sum() * self.loss_scale, heads + filters)
+        scores = torch.stack(found[: len(heads)], 1), torch.stack(found[len(heads) :], 1)
+        finite = torch.stack([losses.detach().isfinite(), *(score.isfinite().flatten(1).all(1) for score in scores)])
+        if not finite.all():
+            bad = [name for name, good in zip(ids, finite.all(0).tolist(), strict=True) if not good]
+            what = "gradients" if finite[0].all() else "loss"
+            raise ValueError(f"{what} must be finite, got NaN or infinite values for ids {_sample(bad)}")
+        if self.loss_scale != 1.0:
+            scores = scores[0] / self.loss_scale, scores[1] / self.loss_scale
+        return scores
+
+    def _gates(self, batch: int) -> list[list[Tensor]]:
+        """Leaves of ones per layer, [B, H] and [B, F], put into the model anew only when the batch size changes."""
+        from pymape.modules import set_gates
+
+        if not self.gates or len(self.gates[0][0]) != batch:
+            self.gates = [
+                [
+                    torch.ones(batch, width, dtype=self.dtype, device=self.device, requires_grad=True)
+                    for _ in range(layers)
+                ]
+                for layers, width in ((self.shape.layers, self.shape.heads), (self.shape.layers, self.shape.filters))
+            ]
+            set_gates(self.model, *self.gates)
+        return self.gates
+
+    def _losses(self, outputs: Any, inputs: Mapping[str, Tensor], ids: list[str]) -> Tensor:
+        if self.loss is None:
+            return per_sample_loss(self.model, inputs, outputs)
+        losses = self.loss(outputs, inputs)
+        if not isinstance(losses, Tensor) or tuple(losses.shape) != (len(ids),):
+            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(f"loss must return one loss per sample, shape ({len(ids)},), got {got}")
+        if not losses.requires_grad:
+            raise ValueError("loss must depend on the model's outputs, got losses without a gradient")
+        return losses
+
+
+@contextmanager
+def _prepared(model: nn.Module, backend: str, device: torch.device | str | None) -> Iterator[None]:
+    """Instrument, freeze and set to eval mode; afterwards everything is as before, whatever happened."""
+    from pymape.modules import instrument, is_instrumented, restore
+
+    home = next(model.parameters()).device
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    training = [module for module in model.modules() if module.training]
+    instrumented = is_instrumented(model)
+    if not instrumented:
+        instrument(model, backend=backend)
+    try:
+        model.eval()
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        if device is not None:
+            model.to(device)
+        yield
+    finally:
+        if device is not None:
+            model.to(home)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
+        if not instrumented:
+            restore(model)
+
+
+def _mean(gradients: Tensor, power: int) -> Tensor:
+    if not len(gradients):
+        raise ValueError("importance must hold at least one record, got none")
+    total = torch.zeros(gradients.shape[1:], dtype=torch.float64, device=gradients.device)
+    for chunk in gradients.split(_CHUNK):
+        total += chunk.double().pow(power).sum(0)
+    return total / len(gradients)
+
+
+def _check_unique(ids: Sequence[str], taken: set[str] | None = None) -> None:
+    """Refuse ids that repeat each other or those in `taken`, and add them to it."""
+    taken = set() if taken is None else taken
+    twice: list[str] = []
+    for name in ids:
+        (twice.append if name in taken else taken.add)(name)
+    if twice:
+        raise ValueError(f"ids must be unique, got {_sample(twice)} more than once")
+
+
+def _check_same_model(one: ModelLayout, other: ModelLayout) -> None:
+    if one.fingerprint != other.fingerprint:
+        raise ValueError(
+            f"importance must be of one model, got {one.model_type} {one.fingerprint[:12]} "
+            f"and {other.model_type} {other.fingerprint[:12]}"
+        )
+
+
+def _sample(ids: Sequence[str]) -> str:
+    return f"{list(ids[:5])}" + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")

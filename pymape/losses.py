@@ -1,0 +1,200 @@
+"""The loss of every sample by itself, by the convention of Hugging Face's own `loss`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["IGNORED_LABEL", "check_labels", "per_sample_loss", "task_of", "token_labels"]
+
+IGNORED_LABEL = -100
+
+# Part of the model's class name -> task; the first that fits decides, as in transformers itself.
+_TASKS = {
+    "ForSequenceClassification": "classification",
+    "ForImageClassification": "classification",
+    "ForTokenClassification": "token classification",
+    "ForQuestionAnswering": "question answering",
+    "ForMaskedLM": "masked language model",
+    "ForCausalLM": "causal language model",
+    "LMHeadModel": "causal language model",
+}
+
+
+def per_sample_loss(model: nn.Module, inputs: Mapping[str, Tensor], outputs: Any) -> Tensor:
+    """Loss of each sample of a batch as if the sample were alone in it.
+
+    loss_n = mean over the sample's own labelled tokens of -log softmax(logits)[label]; for classification the sample's
+    cross-entropy, mean binary cross-entropy (multi-label) or mean squared error (regression); for question answering
+    the mean of the start and the end cross-entropy over the sample's own tokens.
+
+    Args:
+        model: Hugging Face model with a task head (its class name tells the task, its config the problem type).
+        inputs: the batch, with `labels` ([B], [B, C] or [B, T]; -100 is not labelled) or `start_positions` and
+            `end_positions` [B]; `attention_mask` [B, T] tells what padding is.
+        outputs: what the model returned for the batch: `logits`, or `start_logits` and `end_logits`.
+
+    Returns:
+        [B] losses, fp32 (fp64 for fp64 logits). A sample with no labelled token has loss 0.
+
+    Raises:
+        ValueError: the model's task is not known, or the batch has no labels.
+    """
+    task = task_of(model)
+    if task == "question answering":
+        _require(model, inputs, "start_positions", "end_positions")
+        start = _span_loss(outputs.start_logits, inputs["start_positions"], inputs.get("attention_mask"))
+        end = _span_loss(outputs.end_logits, inputs["end_positions"], inputs.get("attention_mask"))
+        return (start + end) / 2
+    _require(model, inputs, "labels")
+    logits = _at_least_fp32(outputs.logits)
+    if task == "classification":
+        labels = inputs["labels"].to(logits.device)
+        return _classification_loss(logits, labels, _problem_type(model.config, labels))
+    return _token_loss(logits, token_labels(task, inputs).to(logits.device))
+
+
+def check_labels(model: nn.Module, inputs: Mapping[str, Tensor], ids: Sequence[str]) -> None:
+    """Refuse a batch whose labels are missing or out of range, before a kernel would fail on them.
+
+    Args:
+        model: Hugging Face model with a task head.
+        inputs: the batch, as for `per_sample_loss`.
+        ids: [B] ids of the records, for the message.
+
+    Raises:
+        ValueError: naming the range, the value and the record.
+    """
+    task = task_of(model)
+    if task == "question answering":
+        return _require(model, inputs, "start_positions", "end_positions")
+    _require(model, inputs, "labels")
+    labels = inputs["labels"]
+    config: Any = model.config
+    if task == "classification":
+        problem = _problem_type(config, labels)
+        if problem != "single_label_classification":
+            width = labels.numel() // max(len(labels), 1)
+            if width != config.num_labels:
+                raise ValueError(
+                    f"labels must have shape ({len(labels)}, {config.num_labels}) for {problem}, "
+                    f"got {tuple(labels.shape)}"
+                )
+            return None
+        classes, labelled = config.num_labels, torch.ones_like(labels, dtype=torch.bool)
+    else:
+        labels = token_labels(task, inputs)
+        classes = config.num_labels if task == "token classification" else config.get_text_config().vocab_size
+        labelled = labels != IGNORED_LABEL
+        empty = (~labelled.any(1)).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(
+                f"labels must name at least one token of every record (all are {IGNORED_LABEL}), "
+                f"got none for ids {[ids[row] for row in empty]}"
+            )
+    wrong = ((labels < 0) | (labels >= classes)) & labelled
+    if wrong.any():
+        place = wrong.nonzero()[0]
+        raise ValueError(
+            f"labels must be in [0, {classes}), got {labels[tuple(place)].item()} for id {ids[int(place[0])]!r}"
+        )
+    return None
+
+
+def token_labels(task: str, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The label of each position's logits; nothing is labelled where padding is read or predicted.
+
+    Args:
+        task: "token classification", "masked language model" or "causal language model" (labels are then shifted).
+        inputs: the batch: `labels` [B, T], and `attention_mask` [B, T] where it is padded.
+
+    Returns:
+        [B, T] int64, -100 where there is no label.
+    """
+    labels, mask = inputs["labels"], inputs.get("attention_mask")
+    if mask is not None and mask.shape == labels.shape:
+        own = mask.to(labels.device) != 0
+        if task == "causal language model":
+            # Behind left padding the first token would be predicted from padding; alone it is not predicted at all.
+            own = own & own.roll(1, 1)
+        labels = labels.where(own, IGNORED_LABEL)
+    if task == "causal language model":
+        # Shifting the labels instead of the logits spares a copy of the [B, T, vocabulary] logits.
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+    return labels
+
+
+def task_of(model: nn.Module) -> str:
+    """Task of a Hugging Face model, told from its class name (or that of a class it derives from).
+
+    Args:
+        model: the model; PEFT wrappers are looked through.
+
+    Returns:
+        "classification", "token classification", "question answering", "masked language model" or
+        "causal language model".
+
+    Raises:
+        ValueError: none of these.
+    """
+    get_base = getattr(model, "get_base_model", None)
+    base = get_base() if callable(get_base) else model
+    for kind in type(base).__mro__:
+        for part, task in _TASKS.items():
+            if part in kind.__name__:
+                return task
+    raise ValueError(
+        f"model must have a task head among {sorted(set(_TASKS.values()))}, got {type(base).__name__}; "
+        "pass your own loss function instead"
+    )
+
+
+def _require(model: nn.Module, inputs: Mapping[str, Tensor], *names: str) -> None:
+    missing = [name for name in names if inputs.get(name) is None]
+    if missing:
+        raise ValueError(f"data must have {' and '.join(missing)} for {type(model).__name__}, got {sorted(inputs)}")
+
+
+def _at_least_fp32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _problem_type(config: Any, labels: Tensor) -> str:
+    """The rule of transformers, without its side effect of writing the answer into the model's config."""
+    if config.problem_type is not None:
+        return str(config.problem_type)
+    if config.num_labels == 1:
+        return "regression"
+    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+
+
+def _classification_loss(logits: Tensor, labels: Tensor, problem: str) -> Tensor:
+    if problem == "single_label_classification":
+        return F.cross_entropy(logits, labels.view(-1), reduction="none")
+    labels = labels.to(logits.dtype).view_as(logits)  # [B, C]
+    if problem == "regression":
+        return (logits - labels).square().mean(1)
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
+
+
+def _token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none")
+    return losses.view_as(labels).sum(1) / (labels != IGNORED_LABEL).sum(1).clamp(min=1)
+
+
+def _span_loss(logits: Tensor, positions: Tensor, attention_mask: Tensor | None) -> Tensor:
+    logits = _at_least_fp32(logits)  # [B, T]
+    positions = positions.to(logits.device).view(-1).clamp(min=0)
+    # A position beyond the sample's tokens is not labelled: its term is 0.
+    labelled = positions < logits.shape[1]
+    positions = positions.clamp(max=logits.shape[1] - 1)
+    if attention_mask is not None:
+        padding = attention_mask.to(logits.device) == 0
+        # Transformers lets the softmax run over padding, which makes the loss depend on the rest of the batch.
+        logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
+        labelled = labelled & ~padding.gather(1, positions[:, None])[:, 0]
+    return F.cross_entropy(logits, positions, reduction="none").where(labelled, 0.0)

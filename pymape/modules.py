@@ -1,0 +1,365 @@
+"""Gates on the heads and filters of Hugging Face models: `instrument`, `set_gates`, `restore`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import MethodType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from pymape.architectures import LayerModules, find_layers
+from pymape.backends import BACKENDS
+from pymape.layers import (
+    MaskedFeedForward,
+    MaskedMultiheadAttention,
+    gate_filters,
+    gate_output,
+    is_unhooked,
+    takes_triton,
+)
+from pymape.ops.masked_attention import masked_attention
+
+if TYPE_CHECKING:
+    from pymape.masks import ModuleMasks
+
+__all__ = [
+    "MaskedFeedForward",
+    "MaskedMultiheadAttention",
+    "apply_masks",
+    "gates",
+    "instrument",
+    "is_instrumented",
+    "restore",
+    "set_gates",
+]
+
+Model = TypeVar("Model", bound=nn.Module)
+Gates = Tensor | Sequence[Tensor] | None
+
+_STATE = "_pymape"  # the attribute of an instrumented module: a plain object, so that the state_dict stays as it is
+_PREFIX = "pymape_"
+
+
+@dataclass(eq=False)
+class _GateState:
+    """What an instrumented attention module remembers."""
+
+    backend: str
+    gate: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _GateState:
+        # A gate is often a view of a larger leaf, which torch cannot deepcopy; the copy starts from the same values.
+        return replace(self, gate=None if self.gate is None else self.gate.detach().clone())
+
+
+@dataclass(eq=False)
+class _FilterState(_GateState):
+    """The same for a feed-forward module, with its submodules by name: names outlive deepcopy and LoRA wrapping."""
+
+    method: str = "forward"
+    activation: str | None = None
+    linear_name: str = ""
+    up_name: str | None = None
+    activation_name: str = ""
+    tail_names: tuple[str, ...] = ()
+
+
+def instrument(model: Model, *, backend: str = "auto") -> Model:
+    """Give every attention head and every feed-forward filter of a Hugging Face model a gate.
+
+    attention output = sum_h m^H[l, h] O[l, h] W_O[:, h];  FFN output = sum_f m^F[l, f] a[l, f] W_out[:, f]
+
+    The model is changed in place: attention goes through the attention interface, the feed-forward method is rebound
+    per instance, no parameter or buffer is added. Until `set_gates` is called, the original code runs. With attention
+    dropout in training, or with eager attention, the model's own attention runs and the head gate follows it. An
+    activation that `masked_ffn` does not know runs as the original operations followed by the gate.
+
+    Args:
+        model: a model of a supported family, plain or wrapped by PEFT, whose attention implementation is "sdpa" or
+            "eager".
+        backend: `auto`, `cpu`, `cuda`, `triton` or `reference` (the original operations, then the gate: gates of one
+            give the original outputs and gradients bit for bit).
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: unknown architecture, already instrumented, or another attention implementation.
+
+    Source: the masked Transformer of MAPE-Unlearn (arXiv 2508.17233).
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if is_instrumented(model):
+        raise ValueError("model is already instrumented; call pymape.restore(model) first")
+    layers = find_layers(model)
+    base = _implementation(model).removeprefix(_PREFIX)  # a config that models share may carry the prefix already
+    if base not in ("sdpa", "eager"):
+        raise ValueError(f"model must use attn_implementation 'sdpa' or 'eager', got {base!r}")
+    states = [_filter_state(layer, backend) for layer in layers]
+    if base == "eager":
+        _eager_function(layers[0].attention)
+    _set_implementation(model, _PREFIX + base)
+    for layer, state in zip(layers, states, strict=True):
+        setattr(layer.attention, _STATE, _GateState(backend))
+        setattr(layer.ffn, _STATE, state)
+        setattr(layer.ffn, state.method, MethodType(_gated_ffn, layer.ffn))
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo `instrument`: the original code runs again, bit for bit.
+
+    Raises:
+        ValueError: the model is not instrumented.
+    """
+    if not is_instrumented(model):
+        raise ValueError("model is not instrumented")
+    for module in model.modules():
+        state = vars(module).pop(_STATE, None)
+        if isinstance(state, _FilterState):
+            delattr(module, state.method)
+    _set_implementation(model, _implementation(model).removeprefix(_PREFIX))
+    return model
+
+
+def is_instrumented(model: nn.Module) -> bool:
+    """Whether `instrument` has been called on the model."""
+    return any(_STATE in vars(module) for module in model.modules())
+
+
+def set_gates(model: nn.Module, heads: Gates = None, filters: Gates = None) -> None:
+    """Set the gates of an instrumented model.
+
+    Args:
+        model: an instrumented model.
+        heads: floating [L, H], or one row per sample [B, L, H]; or a sequence of L tensors [H] or [B, H]. Gradients
+            flow to it. None: heads are not gated, and the original code runs.
+        filters: the same for filters, [L, F] or [B, L, F].
+
+    Raises:
+        ValueError: the model is not instrumented, shapes or dtypes do not fit, or gates that require grad meet
+            reentrant gradient checkpointing, whose backward cannot reach them.
+    """
+    layers = _instrumented_layers(model)
+    new = [
+        *_per_layer("heads", heads, [layer.output for layer in layers], layers[0].heads),
+        *_per_layer("filters", filters, [layer.ffn_out for layer in layers], layers[0].filters),
+    ]
+    if any(gate is not None and gate.requires_grad for gate in new) and _reentrant(model):
+        raise ValueError("gates that require grad need gradient checkpointing with use_reentrant=False, got True")
+    for state, gate in zip(_states(layers), new, strict=True):
+        state.gate = gate
+
+
+@contextmanager
+def gates(model: nn.Module, heads: Gates = None, filters: Gates = None) -> Iterator[None]:
+    """`set_gates` for the length of a `with` block; the previous gates come back afterwards."""
+    states = _states(_instrumented_layers(model))
+    before = [state.gate for state in states]
+    set_gates(model, heads, filters)
+    try:
+        yield
+    finally:
+        for state, gate in zip(states, before, strict=True):
+            state.gate = gate
+
+
+def apply_masks(model: Model, masks: ModuleMasks, mode: str = "ablate") -> Model:
+    """Switch the selected modules off: gate = 1 - mask. Instruments the model if it is not.
+
+    Args:
+        model: the model that the masks were made for.
+        masks: which heads and filters are selected.
+        mode: "ablate" (training the selected modules only is the work of `PartialParameters`).
+
+    Returns:
+        The same model, instrumented.
+
+    Raises:
+        ValueError: masks of another model, or an unknown mode.
+    """
+    if mode != "ablate":
+        raise ValueError(f"mode must be 'ablate', got {mode!r}")
+    masks.check_model(model)
+    if not is_instrumented(model):
+        instrument(model)
+    set_gates(model, 1 - masks.heads.float(), 1 - masks.filters.float())
+    return model
+
+
+def _gated_attention(
+    base: Callable[..., tuple[Tensor, Tensor | None]],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The model's own attention, then the head gate; or both in one Triton kernel. Heads come out as [B, T, H, D]."""
+    state: _GateState | None = getattr(module, _STATE, None)  # cross-attention shares the config and has no gate
+    if state is None or state.gate is None:
+        return base(module, query, key, value, attention_mask, **kwargs)
+    _check_batch(state.gate, query.shape[0])
+    if base is sdpa_attention_forward and takes_triton(state.backend, query) and _kernel_can(kwargs):
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        causal = causal and attention_mask is None and query.shape[2] > 1
+        if causal:  # a static cache holds positions that no query may see yet
+            key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+        output = masked_attention(
+            query,
+            key,
+            value,
+            state.gate,
+            attn_mask=attention_mask,
+            is_causal=causal,
+            scale=kwargs.get("scaling"),
+            backend=state.backend,
+        )
+        return output.transpose(1, 2), None
+    output, weights = base(module, query, key, value, attention_mask, **kwargs)
+    return gate_output(output, state.gate, state.backend), weights
+
+
+def _sdpa(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    return _gated_attention(sdpa_attention_forward, module, *args, **kwargs)
+
+
+def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    return _gated_attention(_eager_function(module), module, *args, **kwargs)
+
+
+def _eager_function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """Eager attention has no entry in the interface: every modeling file defines its own."""
+    if getattr(module, "reorder_and_upcast_attn", False):
+        return _gpt2_upcast_attention
+    function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if function is None:
+        raise ValueError(f"model must use attn_implementation 'sdpa': {type(module).__name__} has no eager function")
+    return function
+
+
+def _gpt2_upcast_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    return module._upcast_and_reordered_attn(query, key, value, attention_mask)
+
+
+def _kernel_can(kwargs: dict[str, Any]) -> bool:
+    """Whether the attention call asks for nothing beyond what `masked_attention` computes."""
+    return not kwargs.get("dropout") and all(kwargs.get(name) is None for name in ("position_bias", "softcap", "cache"))
+
+
+def _gated_ffn(module: nn.Module, x: Tensor) -> Tensor:
+    """What the feed-forward method is rebound to: filters, gate, and whatever the original does after them."""
+    state: _FilterState = getattr(module, _STATE)
+    if state.gate is None:
+        return getattr(type(module), state.method)(module, x)
+    _check_batch(state.gate, x.shape[0])
+    linear = module.get_submodule(state.linear_name)
+    up = None if state.up_name is None else module.get_submodule(state.up_name)
+    activation = module.get_submodule(state.activation_name)
+    if state.backend == "reference" or state.activation is None:
+        hidden = activation(linear(x))
+        hidden = hidden if up is None else hidden * up(x)
+        gate = state.gate if state.gate.dim() == 1 else state.gate.unsqueeze(1)
+        hidden = (hidden * gate).to(hidden.dtype)
+    else:
+        hidden = gate_filters(linear, up, x, state.gate, state.activation, state.backend)
+    for name in state.tail_names:
+        hidden = module.get_submodule(name)(hidden)
+    return hidden
+
+
+def _filter_state(layer: LayerModules, backend: str) -> _FilterState:
+    names = {module: name for name, module in layer.ffn.named_modules()}
+    activation = layer.activation if is_unhooked(layer.ffn_activation) else None
+    if activation is None and backend not in ("auto", "reference"):
+        name = type(layer.ffn_activation).__name__
+        raise ValueError(f"backend must be 'auto' or 'reference' for the activation {name}, got {backend!r}")
+    if layer.ffn_method in vars(layer.ffn):
+        raise ValueError(f"model must not have a replaced {layer.ffn_method} in {type(layer.ffn).__name__}")
+    return _FilterState(
+        backend,
+        method=layer.ffn_method,
+        activation=activation,
+        linear_name=names[layer.ffn_in],
+        up_name=None if layer.ffn_up is None else names[layer.ffn_up],
+        activation_name=names[layer.ffn_activation],
+        tail_names=tuple(names[module] for module in layer.ffn_tail),
+    )
+
+
+def _instrumented_layers(model: nn.Module) -> list[LayerModules]:
+    if not is_instrumented(model):
+        raise ValueError("model must be instrumented: call pymape.instrument(model) first")
+    if not _implementation(model).startswith(_PREFIX):
+        raise ValueError(
+            f"model must keep the attention implementation that pymape.instrument set, got {_implementation(model)!r}"
+        )
+    return find_layers(model)
+
+
+def _states(layers: list[LayerModules]) -> list[_GateState]:
+    """The heads' states of all layers, then the filters'."""
+    return [getattr(layer.attention, _STATE) for layer in layers] + [getattr(layer.ffn, _STATE) for layer in layers]
+
+
+def _per_layer(name: str, gate: Gates, linears: Sequence[Any], width: int) -> Sequence[Tensor | None]:
+    """One gate per layer, on the device of the linear layer that it stands before."""
+    if gate is None:
+        return [None] * len(linears)
+    layers = len(linears)
+    if isinstance(gate, Tensor):
+        if gate.dim() not in (2, 3) or tuple(gate.shape[-2:]) != (layers, width):
+            raise ValueError(
+                f"{name} must have shape ({layers}, {width}) or (batch, {layers}, {width}), got {tuple(gate.shape)}"
+            )
+        gate = gate.unbind(-2)  # one node in the autograd graph, where indexing layer by layer would make L
+    if len(gate) != layers:
+        raise ValueError(f"{name} must have {layers} layers, got {len(gate)}")
+    for one in gate:
+        if one.dim() not in (1, 2) or one.shape[-1] != width:
+            raise ValueError(f"{name} must have shape ({width},) or (batch, {width}) per layer, got {tuple(one.shape)}")
+        if not one.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {one.dtype}")
+    return [one.to(linear.weight.device) for one, linear in zip(gate, linears, strict=True)]
+
+
+def _check_batch(gate: Tensor, batch: int) -> None:
+    if gate.dim() == 2 and gate.shape[0] != batch:
+        raise ValueError(
+            f"per-sample gates must have one row per row of the batch ({batch}), got {gate.shape[0]}; "
+            "beam search and the like, which repeat samples, need gates shared by all samples"
+        )
+
+
+def _reentrant(model: nn.Module) -> bool:
+    """Whether a layer is checkpointed by torch's reentrant variant, the default of `torch.utils.checkpoint`."""
+    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    functions = [getattr(module, "_gradient_checkpointing_func", None) for module in checkpointed]
+    return any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in functions)
+
+
+def _implementation(model: Any) -> str:
+    return model.config._attn_implementation
+
+
+def _set_implementation(model: Any, name: str) -> None:
+    model.set_attn_implementation(name)
+
+
+AttentionInterface.register(_PREFIX + "sdpa", _sdpa)
+AttentionInterface.register(_PREFIX + "eager", _eager)
+# Without these the model would make no mask for an implementation it does not know, and padding would be attended to.
+AttentionMaskInterface.register(_PREFIX + "sdpa", sdpa_mask)
+AttentionMaskInterface.register(_PREFIX + "eager", eager_mask)

@@ -1,0 +1,19 @@
+"""Gradient difference."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pymape.objectives.registry import objective
+from pymape.objectives.step import Step
+
+
+@objective("gd", retain="required")
+def gd(step: Step) -> Tensor:
+    """Gradient difference: ascent on the forget set, descent on the retain set.
+
+    loss = - NLL_f + alpha NLL_r
+
+    Source: Liu et al. 2022 (arXiv 2203.12817); as in TOFU (arXiv 2401.06121).
+    """
+    return -step.forget.loss() + step.retain_loss()

@@ -1,0 +1,173 @@
+"""What an objective sees: the forget and retain records of a step, and what is computed from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pymape.losses import IGNORED_LABEL, per_sample_loss, task_of
+
+__all__ = ["OneShot", "Step", "UnlearnBatch"]
+
+_LABELS = ("labels", "start_positions", "end_positions")
+
+
+class UnlearnBatch:
+    """Forget or retain records of one micro-batch; the model runs on them once, when first asked.
+
+    A mean is taken over the optimizer step, not over the micro-batch: sums are divided by `samples` or `tokens`, the
+    step's count divided by its number of micro-batches. With that, 4 micro-batches of 2 are one batch of 8 also where
+    records differ in length.
+
+    Args:
+        model: Hugging Face model with a task head.
+        inputs: tensors of the batch, with labels.
+        call: what to call instead of `model`, for instance its DDP wrapper.
+        samples, tokens: denominators of means; None stands for this batch's own.
+        reference_nll: [B] summed NLL under the original model.
+        reference_log_probs: [n, C] log-probabilities of the original model, rows as in `scored_logits`.
+        seeds: [B] one seed per record, for random labels.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Tensor],
+        *,
+        call: Callable[..., Any] | None = None,
+        samples: float | None = None,
+        tokens: float | None = None,
+        reference_nll: Tensor | None = None,
+        reference_log_probs: Tensor | None = None,
+        seeds: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        self.model = model
+        self.inputs = inputs
+        self.counts = count_tokens(model, inputs)  # [B]
+        self.samples = len(self.counts) if samples is None else samples
+        self.tokens = float(self.counts.sum()) if tokens is None else tokens
+        self.reference_nll = reference_nll
+        self.reference_log_probs = reference_log_probs
+        self._call = call or model
+        self._seeds = seeds
+
+    @cached_property
+    def outputs(self) -> Any:
+        """What the model returns; without labels, so that it computes no loss of its own."""
+        return self._call(**{name: value for name, value in self.inputs.items() if name not in _LABELS})
+
+    def nll(self) -> Tensor:
+        """[B] negative log-likelihood, summed over a record's labelled tokens (a classifier's cross-entropy)."""
+        return per_sample_loss(self.model, self.inputs, self.outputs) * self.counts
+
+    def loss(self) -> Tensor:
+        """Mean negative log-likelihood per labelled token (per record for classifiers)."""
+        return self.nll().sum() / self.tokens
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean of one value per record, [B]."""
+        return values.sum() / self.samples
+
+    def scored_logits(self) -> Tensor:
+        """[n, C] logits at the labelled tokens of the batch (at its records for classifiers), fp32 or fp64."""
+        task, labels = task_of(self.model), self.inputs.get("labels")
+        if labels is None or labels.is_floating_point():
+            raise ValueError(
+                f"objective must be defined for the task {task}, got one that compares class probabilities"
+            )
+        logits = self.outputs.logits
+        if task == "causal language model":
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        if task != "classification":
+            logits = logits[labels != IGNORED_LABEL]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def log_probs(self) -> Tensor:
+        """[n, C] log-softmax of `scored_logits`."""
+        return self.scored_logits().log_softmax(-1)
+
+    def kl(self) -> Tensor:
+        """Mean of KL(p_ref || p) per labelled token (per record for classifiers); padding has no part in it."""
+        if self.reference_log_probs is None:
+            raise ValueError("reference_log_probs must be known for kl, got None: register reference=['log_probs']")
+        log_probs = self.log_probs()
+        target = self.reference_log_probs.to(log_probs)
+        return F.kl_div(log_probs, target, reduction="sum", log_target=True) / self.tokens
+
+    def with_random_labels(self) -> UnlearnBatch:
+        """The same records and outputs with random wrong labels, uniform and fixed for every record by its seed."""
+        labels = self.inputs.get("labels")
+        if labels is None or labels.is_floating_point() or self._seeds is None:
+            raise ValueError("random labels need class or token labels, got a task without")
+        classes = self.outputs.logits.shape[-1]
+        if classes < 2:
+            raise ValueError(f"random labels need at least 2 classes, got {classes}")
+        shifts = torch.stack([_draw(seed, classes, labels.shape[1:]) for seed in self._seeds]).to(labels.device)
+        changed = torch.where(labels == IGNORED_LABEL, labels, (labels + shifts) % classes)
+        batch = UnlearnBatch(
+            self.model, {**self.inputs, "labels": changed}, call=self._call, samples=self.samples, tokens=self.tokens
+        )
+        batch.outputs = self.outputs
+        return batch
+
+
+@dataclass(frozen=True)
+class Step:
+    """One micro-batch of an objective.
+
+    Args:
+        forget, retain: its records; only what the objective registered for may be used.
+        alpha: weight of the retain term.
+        beta: inverse temperature of preference objectives.
+    """
+
+    forget: UnlearnBatch
+    retain: UnlearnBatch | None
+    alpha: float
+    beta: float
+
+    def retain_loss(self) -> Tensor | float:
+        """alpha NLL_r, or 0 without a retain set."""
+        return 0.0 if self.retain is None else self.alpha * self.retain.loss()
+
+
+@dataclass(frozen=True)
+class OneShot:
+    """The whole forget and retain sets, for an objective that is computed once.
+
+    Args:
+        parameters: the trained parameters.
+        forget_gradients, retain_gradients: for every record, the gradient of its own loss for each of `parameters`.
+        retain_size: N_r, number of retain records.
+        gamma: damping.
+    """
+
+    parameters: list[nn.Parameter]
+    forget_gradients: Iterable[Sequence[Tensor]]
+    retain_gradients: Iterable[Sequence[Tensor]]
+    retain_size: int
+    gamma: float
+
+
+def count_tokens(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """[B] number of labelled tokens of every record; 1 where a record has a single loss (classifiers, QA)."""
+    task = task_of(model)
+    if task in ("classification", "question answering"):
+        labels = inputs["labels" if task == "classification" else "start_positions"]
+        return torch.ones(len(labels), dtype=torch.int64, device=labels.device)
+    labels = inputs["labels"][:, 1:] if task == "causal language model" else inputs["labels"]
+    return (labels != IGNORED_LABEL).sum(1)
+
+
+def _draw(seed: Sequence[int], classes: int, shape: Sequence[int]) -> Tensor:
+    """Integers in [1, classes), so that adding them to a label modulo `classes` gives every other label alike."""
+    values = np.random.default_rng(seed).integers(1, classes, size=math.prod(shape))
+    return torch.from_numpy(values).view(tuple(shape))

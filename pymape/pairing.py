@@ -1,0 +1,110 @@
+"""Batches that pair forget records with retain records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+__all__ = ["PairCollator", "PairDataset", "PairSampler", "checked_sets", "record_ids"]
+
+
+class PairDataset(Dataset):
+    """Several map-style data sets, indexed by one row number for each.
+
+    Args:
+        data: data set by name ("forget", "retain").
+    """
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return max(len(dataset) for dataset in self.data.values())
+
+    def __getitem__(self, rows: tuple[int, ...]) -> dict[str, tuple[int, Any]]:
+        return {side: (row, dataset[row]) for (side, dataset), row in zip(self.data.items(), rows, strict=True)}
+
+
+class PairSampler(Sampler):
+    """Row numbers for `PairDataset`: every set in a random order, the shorter ones repeated in new orders.
+
+    Args:
+        lengths: length of every set.
+        seed: with the epoch it fixes all orders.
+    """
+
+    def __init__(self, lengths: Sequence[int], seed: int) -> None:
+        self.lengths = lengths
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """What the Trainer calls before every epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return max(self.lengths)
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        generator = np.random.default_rng([self.seed, self.epoch])
+        orders = []
+        for length in self.lengths:
+            passes = -(-len(self) // length)
+            order = np.concatenate([generator.permutation(length) for _ in range(passes)])
+            orders.append(order[: len(self)].tolist())
+        return iter(zip(*orders, strict=True))
+
+
+class PairCollator:
+    """Collate each set by itself: {"forget": inputs, "forget_index": row numbers [B], "retain": ...}.
+
+    Args:
+        collate: collator of plain records; it never sees their `id`.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, pairs: Sequence[Mapping[str, tuple[int, Any]]]) -> dict[str, Any]:
+        batch: dict[str, Any] = {}
+        for side in pairs[0]:
+            records = [pair[side][1] for pair in pairs]
+            batch[side] = self.collate([{key: record[key] for key in record if key != "id"} for record in records])
+            batch[f"{side}_index"] = torch.tensor([pair[side][0] for pair in pairs])
+        return batch
+
+
+def checked_sets(forget: Any, retain: Any) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """The given sets and their records' ids, after the checks that any objective needs.
+
+    Raises:
+        ValueError: a set that is empty or not map-style, or a record id in both.
+    """
+    data = {side: dataset for side, dataset in (("forget", forget), ("retain", retain)) if dataset is not None}
+    for side, dataset in data.items():
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            raise ValueError(f"{side}_dataset must be a map-style data set, got {type(dataset).__name__}")
+        if len(dataset) == 0:
+            raise ValueError(f"{side}_dataset must hold at least one record, got an empty set")
+    known = {side: record_ids(dataset) for side, dataset in data.items()}
+    shared = sorted(set(known.get("forget") or ()) & set(known.get("retain") or ()))
+    if shared:
+        raise ValueError(
+            f"forget_dataset and retain_dataset must not overlap, got {len(shared)} ids in both: {shared[:3]}"
+        )
+    ids = {side: known[side] or [f"{side} row {row}" for row in range(len(data[side]))] for side in data}
+    return data, ids
+
+
+def record_ids(dataset: Any) -> list[str] | None:
+    """The `id` of every record, or None where the records have none."""
+    if "id" in getattr(dataset, "column_names", ()):
+        return [str(value) for value in dataset["id"]]
+    first = dataset[0]
+    if isinstance(first, Mapping) and "id" in first:
+        return [str(dataset[row]["id"]) for row in range(len(dataset))]
+    return None

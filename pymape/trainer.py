@@ -1,0 +1,300 @@
+"""Unlearning with `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import TrainOutput
+
+from pymape.losses import check_labels, task_of
+from pymape.masks import ModuleMasks
+from pymape.objectives import Objective, OneShot, Step, UnlearnBatch, get_objective
+from pymape.objectives.step import count_tokens
+from pymape.pairing import PairCollator, PairDataset, PairSampler, checked_sets
+from pymape.partial import PartialParameters
+
+__all__ = ["UnlearnTrainer"]
+
+_SIDES = ("forget", "retain")
+
+
+class UnlearnTrainer(Trainer):
+    """Make a model forget records by an unlearning objective, on all of its parameters or on the selected ones only.
+
+    Every batch pairs `per_device_train_batch_size` forget records with as many retain records; an epoch goes once
+    through the longer of the sets that the objective reads, the shorter one is cycled in a new random order each time.
+    Means are taken over the whole optimizer step, so that gradient accumulation changes nothing. What is needed of the
+    original model is computed when `train` starts; no second model is held. `merge` then gives the plain model.
+
+    Args:
+        model: a supported Hugging Face model with a task head. It is changed in place.
+        args: training arguments, with the Trainer's defaults (fused AdamW, fp32, no reports). `seed` (or `data_seed`)
+            fixes order, pairing and random labels.
+        forget_dataset: map-style data set of dicts with labels; None only for objectives that do not read it.
+        retain_dataset: the same, of records to keep.
+        objective: name of a registered objective.
+        masks: what to train; None trains every parameter.
+        train_task_head: train the task head too (without masks it is trained anyway).
+        alpha: weight of the retain term, >= 0.
+        beta: inverse temperature of `npo`, > 0.
+        gamma: damping of `influence`, > 0.
+        dropout: False trains in eval mode. True is the Trainer's habit, and what gradient checkpointing needs; the
+            original model is asked in eval mode in any case.
+        trainer_options: further arguments of `transformers.Trainer`. A record's `id` is never given to the model.
+
+    Raises:
+        ValueError: unknown objective, missing or empty data set, ids in both sets, masks of another model, or an option
+            that the objective would ignore.
+
+    Source: MAPE-Unlearn (arXiv 2508.17233), section on unlearning with masks.
+    """
+
+    model: Any
+    objective: Objective
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments | None = None,
+        *,
+        forget_dataset: Any = None,
+        retain_dataset: Any = None,
+        objective: str = "gd",
+        masks: ModuleMasks | None = None,
+        train_task_head: bool = False,
+        alpha: float = 1.0,
+        beta: float = 0.1,
+        gamma: float = 1e-3,
+        dropout: bool = True,
+        **trainer_options: Any,
+    ) -> None:
+        self.objective = get_objective(objective)
+        for name, value, lowest in (("alpha", alpha, 0.0), ("beta", beta, None), ("gamma", gamma, None)):
+            if not (value > 0 or value == lowest) or value == float("inf"):
+                raise ValueError(f"{name} must be finite and {'> 0' if lowest is None else '>= 0'}, got {value}")
+        self.alpha, self.beta, self.gamma, self.dropout = alpha, beta, gamma, dropout
+        self.data, self._ids = self._needed_sets(forget_dataset, retain_dataset)
+        if args is None:
+            args = TrainingArguments(output_dir="unlearned", save_strategy="no", report_to="none")
+        _reject_ignored(args, masks, dropout, trainer_options)
+        task_of(model)
+        use_cache = getattr(model.config, "use_cache", None)
+        partial = PartialParameters(model, masks, train_task_head=train_task_head)
+        try:
+            super().__init__(model, args, train_dataset=PairDataset(self.data), **trainer_options)
+        except BaseException:
+            partial.merge()
+            raise
+        self.partial = partial
+        # Models whose forward takes **kwargs make the Trainer believe that the loss is divided already.
+        self.model_accepts_loss_kwargs = False
+        self._use_cache = use_cache
+        self._reference: dict[str, Tensor] = {}
+        self._original: list[Tensor] | None = None
+        self._merged = False
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Unlearn; see `transformers.Trainer.train`. A one-shot objective is computed and applied instead.
+
+        Raises:
+            ValueError: the loss or a trained parameter became NaN or infinite; labels out of range.
+        """
+        if self._merged:
+            raise ValueError("trainer must not be merged before train, got a merged one: make a new trainer")
+        if self.objective.one_shot:
+            return self._train_once()
+        self._look_up_original()
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._require_finite(self.partial.parameters(), "parameters")
+        return output
+
+    def merge(self) -> nn.Module:
+        """End the training: the plain model in eval mode, every parameter outside the masks bit-identical to before."""
+        self._merged = True
+        if self._use_cache is not None:
+            self.model.config.use_cache = self._use_cache
+        return self.partial.merge().eval()
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Create the optimizer of the trained parameters, followed by their write-back after every step."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh:
+            self.partial.attach(optimizer)
+        return optimizer
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of paired forget and retain records."""
+        args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        loader: DataLoader = DataLoader(
+            PairDataset(self.data),
+            batch_size=self._train_batch_size,
+            sampler=PairSampler([len(dataset) for dataset in self.data.values()], seed),
+            collate_fn=PairCollator(self._get_collator_with_removed_columns(self.data_collator, "Training")),
+            drop_last=args.dataloader_drop_last,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Collect the micro-batches of one optimizer step, and count what their means are to be taken over."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for side, ids in self._ids.items():
+            for batch in batches:
+                check_labels(self.model, batch[side], [ids[index] for index in batch[f"{side}_index"].tolist()])
+            counts = [count_tokens(self.model, batch[side]) for batch in batches]
+            totals = torch.tensor([sum(map(len, counts)), sum(int(count.sum()) for count in counts)], device=device)
+            if self.accelerator.num_processes > 1:
+                # The processes' gradients are averaged, so the denominator is the mean of their counts.
+                totals = self.accelerator.reduce(totals.double(), "mean")
+            for batch in batches:
+                batch[f"{side}_shares"] = tuple(count / len(batches) for count in totals.tolist())
+        return batches, None
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The objective's loss on a paired batch; the model's own loss on a plain one (evaluation)."""
+        if not any(f"{side}_index" in inputs for side in _SIDES):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.dropout:
+            model.eval()
+        # The retain set first: its reference may need the original weights, which must be gone before any forward pass.
+        retain = self._batch("retain", inputs, model) if "retain_index" in inputs else None
+        forget: Any = self._batch("forget", inputs, model) if "forget_index" in inputs else None
+        loss = self.objective.function(Step(forget, retain, self.alpha, self.beta))
+        if loss.ndim != 0:
+            raise ValueError(f"objective {self.objective.name!r} must return a scalar, got shape {tuple(loss.shape)}")
+        self._require_finite([loss], "loss")
+        return (loss, {}) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Estimate for both halves of a paired batch."""
+        return sum(super(UnlearnTrainer, self).floating_point_ops(inputs[side]) for side in _SIDES if side in inputs)
+
+    def _needed_sets(self, forget: Any, retain: Any) -> tuple[dict[str, Any], dict[str, list[str]]]:
+        """The sets that the objective reads, and their records' ids; what is given is checked in any case."""
+        data, ids = checked_sets(forget, retain)
+        needs = {"forget": "required" if self.objective.forget else "unused", "retain": self.objective.retain}
+        for side, need in needs.items():
+            if need == "required" and side not in data:
+                raise ValueError(f"{side}_dataset must be given for objective {self.objective.name!r}, got None")
+        used = [side for side in data if needs[side] != "unused"]
+        return {side: data[side] for side in used}, {side: ids[side] for side in used}
+
+    def _batch(self, side: str, inputs: Mapping[str, Any], call: Callable[..., Any]) -> UnlearnBatch:
+        index = inputs[f"{side}_index"].cpu()
+        samples, tokens = inputs.get(f"{side}_shares", (None, None))
+        known = self._reference.get(side)
+        reference: dict[str, Tensor] = {}
+        if known is not None:
+            reference = {"reference_nll" if side == "forget" else "reference_log_probs": known[index]}
+        elif side == "retain" and self._original is not None:
+            with self.partial.swapped(self._original), _evaluating(self.model):
+                reference = {"reference_log_probs": UnlearnBatch(self.model, inputs[side]).log_probs()}
+        seeds = [(self.args.seed, record) for record in index.tolist()]
+        return UnlearnBatch(
+            self.model, inputs[side], call=call, samples=samples, tokens=tokens, seeds=seeds, **reference
+        )
+
+    def _look_up_original(self) -> None:
+        """Compute once what the objective needs of the original model, before a resumed run loads other weights."""
+        if self._reference or self._original is not None:
+            return
+        with _evaluating(self.model), self.accelerator.autocast():
+            if "nll" in self.objective.reference:
+                self._reference["forget"] = torch.cat([batch.nll().cpu() for batch in self._in_order("forget")])
+            if "log_probs" in self.objective.reference and task_of(self.model) == "classification":
+                self._reference["retain"] = torch.cat([batch.log_probs().cpu() for batch in self._in_order("retain")])
+            elif "log_probs" in self.objective.reference:
+                # Tokens x vocabulary would be too much to store: the original parameters are swapped in step by step.
+                self._original = self.partial.snapshot()
+
+    def _in_order(self, side: str, batch_size: int | None = None) -> Iterator[UnlearnBatch]:
+        """All records of one set, in order."""
+        collate = PairCollator(self._get_collator_with_removed_columns(self.data_collator, "Reference"))
+        ids, size = self._ids[side], batch_size or self.args.per_device_eval_batch_size
+        for start in range(0, len(ids), size):
+            rows = range(start, min(start + size, len(ids)))
+            inputs = self._prepare_inputs(collate([{side: (row, self.data[side][row])} for row in rows])[side])
+            check_labels(self.model, inputs, [ids[row] for row in rows])
+            yield UnlearnBatch(self.model, inputs)
+
+    def _gradients(self, side: str, parameters: list[nn.Parameter]) -> Iterator[Sequence[Tensor]]:
+        """The gradient of every record's own loss, one record at a time."""
+        for record in self._in_order(side, batch_size=1):
+            with self.accelerator.autocast():
+                loss = record.loss()
+            self._require_finite([loss], "loss")
+            yield torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+
+    def _train_once(self) -> TrainOutput:
+        start = time.time()
+        self.model.eval()
+        parameters = list(self.partial.parameters())
+        gradients = {side: self._gradients(side, parameters) if side in self.data else iter(()) for side in _SIDES}
+        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        updates = self.objective.function(
+            OneShot(parameters, gradients["forget"], gradients["retain"], len(self.data.get("retain", ())), self.gamma)
+        )
+        self._require_finite(updates, "update")
+        with torch.no_grad():
+            for parameter, update in zip(parameters, updates, strict=True):
+                parameter.add_(update.to(parameter.dtype))
+        self.partial.sync()
+        self.state.global_step = 1
+        norm = float(torch.stack([update.double().square().sum() for update in updates]).sum().sqrt())
+        metrics = {"train_runtime": time.time() - start, "update_norm": norm}
+        self.log(metrics)
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        return TrainOutput(1, 0.0, metrics)
+
+    def _require_finite(self, values: Any, what: str) -> None:
+        for value in values:
+            if not value.isfinite().all():
+                shown = value.item() if value.ndim == 0 else "NaN or infinite values"
+                raise ValueError(
+                    f"{what} must stay finite, got {shown} at step {self.state.global_step} of objective "
+                    f"{self.objective.name!r} with learning_rate {self.args.learning_rate}"
+                )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a block in eval mode and without gradients, then put the mode back."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _reject_ignored(args: TrainingArguments, masks: ModuleMasks | None, dropout: bool, options: dict[str, Any]) -> None:
+    """Refuse options that would have no effect, or a wrong one."""
+    for name in ("model_init", "compute_loss_func"):
+        if options.get(name) is not None:
+            raise ValueError(f"{name} must be None, got one that the objective would replace")
+    if args.label_smoothing_factor != 0:
+        raise ValueError(f"label_smoothing_factor must be 0, got {args.label_smoothing_factor}")
+    if getattr(args, "train_sampling_strategy", "random") != "random":
+        raise ValueError(f"train_sampling_strategy must be 'random', got {args.train_sampling_strategy!r}")
+    if masks is not None and options.get("optimizers", (None, None))[0] is not None:
+        raise ValueError("optimizers must hold no optimizer with masks (use optimizer_cls_and_kwargs), got one")
+    checkpointing = getattr(args, "gradient_checkpointing", False) or getattr(args, "activation_checkpointing", False)
+    if checkpointing and not dropout:
+        raise ValueError("dropout must be True with gradient checkpointing, which works in train mode only, got False")
+    if args.n_gpu > 1:
+        raise ValueError(f"one process must use one GPU (start with torchrun), got {args.n_gpu}")

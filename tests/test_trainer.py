@@ -1,0 +1,461 @@
+"""UnlearnTrainer: what trains, what stays, and that accumulation, resuming and bad input behave."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_zoo import IMAGE_SIZE, LABELS, PAD, VOCABULARY, tiny_model
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import TrainerCallback, TrainingArguments
+
+from pymape.architectures import find_layers, layout
+from pymape.losses import per_sample_loss
+from pymape.masks import ModuleMasks
+from pymape.objectives import objective_names
+from pymape.objectives.registry import _OBJECTIVES, objective
+from pymape.pairing import PairSampler
+from pymape.trainer import UnlearnTrainer
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Models this small only lose by sharing their work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+NAMES = ["ft", "ga", "gd", "influence", "kl", "npo", "rl"]
+
+
+def records(kind: str, count: int, seed: int, prefix: str = "") -> list[dict[str, Any]]:
+    """Records with ids; texts of different lengths, images, or token sequences with their own labels."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for row in range(count):
+        name = {"id": f"{prefix or seed}-{row}"}
+        if kind == "image":
+            pixels = torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+            rows.append({**name, "pixel_values": pixels, "labels": row % LABELS})
+            continue
+        length = int(torch.randint(3, 8, (), generator=generator))
+        tokens = torch.randint(3, VOCABULARY, (length,), generator=generator)
+        labels = tokens if kind == "language" else torch.tensor(row % LABELS)
+        rows.append({**name, "input_ids": tokens, "labels": labels})
+    return rows
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    if "pixel_values" in rows[0]:
+        pixels = torch.stack([row["pixel_values"] for row in rows])
+        return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = [row["input_ids"] for row in rows]
+    batch = {"input_ids": pad(ids, True, PAD), "attention_mask": pad([torch.ones_like(x) for x in ids], True, 0)}
+    labels = [row["labels"] for row in rows]
+    batch["labels"] = pad(labels, True, -100) if labels[0].ndim else torch.stack(labels)
+    return batch
+
+
+KINDS = {"bert": "text", "vit": "image", "gpt2": "language", "llama": "language"}
+
+
+def arguments(path: Path, **options: Any) -> TrainingArguments:
+    defaults: dict[str, Any] = {
+        "output_dir": str(path), "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True,
+        "per_device_train_batch_size": 4, "num_train_epochs": 1, "learning_rate": 1e-2, "logging_steps": 1,
+    }  # fmt: skip
+    return TrainingArguments(**defaults | options)
+
+
+def some_masks(model: torch.nn.Module) -> ModuleMasks:
+    shape = layout(model)
+    groups = torch.zeros(shape.layers, shape.kv_heads, dtype=torch.bool)
+    groups[:, 1] = True
+    filters = torch.rand(shape.layers, shape.filters, generator=torch.Generator().manual_seed(1)) < 0.3
+    return ModuleMasks(groups.repeat_interleave(shape.group_size, 1), filters, shape)
+
+
+def make(family: str, path: Path, *, masked: bool = True, forget: int = 4, retain: int = 8, **options: Any):
+    model = options.pop("model", None) or tiny_model(family)
+    return UnlearnTrainer(
+        model,
+        options.pop("args", None) or arguments(path),
+        forget_dataset=records(KINDS[family], forget, 1),
+        retain_dataset=records(KINDS[family], retain, 2),
+        masks=some_masks(model) if masked else None,
+        data_collator=collate,
+        **options,
+    )
+
+
+def outside(model: torch.nn.Module, masks: ModuleMasks) -> dict[str, Tensor]:
+    """Bool mask per state dict entry of what must not change."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    frozen = {name: torch.ones_like(value, dtype=torch.bool) for name, value in model.state_dict().items()}
+    for layer, groups, filters in zip(find_layers(model), masks.head_groups, masks.filters, strict=True):
+        slices = layer.head_slices(groups.nonzero()[:, 0]) + layer.filter_slices(filters.nonzero()[:, 0])
+        for module, name, dim, index in slices:
+            frozen[names[id(getattr(module, name))]].index_fill_(dim, index, False)
+    return frozen
+
+
+def mean_loss(model: torch.nn.Module, rows: list[dict[str, Any]]) -> float:
+    inputs = collate(rows)
+    with torch.no_grad():
+        return float(per_sample_loss(model, inputs, model(**inputs)).mean())
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_objective_trains_what_it_should(name, family, masked, tmp_path):
+    model = tiny_model(family)
+    before = copy.deepcopy(model.state_dict())
+    flags = [p.requires_grad for p in model.parameters()]
+    cache = model.config.use_cache
+    args = arguments(tmp_path, weight_decay=0.1)
+    assert args.optim == "adamw_torch_fused"
+    trainer = make(family, tmp_path, model=model, masked=masked, args=args, objective=name)
+    forget, retain = (trainer.data.get(side) for side in ("forget", "retain"))
+    loss = {side: mean_loss(model, rows) for side, rows in trainer.data.items()}
+    output = trainer.train()
+    assert trainer.merge() is model
+    assert output.global_step == {"ga": 1, "influence": 1}.get(name, 2)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert not model.training
+    assert model.config.use_cache == cache
+    changed = {key: after[key] != before[key] for key in before}
+    if masked:
+        for key, frozen in outside(model, some_masks(model)).items():
+            assert not changed[key][frozen].any(), key
+    assert sum(int(change.sum()) for change in changed.values()) > 100
+    if name in ("ga", "gd", "kl", "npo", "influence"):
+        assert mean_loss(model, forget) > loss["forget"]
+    if name == "ft":
+        assert mean_loss(model, retain) < loss["retain"]
+
+
+def test_default_arguments_and_a_vision_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model("vit")
+    trainer = UnlearnTrainer(
+        model,
+        forget_dataset=records("image", 2, 1),
+        retain_dataset=records("image", 3, 2),
+        masks=some_masks(model),
+        objective="gd",
+    )
+    assert trainer.train().global_step == 3
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(("family", "masked"), [("bert", False), ("llama", True)])
+@pytest.mark.parametrize("name", ["gd", "kl", "npo", "rl"])
+def test_accumulating_4_x_2_equals_a_batch_of_8(name, family, masked, tmp_path):
+    """Also for records of different lengths and for a last step that is not full."""
+    results = []
+    for batch, steps in ((8, 1), (2, 4)):
+        args = arguments(
+            tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=steps, max_grad_norm=0.5,
+            learning_rate=0.1, optim="sgd", lr_scheduler_type="constant",
+        )  # fmt: skip
+        model = tiny_model(family, dtype=torch.float64)
+        trainer = make(family, tmp_path, model=model, masked=masked, forget=5, retain=13, args=args, objective=name)
+        output = trainer.train()
+        assert output.global_step == 2
+        results.append((trainer.merge().state_dict(), output.training_loss))
+    (whole, loss), (parts, other) = results
+    assert loss == pytest.approx(other, rel=1e-6)
+    for key, value in whole.items():
+        torch.testing.assert_close(parts[key], value, rtol=1e-9, atol=1e-11, msg=lambda text, key=key: f"{key}: {text}")
+    start = tiny_model(family, dtype=torch.float64).state_dict()
+    assert max(float((whole[key] - start[key]).abs().max()) for key in start) > 1e-4
+
+
+TWO_PROCESSES = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+sys.path.insert(0, sys.argv[1])
+import test_trainer
+folder = Path(sys.argv[2])
+model = test_trainer.train_in_batches_of(2, folder)
+if torch.distributed.get_rank() == 0:
+    save_file(model.state_dict(), folder / "two.safetensors")
+torch.distributed.destroy_process_group()
+"""
+
+
+def train_in_batches_of(size: int, path: Path) -> torch.nn.Module:
+    options: dict[str, Any] = {"optim": "sgd", "lr_scheduler_type": "constant"}
+    model = tiny_model("llama", dtype=torch.float64)
+    trainer = make(
+        "llama", path, model=model, objective="kl", args=arguments(path, per_device_train_batch_size=size, **options)
+    )
+    trainer.train()
+    return trainer.merge()
+
+
+def test_two_processes_give_the_model_of_one(tmp_path):
+    one = train_in_batches_of(4, tmp_path).state_dict()
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    subprocess.run([*command, str(Path(__file__).parent), str(tmp_path)], check=True, capture_output=True, timeout=300)
+    two = load_file(tmp_path / "two.safetensors")
+    assert two.keys() == one.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["kl", "npo"])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_the_reference_is_the_original_model(name, family, tmp_path):
+    """At the first step the divergence from the original is exactly zero, later it is not."""
+    log: list[float] = []
+
+    class Watch(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            log.extend([logs["loss"]] if "loss" in logs else [])
+
+    model = tiny_model(family)
+    args = arguments(tmp_path, num_train_epochs=3, per_device_train_batch_size=8)
+    trainer = make(family, tmp_path, model=model, args=args, objective=name, beta=0.5, callbacks=[Watch()], forget=8)
+    inputs = collate(trainer.data["forget"])
+    with torch.no_grad():
+        nll = torch.nn.functional.cross_entropy
+        logits, labels = model(**inputs).logits, inputs["labels"]
+        if family == "gpt2":
+            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        forget = float(nll(logits, labels))
+    retain = mean_token_loss(model, trainer.data["retain"])
+    first = -forget if name == "kl" else 2 / 0.5 * torch.tensor(2.0).log().item() + retain
+    trainer.train()
+    assert log[0] == pytest.approx(first, rel=2e-4)
+    assert len(log) == 3
+    assert log[2] < log[0]
+
+
+def mean_token_loss(model: torch.nn.Module, rows: list[dict[str, Any]]) -> float:
+    with torch.no_grad():
+        return float(model(**collate(rows)).loss)
+
+
+def test_influence_equals_the_formula_per_record(tmp_path):
+    model = tiny_model("bert", dtype=torch.float64)
+    masks = some_masks(model)
+    frozen = outside(model, masks)
+    forget, retain = records("text", 4, 1), records("text", 8, 2)
+    parameters = dict(model.named_parameters())
+
+    def gradients(rows: list[dict[str, Any]]) -> list[tuple[Tensor, ...]]:
+        return [
+            torch.autograd.grad(model(**collate([row])).loss, list(parameters.values()), allow_unused=True)
+            for row in rows
+        ]
+
+    of_forget, of_retain = gradients(forget), gradients(retain)
+    expected = {}
+    for place, (name, parameter) in enumerate(parameters.items()):
+        fisher = sum(gradient[place] ** 2 for gradient in of_retain) / 8
+        step = sum(gradient[place] for gradient in of_forget) / 8 / (fisher + 0.01)
+        expected[name] = torch.where(frozen[name], parameter.detach(), parameter.detach() + step)
+    trainer = make("bert", tmp_path, model=model, objective="influence", gamma=0.01)
+    output = trainer.train()
+    trainer.merge()
+    assert output.metrics["update_norm"] > 0
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(value.detach(), expected[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["gd", "kl"])
+def test_resuming_equals_an_uninterrupted_run(name, tmp_path):
+    def run(folder: str, model=None, **options):
+        args = arguments(tmp_path / folder, num_train_epochs=2, save_strategy="steps", save_steps=3, seed=3)
+        trainer = make("gpt2", tmp_path, model=model or tiny_model("gpt2", dropout=0.1), args=args, objective=name)
+        trainer.train(**options)
+        return trainer.merge().state_dict()
+
+    whole = run("whole")
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    saved = type(tiny_model("gpt2")).from_pretrained(checkpoint)  # a checkpoint is a plain model
+    assert not any(torch.equal(saved.state_dict()[key], whole[key]) for key in whole if "c_attn.weight" in key)
+    resumed = run("resumed", resume_from_checkpoint=str(checkpoint))
+    assert all(torch.equal(resumed[key], value) for key, value in whole.items())
+
+
+def test_a_saved_model_is_the_plain_one(tmp_path):
+    trainer = make("llama", tmp_path, objective="ga")
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    merged = trainer.merge().state_dict()
+    loaded, report = type(trainer.model).from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not report["unexpected_keys"]
+    assert not report["missing_keys"]
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in merged.items())
+
+
+def test_the_same_seed_gives_the_same_model(tmp_path):
+    def run(seed: int) -> Tensor:
+        args = arguments(tmp_path, seed=seed, per_device_train_batch_size=2)
+        trainer = make("bert", tmp_path, model=tiny_model("bert", dropout=0.1), args=args, objective="rl")
+        trainer.train()
+        return torch.cat([p.detach().flatten() for p in trainer.merge().parameters()])
+
+    assert torch.equal(run(0), run(0))
+    assert not torch.equal(run(0), run(1))
+
+
+def test_pairs_cycle_the_shorter_set():
+    sampler = PairSampler([3, 10], seed=0)
+    first = list(sampler)
+    assert list(sampler) == first
+    forget, retain = zip(*first, strict=True)
+    assert sorted(retain) == list(range(10))
+    assert [sorted(forget[start : start + 3]) for start in (0, 3, 6)] == [[0, 1, 2]] * 3
+    assert len({forget[:3], forget[3:6], forget[6:9]}) > 1
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    assert list(PairSampler([3, 10], seed=1)) != first
+
+
+def test_bf16_autocast_checkpointing_and_clipping(tmp_path):
+    args = arguments(tmp_path, bf16=True, gradient_checkpointing=True, max_grad_norm=0.1, gradient_accumulation_steps=2)
+    trainer = make("llama", tmp_path, args=args, objective="kl")
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    after = trainer.merge().state_dict()
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in after.values())
+    assert any(not torch.equal(value, before[key]) for key, value in after.items())
+
+
+def test_dropout_can_be_off(tmp_path):
+    trainer = make("bert", tmp_path, model=tiny_model("bert", dropout=0.5), objective="npo", dropout=False, retain=4)
+    trainer.train()
+    assert not trainer.model.training
+
+
+def test_evaluation_uses_the_models_own_loss(tmp_path):
+    rows = records("text", 6, 3)
+    trainer = make("bert", tmp_path, eval_dataset=rows, objective="gd")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(mean_loss(trainer.model, rows), rel=1e-5)
+
+
+def test_task_head_trains_if_asked(tmp_path):
+    trainer = make("bert", tmp_path, objective="ga", train_task_head=True)
+    before = trainer.model.classifier.weight.detach().clone()
+    trainer.train()
+    assert not torch.equal(trainer.merge().classifier.weight, before)
+
+
+def test_a_diverging_run_is_a_one_line_error_and_writes_nothing(tmp_path):
+    args = arguments(tmp_path / "run", learning_rate=1e38, optim="sgd", save_strategy="steps", save_steps=2)
+    trainer = make("bert", tmp_path, args=args, objective="gd", retain=40)
+    with pytest.raises(ValueError, match=r"must stay finite, got .* learning_rate 1e\+38$") as caught:
+        trainer.train()
+    assert "\n" not in str(caught.value)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    model = tiny_model("bert")
+    with torch.no_grad():
+        model.classifier.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="loss must stay finite, got nan"):
+        make("bert", tmp_path, model=model, objective="influence").train()
+
+
+def test_a_users_objective(tmp_path):
+    try:
+
+        @objective("capped", retain="required")
+        def capped(step):
+            return (4 - step.forget.loss()).relu() + step.alpha * step.retain.loss()
+
+        make("bert", tmp_path, objective="capped").train()
+
+        @objective("vector")
+        def vector(step):
+            return step.forget.nll()
+
+        with pytest.raises(ValueError, match="'vector' must return a scalar"):
+            make("bert", tmp_path, objective="vector").train()
+    finally:
+        _OBJECTIVES.pop("capped", None)
+        _OBJECTIVES.pop("vector", None)
+    assert objective_names() == NAMES
+
+
+def build(path: Path, family: str = "bert", **options: Any) -> UnlearnTrainer:
+    model = options.pop("model", None) or tiny_model(family)
+    defaults = {"forget_dataset": records("text", 3, 1), "retain_dataset": records("text", 3, 2)}
+    return UnlearnTrainer(model, options.pop("args", None) or arguments(path), **defaults | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "nope"}, "objective must be one of ft, ga, .*, got 'nope'"),
+        ({"forget_dataset": []}, "forget_dataset must hold at least one record"),
+        ({"retain_dataset": []}, "retain_dataset must hold at least one record"),
+        ({"objective": "ga", "retain_dataset": []}, "retain_dataset must hold at least one record"),
+        ({"forget_dataset": None}, "forget_dataset must be given for objective 'gd', got None"),
+        ({"retain_dataset": None}, "retain_dataset must be given for objective 'gd', got None"),
+        ({"forget_dataset": iter(())}, "forget_dataset must be a map-style data set"),
+        ({"forget_dataset": records("text", 5, 1), "retain_dataset": records("text", 3, 2, prefix="1")},
+         r"must not overlap, got 3 ids in both: \['1-0', '1-1', '1-2'\]"),
+        ({"alpha": -1.0}, "alpha must be finite and >= 0, got -1.0"),
+        ({"beta": 0.0}, "beta must be finite and > 0, got 0.0"),
+        ({"gamma": float("nan")}, "gamma must be finite and > 0, got nan"),
+        ({"masks": some_masks(tiny_model("gpt2"))}, "masks must fit the model"),
+        ({"compute_loss_func": print}, "compute_loss_func must be None"),
+        ({"masks": some_masks(tiny_model("bert")), "optimizers": (1, None)}, "optimizers must hold no optimizer"),
+        ({"model": tiny_model("bert", "base")}, "model must have a task head"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_a_one_line_error(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as caught:
+        build(tmp_path, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_arguments(tmp_path):
+    with pytest.raises(ValueError, match="label_smoothing_factor must be 0"):
+        build(tmp_path, args=arguments(tmp_path, label_smoothing_factor=0.1))
+    with pytest.raises(ValueError, match="dropout must be True with gradient checkpointing"):
+        build(tmp_path, args=arguments(tmp_path, gradient_checkpointing=True), dropout=False)
+    rows = records("text", 3, 1)
+    rows[1]["labels"] = torch.tensor(LABELS)
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 3\), got 3 for id '1-1'"):
+        build(tmp_path, forget_dataset=rows, data_collator=collate, objective="ga").train()
+
+
+def test_a_failed_construction_leaves_the_model_plain(tmp_path):
+    model = tiny_model("bert")
+    with pytest.raises(TypeError):
+        build(tmp_path, model=model, masks=some_masks(model), no_such_option=1)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_training_after_merging_is_refused(tmp_path):
+    trainer = make("bert", tmp_path)
+    trainer.merge()
+    with pytest.raises(ValueError, match="must not be merged"):
+        trainer.train()
+
+
+def test_nothing_is_reported_or_written_by_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = build(tmp_path, args=None, objective="ga", data_collator=collate)
+    assert json.dumps(trainer.args.to_dict()["report_to"]) in ("[]", '"none"')
+    assert trainer.args.optim == "adamw_torch_fused"
