@@ -78,7 +78,7 @@ void check_gate_heads_backward(const TensorView& grad, const TensorView& output,
   check_heads(d_output, output);
   check_head_gate(gate, output);
   check_head_gate(scores, output);
-  require(scores.is_contiguous(), "scores must be contiguous");
+  require(scores.is_contiguous() || scores.numel() == 0, "scores must be contiguous");
 }
 
 void bind_masked_attention(py::module_& m) {
@@ -275,6 +275,40 @@ void bind_masked_ffn(py::module_& m) {
       },
       py::arg("grad"), py::arg("pre"), py::arg("bias"), py::arg("up"), py::arg("up_bias"), py::arg("gate"),
       py::arg("activation"), py::arg("d_pre"), py::arg("d_up"), py::arg("scores"), py::arg("num_threads"));
+#ifdef PYMAPE_CUDA
+  m.def(
+      "masked_activation_cuda",
+      [](const TensorView& pre, const OptionalView& bias, const OptionalView& up, const OptionalView& up_bias,
+         const OptionalView& gate, int activation, const TensorView& result, std::uintptr_t stream) {
+        const auto in = check_masked_activation(pre, bias, up, up_bias, gate, activation);
+        check_masked_activation_result(pre, result);
+        require(pre.device != kCpu, "masked_activation_cuda takes CUDA tensors");
+        py::gil_scoped_release release;
+        pymape::masked_activation_cuda(in, result, reinterpret_cast<cudaStream_t>(stream));
+      },
+      py::arg("pre"), py::arg("bias"), py::arg("up"), py::arg("up_bias"), py::arg("gate"), py::arg("activation"),
+      py::arg("result"), py::arg("stream"));
+  m.def(
+      "masked_activation_backward_cuda",
+      [](const TensorView& grad, const TensorView& pre, const OptionalView& bias, const OptionalView& up,
+         const OptionalView& up_bias, const OptionalView& gate, int activation, const OptionalView& d_pre,
+         const OptionalView& d_up, const OptionalView& scores, const OptionalView& workspace, std::uintptr_t stream) {
+        const auto in = check_masked_activation(pre, bias, up, up_bias, gate, activation);
+        const pymape::ActivationGradients out{d_pre, d_up, scores};
+        check_masked_activation_gradients(grad, pre, out);
+        require(pre.device != kCpu, "masked_activation_backward_cuda takes CUDA tensors");
+        require(!scores || (workspace && workspace->ndim == 3 && workspace->is_contiguous() &&
+                            workspace->dtype == scores->dtype && workspace->device == pre.device &&
+                            workspace->shape[0] == pre.shape[0] && workspace->shape[1] >= 1 &&
+                            workspace->shape[1] <= 65535 && workspace->shape[2] == pre.shape[2]),
+                "scores need a contiguous [B, splits, F] workspace of their dtype");
+        py::gil_scoped_release release;
+        pymape::masked_activation_backward_cuda(grad, in, out, workspace, reinterpret_cast<cudaStream_t>(stream));
+      },
+      py::arg("grad"), py::arg("pre"), py::arg("bias"), py::arg("up"), py::arg("up_bias"), py::arg("gate"),
+      py::arg("activation"), py::arg("d_pre"), py::arg("d_up"), py::arg("scores"), py::arg("workspace"),
+      py::arg("stream"));
+#endif
 }
 
 }  // namespace

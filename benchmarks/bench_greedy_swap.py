@@ -1,0 +1,106 @@
+"""greedy_swap against a PyTorch loop of the published rearrangement, and at the size of a 7B model.
+
+The gradients are synthetic: per layer eight shared directions over the modules plus independent noise (both standard normal),
+scaled by log-normal sizes of modules and of samples (sigma 1), so that they are correlated and heavy-tailed.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Case, Report, alternate, measure
+from pymape.ops import greedy_swap, greedy_swap_reference
+
+KEPT = 0.1
+
+
+def run(device: str, arguments: Sequence[str] = ()) -> Report:
+    report = Report(
+        "greedy_swap", device, notes=["synthetic gradients: rank 8 + noise, log-normal sizes, seeds 0 to 2"]
+    )
+    for samples in (64, 512):
+        report.cases += rearrangement(layers=12, modules=3072, samples=samples, device=device)
+    report.cases.append(swaps(layers=32, modules=11008, samples=128, device=device))
+    return report
+
+
+def rearrangement(*, layers: int, modules: int, samples: int, device: str) -> list[Case]:
+    forget = gradients(samples, layers, modules, seed=1).to(device)
+    mask = largest(forget.square().sum(dim=0))
+    result = greedy_swap(forget, None, mask, mode="rearrange")
+    assert torch.equal(result.mask, published_rearrangement(forget, mask))
+    assert torch.equal(result.mask, published_rearrangement(forget.double(), mask))
+    cases = alternate(
+        f"rearrange {layers}x{modules}, {samples} samples",
+        {
+            "pymape": lambda: greedy_swap(forget, None, mask, mode="rearrange"),
+            "PyTorch loop": lambda: published_rearrangement(forget, mask),
+        },
+    )
+    cases[0].figures["speed-up"] = cases[1].median_s / cases[0].median_s
+    cases[0].figures["swaps"] = float(result.swaps.sum())
+    return cases
+
+
+def swaps(*, layers: int, modules: int, samples: int, device: str) -> Case:
+    forget, retain = (gradients(samples, layers, modules, seed=seed).to(device) for seed in (1, 2))
+    mask = largest((forget.square() - retain.square()).mean(dim=0))
+    part = (forget[:, :2, :384], retain[:, :2, :384], mask[:2, :384])
+    assert torch.equal(greedy_swap(*part).mask, greedy_swap_reference(*part).mask)
+    result = greedy_swap(forget, retain, mask)
+    assert (result.objective_after >= result.objective_before).all()
+    times = measure({"pymape": lambda: greedy_swap(forget, retain, mask)})["pymape"]
+    figures = {"swaps": float(result.swaps.sum()), "peak GB": peak_bytes(device) / 1e9}
+    shape = f"swap {layers}x{modules}, {samples} + {samples} samples"
+    return Case(shape, "pymape", *(float(np.percentile(times, q)) for q in (50, 20, 80)), figures)
+
+
+def published_rearrangement(forget: Tensor, mask: Tensor) -> Tensor:
+    """The one-pass procedure of Kwon et al. 2022 as a plain loop over layers and kept modules."""
+    result = torch.ones_like(mask)
+    for layer in range(mask.shape[0]):
+        vectors = forget[:, layer].T.contiguous()  # [M, N]
+        kept = mask[layer].nonzero().squeeze(1)
+        kept = kept[vectors[kept].square().sum(dim=1).argsort()]
+        pruned = (~mask[layer]).nonzero().squeeze(1).tolist()
+        for module in kept.tolist():
+            pruned.append(module)
+            members = vectors[pruned]
+            lengths = (members.sum(dim=0) - members).square().sum(dim=1)
+            pruned.pop(int(lengths.argmin()))
+        result[layer, pruned] = False
+    return result
+
+
+def gradients(samples: int, layers: int, modules: int, seed: int) -> Tensor:
+    shared = torch.Generator().manual_seed(0)
+    directions = torch.randn(layers, 8, modules, generator=shared)
+    sizes = torch.randn(layers, 1, modules, generator=shared).exp()
+    own = torch.Generator().manual_seed(seed)
+    weights = torch.randn(layers, samples, 8, generator=own)
+    scales = torch.randn(samples, 1, generator=own).exp() * 1e-4
+    result = torch.empty(samples, layers, modules)
+    for layer in range(layers):
+        noise = torch.randn(samples, modules, generator=own)
+        result[:, layer] = (weights[layer] @ directions[layer] + noise) * sizes[layer] * scales
+    return result
+
+
+def largest(scores: Tensor) -> Tensor:
+    """Select the KEPT share of every layer with the largest scores."""
+    chosen = scores.topk(round(KEPT * scores.shape[1]), dim=1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True)
+
+
+def peak_bytes(device: str) -> int:
+    """Return the most memory the process has held, inputs included (on CUDA, what torch has allocated there)."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
