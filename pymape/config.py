@@ -1,0 +1,162 @@
+"""What the command's configuration files and flags hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+__all__ = ["DataConfig", "DemoConfig", "MaskConfig", "TrainConfig", "UnlearnConfig"]
+
+UnlearnObjective = Literal["ga", "gd", "kl", "npo", "ft", "rl", "influence"]
+MaskObjective = Literal["difference", "ratio", "forget", "random", "magnitude", "everything"]
+
+
+@dataclass
+class DataConfig:
+    """Local data: csv, tsv, json, jsonl or parquet files whose records have ids.
+
+    Args:
+        path: records that the model was trained on.
+        forget: ids to forget: a text file, one id per line, or a table with the id column.
+        retain: ids to keep, in the same form; default: every record that is not forgotten.
+        test: records the model has never seen, for the test accuracy and the membership attack.
+        id_column: column of unique ids.
+        text_column: column of the text.
+        text_pair_column: column of a second text (premise and hypothesis and the like).
+        label_column: column of the labels of a classifier; ignored by language models.
+        max_length: tokens a text is cut to.
+        importance_samples: most retain records that the masks are learned from, drawn with the seed; 0 means all.
+    """
+
+    path: str
+    forget: str
+    retain: str | None = None
+    test: str | None = None
+    id_column: str = "id"
+    text_column: str = "text"
+    text_pair_column: str | None = None
+    label_column: str = "label"
+    max_length: int = 128
+    importance_samples: int = 2000
+
+
+@dataclass
+class MaskConfig:
+    """How the masks are learned.
+
+    Args:
+        budget: share of the heads' and filters' parameters that may be trained, in (0, 1].
+        objective: what the masks maximise; "everything" selects all modules, the module-oblivious baseline.
+        lam: weight of the retain set in "difference".
+        mode: "greedy" (warm start and best swaps), "warm" (warm start only) or "rearrange" (one pass).
+        across_layers: let modules of different layers trade places.
+        first_order: keep the first-order term of the loss.
+        max_swaps: most swaps per layer and kind.
+        file: masks learned before, used instead of learning them.
+    """
+
+    budget: float = 0.3
+    objective: MaskObjective = "difference"
+    lam: float = 1.0
+    mode: Literal["greedy", "warm", "rearrange"] = "greedy"
+    across_layers: bool = False
+    first_order: bool = False
+    max_swaps: int = 400
+    file: str | None = None
+
+
+@dataclass
+class TrainConfig:
+    """Fine-tuning before the unlearning, and of the retrained model.
+
+    Args:
+        lr: peak learning rate, with linear decay.
+        epochs: passes over the data.
+        batch_size: records a step.
+        weight_decay: of AdamW.
+    """
+
+    lr: float = 5e-5
+    epochs: float = 3.0
+    batch_size: int = 32
+    weight_decay: float = 0.01
+
+
+@dataclass
+class UnlearnConfig:
+    """One unlearning run.
+
+    Args:
+        model: Hugging Face model folder with its tokenizer.
+        data: the records, and which of them to forget.
+        output: folder to write; new, empty, or an earlier run's, which is replaced.
+        objective: the unlearning loss.
+        lr: learning rate of the unlearning.
+        epochs: passes over the longer of the sets that the objective reads (forget, retain).
+        batch_size: forget records a step, and as many retain records.
+        alpha: weight of the retain term.
+        beta: temperature of "npo".
+        weight_decay: of AdamW, on the selected parameters.
+        train_task_head: also train the task head, which no mask selects.
+        masks: how the masks are learned.
+        train_first: fine-tune the model on all data before unlearning; this is how a plain encoder gets its task head.
+        train: settings of that fine-tuning.
+        compare_retrain: also retrain from the same start without the forget set and report the gap (needs train_first).
+        eval_batch_size: records a forward pass where nothing is trained.
+        seed: of every random choice.
+    """
+
+    model: str
+    data: DataConfig
+    output: str = "runs/unlearn"
+    objective: UnlearnObjective = "gd"
+    lr: float = 1e-4
+    epochs: float = 1.0
+    batch_size: int = 32
+    alpha: float = 1.0
+    beta: float = 0.1
+    weight_decay: float = 0.0
+    train_task_head: bool = False
+    masks: MaskConfig = field(default_factory=MaskConfig)
+    train_first: bool = False
+    train: TrainConfig = field(default_factory=TrainConfig)
+    compare_retrain: bool = False
+    eval_batch_size: int = 64
+    seed: int = 0
+
+
+@dataclass
+class DemoConfig:
+    """The main job on scikit-learn's digits.
+
+    Args:
+        output: folder to write; new, empty, or an earlier run's, which is replaced.
+        seeds: repetitions; from two on, means, spreads and paired differences are reported.
+        first_seed: seed of the first repetition; the others follow.
+        settings: what to forget: one whole class, or a random tenth of the training records.
+        objectives: unlearning losses to compare.
+        forget_class: the digit to forget in the class setting; default: the seed modulo 10.
+        forget_share: share of the training records to forget in the random setting, in (0, 1).
+        budget: share of the heads' and filters' parameters that may be trained, in (0, 1].
+        class_lam: weight of the retain set when masks are learned for a class.
+        random_lam: the same for random records.
+        lrs: learning rates that masked and unmasked unlearning choose from.
+        steps: optimizer steps of an unlearning run.
+        batch_size: forget records a step, and as many retain records where the objective reads them.
+        train_epochs: passes over the data when the original and the retrained model are trained.
+    """
+
+    output: str = "runs/demo"
+    seeds: int = 1
+    first_seed: int = 0
+    settings: list[Literal["class", "random"]] = field(default_factory=lambda: ["class", "random"])
+    objectives: list[UnlearnObjective] = field(default_factory=lambda: ["ga", "gd", "npo"])
+    forget_class: int | None = None
+    forget_share: float = 0.1
+    budget: float = 0.3
+    class_lam: float = 10.0
+    random_lam: float = 1.0
+    lrs: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3, 1e-2])
+    steps: int = 20
+    batch_size: int = 32
+    train_epochs: int = 30

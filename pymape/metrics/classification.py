@@ -1,0 +1,167 @@
+"""Predictions of a classifier or a causal language model, reduced to one accuracy, confidence and loss a record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pymape.batching import PaddingCollator
+from pymape.losses import IGNORED_LABEL
+
+__all__ = ["Predictions", "accuracy", "confidences", "entropies", "predict"]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says about N records.
+
+    Attributes:
+        correct: [N] in [0, 1]: 1 where the class is right; for language models the share of right next tokens.
+        confidence: [N] in [0, 1]: probability of the true class; for language models its geometric mean over tokens.
+        loss: [N] cross-entropy, in nats (mean over the record's own tokens).
+    """
+
+    correct: Tensor
+    confidence: Tensor
+    loss: Tensor
+
+    def __len__(self) -> int:
+        return self.correct.shape[0]
+
+    def select(self, keep: Tensor) -> Predictions:
+        """The records chosen by a boolean [N] or index tensor."""
+        return Predictions(self.correct[keep], self.confidence[keep], self.loss[keep])
+
+    @property
+    def accuracy(self) -> float:
+        """Mean of `correct`, in percent."""
+        if not len(self):
+            raise ValueError("predictions must hold at least one record, got none")
+        return 100 * self.correct.double().mean().item()
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of records whose largest logit is at the label, in percent.
+
+    Args:
+        logits: [N, C].
+        labels: [N] in [0, C).
+
+    Returns:
+        A value in [0, 100].
+
+    Raises:
+        ValueError: shapes do not fit, or N is 0.
+    """
+    _check(logits, labels)
+    return 100 * (logits.argmax(-1) == labels).double().mean().item()
+
+
+def confidences(logits: Tensor, labels: Tensor) -> Tensor:
+    """Softmax probability of the true class.
+
+    Args:
+        logits: [N, C].
+        labels: [N] in [0, C).
+
+    Returns:
+        [N] fp64 in [0, 1].
+    """
+    _check(logits, labels)
+    return logits.double().softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+
+
+def entropies(logits: Tensor) -> Tensor:
+    """Entropy of the softmax, -sum_c p_c log p_c, in nats.
+
+    Args:
+        logits: [N, C].
+
+    Returns:
+        [N] fp64.
+    """
+    log_p = logits.double().log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    data: Sequence[dict[str, Any]],
+    *,
+    batch_size: int = 128,
+    collate_fn: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+    device: torch.device | str | None = None,
+) -> Predictions:
+    """Run a model over a data set in eval mode, without gradients; its training flags are put back.
+
+    Args:
+        model: Hugging Face classifier (logits [B, C], labels [B]) or causal LM (logits [B, T, V], labels [B, T],
+            -100 ignored).
+        data: map-style data set of dicts with "labels"; a key "id" is not handed to the model.
+        batch_size: records a forward pass.
+        collate_fn: makes one batch of a list of records; default: pad on the right and stack.
+        device: where to run; default: where the model is.
+
+    Returns:
+        Predictions in the order of `data`, on the CPU.
+
+    Raises:
+        ValueError: empty data, or logits and labels that fit neither task.
+    """
+    if not len(data):
+        raise ValueError("data must hold at least one record, got none")
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+    collate = collate_fn or PaddingCollator(0 if pad is None else pad)
+    device = device or next(model.parameters()).device
+    modes = [(module, module.training) for module in model.modules()]
+    parts = []
+    try:
+        model.eval()
+        for start in range(0, len(data), batch_size):
+            rows = [data[row] for row in range(start, min(start + batch_size, len(data)))]
+            batch = collate([{key: value for key, value in row.items() if key != "id"} for row in rows])
+            inputs = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+            labels = inputs.pop("labels")
+            parts.append(_reduce(model(**inputs).logits, labels))
+    finally:
+        for module, training in modes:
+            module.training = training
+    return Predictions(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+
+
+def _reduce(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if logits.ndim == 2 and labels.ndim == 1:
+        loss = nn.functional.cross_entropy(logits.double(), labels, reduction="none")  # [B]
+        return (logits.argmax(-1) == labels).double(), (-loss).exp(), loss
+    if logits.ndim == 3 and labels.shape == logits.shape[:2]:
+        logits, labels = logits[:, :-1], labels[:, 1:]  # position t predicts token t + 1
+        own = labels != IGNORED_LABEL  # [B, T - 1]
+        count = own.sum(-1).clamp(min=1)
+        loss = nn.functional.cross_entropy(
+            logits.float().transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="none"
+        ).double()
+        right = (logits.argmax(-1) == labels) & own
+        mean_loss = loss.sum(-1) / count
+        return right.sum(-1).double() / count, (-mean_loss).exp(), mean_loss
+    raise ValueError(
+        "logits and labels must have shapes ([B, C], [B]) or ([B, T, V], [B, T]), "
+        f"got {tuple(logits.shape)} and {tuple(labels.shape)}"
+    )
+
+
+def _check(logits: Tensor, labels: Tensor) -> None:
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"logits and labels must have shapes [N, C] and [N], got {tuple(logits.shape)} and {tuple(labels.shape)}"
+        )
+    if not labels.numel():
+        raise ValueError("labels must hold at least one record, got none")
+    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+        raise ValueError(
+            f"labels must be in [0, {logits.shape[1]}), got {labels.min().item()} to {labels.max().item()}"
+        )

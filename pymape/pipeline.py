@@ -1,0 +1,361 @@
+"""The main job on a user's own model and data: learn the masks, unlearn, judge, save."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from .batching import PaddingCollator
+from .config import TrainConfig, UnlearnConfig
+from .data import Records, load_ids, load_records, read_table, split_forget, validate_labels
+from .importance import importance
+from .masks import ModuleMasks
+from .metrics import Predictions, mean_gap, predict, summarise
+from .runs import environment, run_folder, write_summary
+from .search import search
+from .trainer import UnlearnTrainer
+from .unlearn_page import summary_text, write_page
+
+__all__ = ["run_unlearn"]
+
+_CLASSIFIER, _LANGUAGE_MODEL = "sequence classification", "causal language model"
+_HEADS = {"ForSequenceClassification": _CLASSIFIER, "ForCausalLM": _LANGUAGE_MODEL, "LMHeadModel": _LANGUAGE_MODEL}
+
+Record = dict[str, Any]
+
+
+@dataclass
+class _Clock:
+    """Wall time of each phase, in seconds."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Tokenised records."""
+
+    forget: list[Record]
+    retain: list[Record]
+    test: list[Record]
+    source: Records
+
+    @property
+    def sets(self) -> dict[str, list[Record]]:
+        return {"forget": self.forget, "retain": self.retain} | ({"test": self.test} if self.test else {})
+
+
+def run_unlearn(config: UnlearnConfig) -> dict[str, Any]:
+    """Unlearn, print a table and write the run's folder: model, masks, summary.json and report.html.
+
+    Args:
+        config: the run's options.
+
+    Returns:
+        What `summary.json` holds.
+
+    Raises:
+        ValueError: an option out of range, data that cannot be used, a loss that is no longer finite; nothing is left
+            behind then.
+        OSError: a model folder that cannot be read.
+    """
+    _check(config)
+    clock = _Clock()
+    with run_folder(config.output) as folder, tempfile.TemporaryDirectory(prefix="pymape-") as scratch:
+        source = load_records(config.data.path, config.data.id_column, argument="data.path")
+        forget = load_ids(config.data.forget, config.data.id_column, argument="data.forget")
+        retain = config.data.retain and load_ids(config.data.retain, config.data.id_column, argument="data.retain")
+        split = split_forget(source.ids, forget, retain or None)
+        set_seed(config.seed)
+        model, tokenizer = _load_model(config, source)
+        encode = _Encoder(config, model, tokenizer)
+        test = [] if config.data.test is None else encode(read_table(config.data.test, "data.test"), "data.test")
+        records = encode(source.columns, "data.path", source.ids)
+        data = _Data([records[row] for row in split.forget], [records[row] for row in split.retain], test, source)
+
+        start = copy.deepcopy(model) if config.compare_retrain else None
+        if config.train_first:
+            with clock.phase("train"):
+                _train(model, data.forget + data.retain, config.train, config.seed, encode.collate, scratch)
+        models = {"original": _judge(model, data, config, encode.collate)}
+        masks = _masks(config, model, data, encode.collate, clock)
+        with clock.phase("unlearn"):
+            _unlearn(config, model, data, masks, encode.collate, scratch)
+        models["unlearned"] = _judge(model, data, config, encode.collate)
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        if masks is not None:
+            masks.save(folder / "masks.safetensors")
+        if start is not None:
+            with clock.phase("retrain"):
+                _train(start, data.retain, config.train, config.seed, encode.collate, scratch)
+            models["retrained"] = _judge(start, data, config, encode.collate)
+
+        summary = {
+            **environment(),
+            "kind": "unlearn",
+            "task": encode.task,
+            "config": dataclasses.asdict(config),
+            "records": {name: len(rows) for name, rows in data.sets.items()},
+            "data_fingerprint": source.fingerprint(),
+            "models": _figures(models, config.seed),
+            "masks": None if masks is None else {"cost": masks.cost(), **masks.provenance},
+            "seconds": clock.seconds,
+            "peak_memory_mib": _peak_memory(),
+        }
+        write_page(folder / "report.html", summary, masks, models)
+        write_summary(folder, summary)
+    print(summary_text(summary))
+    return summary
+
+
+class _Encoder:
+    """Turns table rows into the records of one model: tokens and labels."""
+
+    def __init__(self, config: UnlearnConfig, model: PreTrainedModel, tokenizer: Any) -> None:
+        self.data, self.tokenizer, self.model = config.data, tokenizer, model
+        self.task = _task_of(type(model).__name__)
+        pad = model.config.pad_token_id if model.config.pad_token_id is not None else tokenizer.pad_token_id
+        self.collate = PaddingCollator(0 if pad is None else pad)
+
+    def __call__(self, columns: dict[str, list[Any]], argument: str, ids: Sequence[str] | None = None) -> list[Record]:
+        table = Records(list(ids or ()), columns, argument)
+        texts = [_text(value) for value in table.column(self.data.text_column, "data.text_column")]
+        if not texts:
+            raise ValueError(f"{argument} must hold at least one record, got none")
+        pair = self.data.text_pair_column
+        pairs = None if pair is None else [_text(value) for value in table.column(pair, "data.text_pair_column")]
+        encoded = self.tokenizer(texts, pairs, truncation=True, max_length=self.data.max_length)
+        labels: Sequence[Any] = encoded["input_ids"]
+        if self.task == _CLASSIFIER:
+            values = table.column(self.data.label_column, "data.label_column")
+            config: Any = self.model.config
+            name = f"{self.data.label_column} of {argument}"
+            labels = validate_labels(values, config.num_labels, config.label2id, argument=name)
+        names = ids or [str(row) for row in range(len(texts))]
+        return [
+            {"id": names[row], **{key: encoded[key][row] for key in encoded}, "labels": labels[row]}
+            for row in range(len(texts))
+        ]
+
+
+def _load_model(config: UnlearnConfig, source: Records) -> tuple[PreTrainedModel, Any]:
+    folder = Path(config.model)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model must be a Hugging Face model folder with a config.json, got {config.model!r}")
+    settings = AutoConfig.from_pretrained(folder, local_files_only=True)
+    architecture = (settings.architectures or [settings.model_type])[0]
+    task = _task_of(architecture)
+    if task is None and not config.train_first:
+        raise ValueError(
+            f"model must have a sequence-classification or causal-LM head, got {architecture} in {config.model!r}: "
+            "give a fine-tuned model, or set train_first: true to fine-tune this one on the data before unlearning"
+        )
+    options: dict[str, Any] = {"local_files_only": True, "output_loading_info": True}
+    if task is None:
+        options |= _new_head(source.column(config.data.label_column, "data.label_column"))
+    loader: Any = AutoModelForCausalLM if task == _LANGUAGE_MODEL else AutoModelForSequenceClassification
+    model, info = loader.from_pretrained(folder, **options)
+    missing = sorted(info["missing_keys"])
+    if missing and not config.train_first:
+        raise ValueError(
+            f"model must hold all weights of {architecture}, got a folder without {', '.join(missing[:3])}"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def _new_head(values: Sequence[Any]) -> dict[str, Any]:
+    """Size of a new classification head and, where labels are names, what its outputs mean."""
+    texts = [str(value).strip() for value in values]
+    if all(text.removesuffix(".0").isdigit() for text in texts):
+        return {"num_labels": max(2, 1 + max(int(float(text)) for text in texts))}
+    names = sorted(set(texts))
+    return {"label2id": {name: row for row, name in enumerate(names)}, "id2label": dict(enumerate(names))}
+
+
+def _train(
+    model: PreTrainedModel,
+    records: list[Record],
+    config: TrainConfig,
+    seed: int,
+    collate: PaddingCollator,
+    scratch: str,
+) -> None:
+    options = {"learning_rate": config.lr, "num_train_epochs": config.epochs, "weight_decay": config.weight_decay}
+    arguments = _arguments(scratch, seed, per_device_train_batch_size=config.batch_size, **options)
+    trainer = Trainer(model, arguments, train_dataset=records, data_collator=collate)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise ValueError(f"loss must stay finite, got NaN while fine-tuning with train.lr {config.lr:g}")
+    model.eval()
+
+
+def _masks(
+    config: UnlearnConfig, model: PreTrainedModel, data: _Data, collate: PaddingCollator, clock: _Clock
+) -> ModuleMasks | None:
+    options = config.masks
+    if options.file is not None:
+        return ModuleMasks.load(options.file, model)
+    if options.objective == "everything":
+        return None
+    generator = torch.Generator().manual_seed(config.seed)
+    most = config.data.importance_samples or len(data.retain)
+    rows = torch.randperm(len(data.retain), generator=generator)[:most].sort().values.tolist()
+    sample = [data.retain[row] for row in rows]
+    with clock.phase("importance"):
+        forget, retain = (
+            importance(model, records, batch_size=config.eval_batch_size, collate_fn=collate)
+            for records in (data.forget, sample)
+        )
+    with clock.phase("search"):
+        return search(
+            forget=forget,
+            retain=retain,
+            budget=options.budget,
+            objective=options.objective,
+            lam=options.lam,
+            mode=options.mode,
+            across_layers=options.across_layers,
+            first_order=options.first_order,
+            max_swaps=options.max_swaps,
+            seed=config.seed,
+            model=model,
+        )
+
+
+def _unlearn(
+    config: UnlearnConfig, model: PreTrainedModel, data: _Data, masks: ModuleMasks | None, collate: PaddingCollator,
+    scratch: str,
+) -> None:  # fmt: skip
+    options = {"learning_rate": config.lr, "num_train_epochs": config.epochs, "weight_decay": config.weight_decay}
+    trainer = UnlearnTrainer(
+        model,
+        _arguments(scratch, config.seed, per_device_train_batch_size=config.batch_size, **options),
+        forget_dataset=data.forget,
+        retain_dataset=data.retain,
+        objective=config.objective,
+        masks=masks,
+        train_task_head=config.train_task_head,
+        alpha=config.alpha,
+        beta=config.beta,
+        data_collator=collate,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    trainer.merge()
+
+
+def _arguments(scratch: str, seed: int, **options: Any) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=scratch,
+        seed=seed,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=not sys.stderr.isatty(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **options,
+    )
+
+
+def _judge(
+    model: PreTrainedModel, data: _Data, config: UnlearnConfig, collate: PaddingCollator
+) -> dict[str, Predictions]:
+    return {
+        name: predict(model, records, batch_size=config.eval_batch_size, collate_fn=collate)
+        for name, records in data.sets.items()
+    }
+
+
+def _figures(models: dict[str, dict[str, Predictions]], seed: int) -> dict[str, dict[str, float]]:
+    """UA and RA, with a test set TA and MIA too, losses, and the gap where there is a retrained model."""
+    figures = {}
+    for name, sets in models.items():
+        if "test" in sets:
+            row = summarise(sets["forget"], sets["retain"], sets["test"], seed=seed)
+        else:
+            row = {"UA": 100 - sets["forget"].accuracy, "RA": sets["retain"].accuracy}
+        figures[name] = row | {f"{part}_loss": found.loss.mean().item() for part, found in sets.items()}
+    if "retrained" in figures:
+        metrics = [name for name in ("UA", "RA", "TA", "MIA") if name in figures["retrained"]]
+        for row in figures.values():
+            row["gap"] = mean_gap(row, figures["retrained"], metrics)
+    return figures
+
+
+def _task_of(architecture: str) -> str | None:
+    return next((task for ending, task in _HEADS.items() if architecture.endswith(ending)), None)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _peak_memory() -> float:
+    """Peak of this process so far, on the accelerator where there is one, in MiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _check(config: UnlearnConfig) -> None:
+    ranges = {
+        "masks.budget": (config.masks.budget, 0 < config.masks.budget <= 1, "in (0, 1]"),
+        "masks.lam": (config.masks.lam, 0 <= config.masks.lam < math.inf, "finite and not negative"),
+        "masks.max_swaps": (config.masks.max_swaps, config.masks.max_swaps >= 0, "not negative"),
+        "lr": (config.lr, 0 < config.lr < math.inf, "positive and finite"),
+        "epochs": (config.epochs, 0 < config.epochs < math.inf, "positive and finite"),
+        "batch_size": (config.batch_size, config.batch_size >= 1, "at least 1"),
+        "eval_batch_size": (config.eval_batch_size, config.eval_batch_size >= 1, "at least 1"),
+        "alpha": (config.alpha, 0 <= config.alpha < math.inf, "finite and not negative"),
+        "beta": (config.beta, 0 < config.beta < math.inf, "positive and finite"),
+        "train.lr": (config.train.lr, 0 < config.train.lr < math.inf, "positive and finite"),
+        "train.epochs": (config.train.epochs, 0 < config.train.epochs < math.inf, "positive and finite"),
+        "train.batch_size": (config.train.batch_size, config.train.batch_size >= 1, "at least 1"),
+        "data.max_length": (config.data.max_length, config.data.max_length >= 2, "at least 2"),
+        "data.importance_samples": (
+            config.data.importance_samples,
+            config.data.importance_samples >= 0,
+            "not negative",
+        ),
+    }
+    for name, (value, valid, expected) in ranges.items():
+        if not valid:
+            raise ValueError(f"{name} must be {expected}, got {value}")
+    if config.compare_retrain and not config.train_first:
+        raise ValueError(
+            "compare_retrain must come with train_first: true, so that both models start from the same weights, "
+            "got train_first: false"
+        )

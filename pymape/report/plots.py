@@ -1,0 +1,136 @@
+"""Pictures of a run as SVG markup that takes the page's text colour, so that one picture serves light and dark."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pymape.masks import ModuleMasks
+
+__all__ = ["bars", "histograms", "mask_picture"]
+
+_INK = "#010203"  # stands for the page's text colour until the markup exists
+_COLORS = ("#2f8fc4", "#e0812b", "#4aa564", "#b365b0")
+
+
+def mask_picture(masks: ModuleMasks) -> str:
+    """The layers x modules picture of masks."""
+    with _style():
+        return _svg(masks.plot(None))
+
+
+def histograms(panels: Mapping[str, Mapping[str, Tensor]], label: str, *, log: bool = False, columns: int = 30) -> str:
+    """Side-by-side histograms over one common axis: share of the records in each bin.
+
+    Args:
+        panels: title of a panel to {name of a distribution: [N] values}.
+        label: name of the horizontal axis.
+        log: whether the horizontal axis is logarithmic (values below 1e-6 then count as 1e-6).
+        columns: number of bins.
+
+    Returns:
+        SVG markup.
+    """
+    from matplotlib.figure import Figure
+
+    drawn = {title: {name: _clean(values, log) for name, values in series.items()} for title, series in panels.items()}
+    everything = np.concatenate([values for series in drawn.values() for values in series.values()])
+    low, high = float(everything.min()), float(everything.max())
+    if not high > low:
+        low, high = (low / 2, low * 2) if log else (low - 0.5, low + 0.5)
+    edges = np.geomspace(low, high, columns + 1) if log else np.linspace(low, high, columns + 1)
+    with _style():
+        figure = Figure(figsize=(10.5, 2.9), layout="constrained")
+        axes = np.atleast_1d(figure.subplots(1, len(drawn), sharey=True))
+        for axis, (title, series) in zip(axes, drawn.items(), strict=True):
+            for color, (name, values) in zip(_COLORS, series.items(), strict=False):
+                weights = np.full(len(values), 100 / len(values))
+                axis.hist(values, edges, weights=weights, color=color, alpha=0.3)
+                axis.hist(values, edges, weights=weights, color=color, histtype="step", linewidth=1.6, label=name)
+            axis.set(title=title, xlabel=label, xscale="log" if log else "linear")
+            axis.legend(frameon=False, fontsize="small")
+        axes[0].set_ylabel("% of records")
+        return _svg(figure)
+
+
+def bars(groups: Mapping[str, Mapping[str, list[float]]], label: str) -> str:
+    """Bars of the mean, one a group and method, with a dot a seed.
+
+    Args:
+        groups: name of a group to {method: one value a seed}.
+        label: name of the vertical axis.
+
+    Returns:
+        SVG markup.
+    """
+    from matplotlib.figure import Figure
+
+    methods = list(next(iter(groups.values())))
+    width = 0.8 / len(methods)
+    with _style():
+        figure = Figure(figsize=(10.5, 3.2), layout="constrained")
+        axis = figure.subplots()
+        for index, (color, method) in enumerate(zip(_COLORS, methods, strict=False)):
+            places = np.arange(len(groups)) + (index - (len(methods) - 1) / 2) * width
+            values = [series[method] for series in groups.values()]
+            axis.bar(places, [np.mean(column) for column in values], width * 0.9, color=color, alpha=0.45, label=method)
+            for place, column in zip(places, values, strict=True):
+                axis.plot(
+                    [place] * len(column),
+                    column,
+                    "o",
+                    color=color,
+                    markersize=5,
+                    markeredgecolor=_INK,
+                    markeredgewidth=0.5,
+                )
+        axis.set_xticks(range(len(groups)), list(groups))
+        axis.set_ylabel(label)
+        axis.set_ylim(bottom=0)
+        axis.legend(frameon=False, ncols=len(methods))
+        return _svg(figure)
+
+
+def _style() -> Any:
+    import matplotlib
+
+    style: dict[Any, Any] = {
+        "text.color": _INK,
+        "axes.labelcolor": _INK,
+        "axes.edgecolor": _INK,
+        "axes.titlecolor": _INK,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": "medium",
+        "svg.fonttype": "none",
+    }
+    return matplotlib.rc_context(style)
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    markup = buffer.getvalue()
+    markup = markup[markup.index("<svg") :].replace(_INK, "currentColor")
+    markup = re.sub(r"<metadata>.*?</metadata>", "", markup, flags=re.DOTALL)
+    # Several pictures share one page, and matplotlib numbers its ids anew in each.
+    prefix = "p" + hashlib.sha256(markup.encode()).hexdigest()[:8]
+    markup = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}\1"', markup)
+    return re.sub(r'(url\(#|href="#)', rf"\1{prefix}", markup)
+
+
+def _clean(values: Tensor, log: bool) -> np.ndarray:
+    array = values.detach().double().cpu().numpy()
+    array = array[np.isfinite(array)]
+    return np.maximum(array, 1e-6) if log else array

@@ -1,0 +1,157 @@
+"""The folder and the record that every run of the command leaves: complete, or not there at all."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .files import atomic_write
+
+__all__ = ["SUMMARY", "environment", "run_folder", "write_summary"]
+
+SUMMARY = "summary.json"
+_PACKAGES = ("torch", "transformers", "accelerate", "peft", "numpy", "scikit-learn")
+
+
+@contextmanager
+def run_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `output` when the block ends without an error.
+
+    It is created before any work, in the nearest folder above `output` that exists, so that a place that cannot be
+    written is found out at once. After an error it is removed, and what was at `output` stays as it was.
+
+    Args:
+        output: the run's folder; absent, empty, or an earlier run's folder (recognised by its summary.json), which is
+            replaced.
+
+    Raises:
+        ValueError: `output` cannot be written, or holds something that is not a run.
+    """
+    target = Path(output).absolute()
+    _check_replaceable(target)
+    ancestor = next(folder for folder in target.parents if os.path.lexists(folder))
+    try:
+        stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=ancestor))
+    except OSError as error:
+        raise ValueError(f"output must be a writable folder, got {str(output)!r}: {error.strerror}") from error
+    try:
+        yield stage
+        stage.chmod(0o777 & ~_umask())
+        _put_in_place(stage, target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write `summary.json`; NaN and infinities, which JSON lacks, become null."""
+    with atomic_write(folder / SUMMARY) as path:
+        path.write_text(json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def environment() -> dict[str, Any]:
+    """What it takes to repeat a run: command line, versions, machine, threads and, in a checkout, the commit."""
+    import torch
+
+    versions = {"python": platform.python_version(), "pymape": _version("pymape")}
+    versions |= {package: _version(package) for package in _PACKAGES}
+    return {
+        "command": shlex.join(["pymape", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: version for name, version in versions.items() if version},
+        "commit": _commit(),
+        "machine": {
+            "system": platform.system(),
+            "architecture": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }
+
+
+def _check_replaceable(target: Path) -> None:
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise ValueError(f"output must be a folder, got the file {str(target)!r}")
+    try:
+        content = {entry.name for entry in target.iterdir()}
+    except OSError as error:
+        raise ValueError(f"output must be a writable folder, got {str(target)!r}: {error.strerror}") from error
+    if content and not _is_run(target / SUMMARY):
+        raise ValueError(
+            f"output must be a new or empty folder or an earlier run's, got {str(target)!r} with other files"
+        )
+
+
+def _is_run(summary: Path) -> bool:
+    try:
+        content = json.loads(summary.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "pymape" in content
+
+
+def _put_in_place(stage: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        stage.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    target.rename(old / target.name)
+    try:
+        stage.rename(target)
+    except OSError:
+        (old / target.name).rename(target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not (abs(value) < float("inf")):
+        return None
+    return value
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Commit of the checkout this package is imported from; None for an installed package."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip() or None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

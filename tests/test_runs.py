@@ -1,0 +1,71 @@
+"""The run folder: complete or not there, never over somebody's files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pymape.runs import environment, run_folder, write_summary
+
+
+def _content(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_folder_appears_when_the_run_is_complete(tmp_path: Path) -> None:
+    target = tmp_path / "runs" / "one"
+    with run_folder(target) as folder:
+        write_summary(folder, {"versions": {"pymape": "1"}, "kind": "demo", "value": float("nan")})
+        assert not target.exists()
+    assert _content(tmp_path) == {"runs"}
+    assert _content(target) == {"summary.json"}
+    assert json.loads((target / "summary.json").read_text())["value"] is None
+    assert target.stat().st_mode & 0o055  # readable as the umask says, not 0700 as temporary folders are
+
+
+def test_nothing_is_left_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="half way"), run_folder(tmp_path / "runs" / "one") as folder:
+        (folder / "half").write_text("x")
+        raise RuntimeError("half way")
+    assert not _content(tmp_path)
+
+
+def test_an_earlier_run_is_replaced_only_when_the_new_one_is_complete(tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    with run_folder(target) as folder:
+        write_summary(folder, {"versions": {"pymape": "1"}})
+        (folder / "old").write_text("x")
+    with pytest.raises(RuntimeError), run_folder(target):
+        raise RuntimeError
+    assert _content(target) == {"summary.json", "old"}
+    with run_folder(target) as folder:
+        write_summary(folder, {"versions": {"pymape": "1"}})
+    assert _content(target) == {"summary.json"}
+    assert _content(tmp_path) == {"run"}
+
+
+@pytest.mark.parametrize("other", ["notes.txt", "summary.json"])
+def test_a_folder_of_something_else_is_not_touched(tmp_path: Path, other: str) -> None:
+    (tmp_path / other).write_text("[1]")
+    with pytest.raises(ValueError, match="output must be a new or empty folder or an earlier run's"), run_folder(tmp_path):
+        pass
+    assert _content(tmp_path) == {other}
+
+
+def test_a_place_that_cannot_be_written_is_found_out_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    for target in (file, file / "run", Path("/proc/none/run")):
+        with pytest.raises(ValueError, match=f"^output must be a .*folder, got .*{target.name}"), run_folder(target):
+            pytest.fail("the block must not run")
+    assert _content(tmp_path) == {"file"}
+
+
+def test_environment_says_how_to_repeat_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/somewhere/bin/pymape", "demo", "--output", "a b"])
+    found = environment()
+    assert found["command"] == "pymape demo --output 'a b'"
+    assert {"python", "torch", "transformers"} <= found["versions"].keys()
+    json.dumps(found, allow_nan=False)
