@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test bench lint build wheel-test clean
+.PHONY: demo test soak bench lint build wheel-test clean
 
 demo: build
 	$(BIN)/pymape demo
 
 test: build
 	$(BIN)/python -m pytest tests
+
+soak: build
+	$(BIN)/python -m pytest tests -m soak -s
 
 bench: build
 	$(BIN)/python -m benchmarks all

@@ -15,13 +15,19 @@ from pymape.search import search  # noqa: E402
 # Public name -> module that defines it. Nothing here is imported before it is used: `import pymape` stays cheap and needs
 # neither transformers nor triton.
 _EXPORTS = {
+    "FrozenPrefix": "frozen_prefix",
     "Importance": "importance",
     "MaskedFeedForward": "modules",
     "MaskedMultiheadAttention": "modules",
     "ModelLayout": "architectures",
     "ModuleMasks": "masks",
     "PartialParameters": "partial",
+    "Sophia": "sophia",
+    "StopWhenForgotten": "stopping",
+    "PrefixCache": "prefix_cache",
+    "UnlearnSession": "session",
     "UnlearnTrainer": "trainer",
+    "apply_delta": "delta",
     "apply_masks": "modules",
     "evaluate_candidates": "learned_gates",
     "gates": "modules",
@@ -30,6 +36,7 @@ _EXPORTS = {
     "learn_gates": "learned_gates",
     "register_architecture": "architectures",
     "restore": "modules",
+    "selected_weight_grad": "ops",
     "set_gates": "modules",
 }
 

@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Architecture", "LayerModules", "ModelLayout", "find_layers", "layout", "register_architecture"]
+__all__ = [
+    "Architecture",
+    "LayerModules",
+    "ModelLayout",
+    "find_layers",
+    "find_prefix",
+    "layout",
+    "register_architecture",
+]
 
 ParameterSlice = tuple[nn.Module, str, int, Tensor]
 
@@ -31,6 +39,8 @@ class Architecture:
         ffn_activation: the activation between them.
         ffn_tail: what the method applies after the filters, in order; without a tail it returns the filters.
         ffn_method: the method to rebind.
+        embeddings: what runs before the layers or beside them, relative to the module that `layers` is relative to;
+            only `FrozenPrefix` needs it.
     """
 
     layers: str
@@ -47,6 +57,7 @@ class Architecture:
     ffn_up: str | None = None
     ffn_tail: tuple[str, ...] = ()
     ffn_method: str = "forward"
+    embeddings: tuple[str, ...] = ()
 
 
 _BERT = Architecture(
@@ -60,6 +71,7 @@ _BERT = Architecture(
     ffn_in="intermediate.dense",
     ffn_activation="intermediate.intermediate_act_fn",
     ffn_out="output.dense",
+    embeddings=("embeddings",),
 )
 _VIT = Architecture(
     layers="layers",
@@ -73,6 +85,7 @@ _VIT = Architecture(
     ffn_activation="mlp.activation_fn",
     ffn_out="mlp.fc2",
     ffn_tail=("mlp.fc2",),
+    embeddings=("embeddings",),
 )
 _LLAMA = Architecture(
     layers="layers",
@@ -87,6 +100,7 @@ _LLAMA = Architecture(
     ffn_activation="mlp.act_fn",
     ffn_out="mlp.down_proj",
     ffn_tail=("mlp.down_proj",),
+    embeddings=("embed_tokens", "rotary_emb"),
 )
 
 _ARCHITECTURES: dict[str, Architecture] = {
@@ -105,6 +119,7 @@ _ARCHITECTURES: dict[str, Architecture] = {
         ffn_out="ffn.lin2",
         ffn_tail=("ffn.lin2", "ffn.dropout"),
         ffn_method="ff_chunk",
+        embeddings=("embeddings",),
     ),
     "vit": _VIT,
     "deit": _VIT,
@@ -118,6 +133,7 @@ _ARCHITECTURES: dict[str, Architecture] = {
         ffn_activation="mlp.act",
         ffn_out="mlp.c_proj",
         ffn_tail=("mlp.c_proj", "mlp.dropout"),
+        embeddings=("wte", "wpe", "drop"),
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -282,9 +298,7 @@ def find_layers(model: nn.Module) -> list[LayerModules]:
         ValueError: the architecture has no row, or a row that does not fit the model.
     """
     config, row = _architecture(model)
-    lists = [module for name, module in model.named_modules() if f".{name}".endswith(f".{row.layers}")]
-    if len(lists) != 1:
-        raise ValueError(f"{config.model_type} model must have one module list {row.layers!r}, found {len(lists)}")
+    _, layers = _layer_list(model)
 
     def layer_modules(layer: nn.Module) -> LayerModules:
         modules: dict[str, Any] = {name: _submodule(layer, getattr(row, name)) for name in _SUBMODULES}
@@ -299,7 +313,15 @@ def find_layers(model: nn.Module) -> list[LayerModules]:
             kv_heads=kv_heads,
         )
 
-    return [layer_modules(layer) for layer in lists[0].children()]
+    return [layer_modules(layer) for layer in layers.children()]
+
+
+def find_prefix(model: nn.Module, layers: int) -> list[nn.Module]:
+    """Find what computes the input of layer `layers`: the embeddings that the row names and every layer below it."""
+    _, row = _architecture(model)
+    name, found = _layer_list(model)
+    root = model.get_submodule(name.removesuffix(row.layers).removesuffix("."))
+    return [*(root.get_submodule(path) for path in row.embeddings), *list(found.children())[:layers]]
 
 
 def layout(model: nn.Module) -> ModelLayout:
@@ -339,6 +361,15 @@ def _architecture(model: nn.Module) -> tuple[Any, Architecture]:
             f"pymape.register_architecture({model_type!r}, pymape.Architecture(layers=..., attention=..., ...))"
         )
     return config, _ARCHITECTURES[model_type]
+
+
+def _layer_list(model: nn.Module) -> tuple[str, nn.Module]:
+    """The module list of the layers, with its qualified name."""
+    config, row = _architecture(model)
+    lists = [(name, module) for name, module in model.named_modules() if f".{name}".endswith(f".{row.layers}")]
+    if len(lists) != 1:
+        raise ValueError(f"{config.model_type} model must have one module list {row.layers!r}, found {len(lists)}")
+    return lists[0]
 
 
 def _submodule(layer: nn.Module, path: str | None) -> nn.Module | None:

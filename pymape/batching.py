@@ -19,7 +19,10 @@ from torch.utils.data import (
 
 from pymape.losses import IGNORED_LABEL
 
-__all__ = ["LengthBucketSampler", "PaddingCollator", "RecordBatches", "record_lengths"]
+__all__ = ["ALTERNATIVE", "LengthBucketSampler", "PaddingCollator", "RecordBatches", "bare_record", "record_lengths"]
+
+# Fields of a record that hold another answer to the same question: `alternative_input_ids`, `alternative_labels`.
+ALTERNATIVE = "alternative_"
 
 _PADDING = {"labels": IGNORED_LABEL, "special_tokens_mask": 1}
 
@@ -90,10 +93,12 @@ class RecordBatches:
         collate_fn: list of records -> dict of tensors; default `PaddingCollator` (or the DataLoader's own).
         bucket: group records of similar length where `input_ids` vary in length.
         pad_token_id: padding token of the default collate function.
+        share: (n, of): iterate over every `of`-th batch from the n-th on, for processes that divide the work.
 
     Attributes:
         data: the data set itself.
         positions: [N] int64 places in `data` of the records, rising: row n of a result is record positions[n].
+        shares: the rows of every share.
 
     Iterating yields `(rows [B], ids [B] or None, batch)`: `ids` are the records' own `id` fields.
 
@@ -109,6 +114,7 @@ class RecordBatches:
         collate_fn: Callable[[list[Any]], Any] | None = None,
         bucket: bool = True,
         pad_token_id: int = 0,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         records: Any = data
         own_batches: list[list[int]] | None = None
@@ -141,13 +147,17 @@ class RecordBatches:
             own_batches = [[places[index] for index in batch] for batch in LengthBucketSampler(lengths, batch_size)]
         self.data = records
         self.positions = places
-        self._batches = own_batches
         self._rows = {place: row for row, place in enumerate(places)}
+        self._batches = own_batches[share[0] :: share[1]]
+        self.shares = [
+            [self._rows[place] for batch in own_batches[number :: share[1]] for place in batch]
+            for number in range(share[1])
+        ]
         collate = _WithIds(collate_fn or PaddingCollator(pad_token_id))
         # A generator of its own: a DataLoader draws a seed from the global one, which is the user's.
         generator = torch.Generator()
         self._loader: DataLoader[Any] = DataLoader(
-            records, batch_sampler=own_batches, collate_fn=collate, generator=generator, **options
+            records, batch_sampler=self._batches, collate_fn=collate, generator=generator, **options
         )
 
     def __len__(self) -> int:
@@ -178,6 +188,11 @@ def record_lengths(data: Any, positions: Sequence[int] | None = None) -> list[in
     return [len(columns[place]["input_ids"]) for place in places]
 
 
+def bare_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model is to see of a record: not its `id`, nor an alternative answer."""
+    return {name: value for name, value in record.items() if name != "id" and not name.startswith(ALTERNATIVE)}
+
+
 class _WithIds:
     """Takes the `id` field off the records before they are collated (a class, so that worker processes can load it)."""
 
@@ -188,8 +203,7 @@ class _WithIds:
         if not isinstance(records[0], Mapping):
             raise ValueError(f"data must give dicts as records, got {type(records[0]).__name__}")
         ids = [str(record["id"]) for record in records] if "id" in records[0] else None
-        bare = [{name: value for name, value in record.items() if name != "id"} for record in records]
-        return ids, self.collate_fn(bare)
+        return ids, self.collate_fn([bare_record(record) for record in records])
 
 
 def _takes_all(sampler: Any, count: int) -> bool:

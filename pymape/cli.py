@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -16,6 +22,7 @@ __all__ = ["main"]
 
 _FAILED = 2
 _INTERRUPTED = 130
+_SHORT = {"--forget-ids": "--data.forget", "--request-id": "--request_id"}
 
 
 @dataclass
@@ -36,14 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: command line without the program's name; default: that of the process.
 
     Returns:
-        Exit code: 0, 2 after bad input (reported in one line on stderr), 130 after an interruption.
+        Exit code: 0, 2 after bad input (reported in one line on stderr), 130 after an interruption (Ctrl-C or SIGTERM).
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     # `pymape unlearn CONFIG.yaml` is short for `pymape unlearn --config CONFIG.yaml`.
     if len(words) > 1 and words[0] in ("demo", "unlearn") and not words[1].startswith("-"):
         words.insert(1, "--config")
     try:
-        _run(_parser().parse_args(words))
+        with _terminable():
+            _run(_parser().parse_args(_with_session(words)))
     except (ArgumentError, ValueError, OSError, ImportError) as error:
         print(f"pymape: error: {_one_line(error)}", file=sys.stderr)
         return _FAILED
@@ -53,15 +61,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the work as Ctrl-C does, so that what was begun is cleaned up."""
+    if threading.current_thread() is not threading.main_thread():  # signals can be set from the main thread only
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _run(options: Namespace) -> None:
     if options.subcommand == "demo":
         from .demo import run_demo
 
         run_demo(_built(DemoConfig, options.demo))
     elif options.subcommand == "unlearn":
-        from .pipeline import run_unlearn
+        _unlearn(_built(UnlearnConfig, options.unlearn))
+    elif options.subcommand == "session":
+        from .session import UnlearnSession
 
-        run_unlearn(_built(UnlearnConfig, options.unlearn))
+        session = UnlearnSession(options.session.show.folder, read_only=True)
+        session.verify()
+        print(session.summary())
     else:
         from .masks import ModuleMasks
 
@@ -70,6 +95,33 @@ def _run(options: Namespace) -> None:
         print(masks.summary())
         if show.plot is not None:
             masks.plot(show.plot)
+
+
+def _unlearn(config: UnlearnConfig) -> None:
+    if config.session is None and config.request_id is None:
+        from .pipeline import run_unlearn
+
+        run_unlearn(config)
+    else:
+        from .session import run_request
+
+        run_request(config)
+
+
+def _with_session(words: list[str]) -> list[str]:
+    """The command line with a session's short options written out and its stored options put first."""
+    if not words or words[0] != "unlearn":
+        return words
+    words = [_SHORT.get(name, name) + sign + value for name, sign, value in (word.partition("=") for word in words)]
+    given = [word.removeprefix("--session=") for word in words if word.startswith("--session=")]
+    given += [value for word, value in pairwise(words) if word == "--session"]
+    if given:
+        from .session import stored_options
+
+        options = stored_options(given[-1])
+        if options is not None:
+            return [words[0], "--config", json.dumps(options), *words[1:]]
+    return words
 
 
 def _parser() -> ArgumentParser:
@@ -90,6 +142,11 @@ def _parser() -> ArgumentParser:
     show.add_argument("file", help="Mask file that pymape wrote.")
     show.add_class_arguments(_Show)
     masks.add_subcommands(required=True).add_subcommand("show", show, help="print what a mask file selects")
+    session = ArgumentParser(description="Inspect a session of successive requests.", exit_on_error=False)
+    commands.add_subcommand("session", session, help="inspect a session of successive requests")
+    show = ArgumentParser(description="Check a session's files and list its requests.", exit_on_error=False)
+    show.add_argument("folder", help="Folder given as --session to pymape unlearn.")
+    session.add_subcommands(required=True).add_subcommand("show", show, help="check its files and list its requests")
     return parser
 
 
@@ -108,4 +165,5 @@ def _built(config: Any, options: Namespace) -> Any:
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r'Parser key "([^"]+)":', r"--\1:", str(error))
+    return " ".join(text.split()) or type(error).__name__

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 __all__ = ["DataConfig", "DemoConfig", "MaskConfig", "TrainConfig", "UnlearnConfig"]
 
-UnlearnObjective = Literal["ga", "gd", "kl", "npo", "ft", "rl", "influence"]
+UnlearnObjective = Literal["ga", "gd", "kl", "npo", "simnpo", "dpo", "idk", "rmu", "ft", "rl", "so", "influence", "ssd"]
+# Those that need neither options nor alternative answers.
+DemoObjective = Literal["ga", "gd", "kl", "npo", "simnpo", "ft", "rl", "so", "influence"]
 MaskObjective = Literal["difference", "ratio", "forget", "random", "magnitude", "everything"]
 
 
@@ -17,25 +19,28 @@ class DataConfig:
 
     Args:
         path: records that the model was trained on.
-        forget: ids to forget: a text file, one id per line, or a table with the id column.
+        forget: ids to forget: a text file, one id per line, or a table with the id column (--forget-ids for short).
         retain: ids to keep, in the same form; default: every record that is not forgotten.
         test: records the model has never seen, for the test accuracy and the membership attack.
         id_column: column of unique ids.
         text_column: column of the text.
         text_pair_column: column of a second text (premise and hypothesis and the like).
         label_column: column of the labels of a classifier; ignored by language models.
+        alternative_column: column of what "dpo" and "idk" teach instead: another label, or another whole text for
+            language models; may be empty where a record is not forgotten.
         max_length: tokens a text is cut to.
         importance_samples: most retain records that the masks are learned from, drawn with the seed; 0 means all.
     """
 
     path: str
-    forget: str
+    forget: str | None = None
     retain: str | None = None
     test: str | None = None
     id_column: str = "id"
     text_column: str = "text"
     text_pair_column: str | None = None
     label_column: str = "label"
+    alternative_column: str | None = None
     max_length: int = 128
     importance_samples: int = 2000
 
@@ -89,13 +94,15 @@ class UnlearnConfig:
     Args:
         model: Hugging Face model folder with its tokenizer.
         data: the records, and which of them to forget.
-        output: folder to write; new, empty, or an earlier run's, which is replaced.
+        output: folder to write; new, empty, or an earlier run's, which is replaced. A session has its own folder.
         objective: the unlearning loss.
+        objective_options: values for its own options, for instance {"layer": 7} for "rmu".
         lr: learning rate of the unlearning.
         epochs: passes over the longer of the sets that the objective reads (forget, retain).
         batch_size: forget records a step, and as many retain records.
         alpha: weight of the retain term.
-        beta: temperature of "npo".
+        retain: the retain term of objectives that leave the choice: "nll", or "kl" from the original model.
+        beta: inverse temperature of "npo", "simnpo" and "dpo".
         weight_decay: of AdamW, on the selected parameters.
         train_task_head: also train the task head, which no mask selects.
         masks: how the masks are learned.
@@ -104,16 +111,22 @@ class UnlearnConfig:
         compare_retrain: also retrain from the same start without the forget set and report the gap (needs train_first).
         eval_batch_size: records a forward pass where nothing is trained.
         seed: of every random choice.
+        session: folder of successive requests: the first one starts it from `model` and `data`, later ones continue
+            from the last weights, with the same options unless they are given anew.
+        request_id: name of the request in the session; a finished one is not repeated, its receipt is shown again.
+        receipt_ids: how a session's receipts name records: "keyed" (HMAC-SHA256 with the session's own key) or "plain".
     """
 
     model: str
     data: DataConfig
     output: str = "runs/unlearn"
     objective: UnlearnObjective = "gd"
+    objective_options: dict[str, Any] = field(default_factory=dict)
     lr: float = 1e-4
     epochs: float = 1.0
     batch_size: int = 32
     alpha: float = 1.0
+    retain: Literal["nll", "kl"] = "nll"
     beta: float = 0.1
     weight_decay: float = 0.0
     train_task_head: bool = False
@@ -123,6 +136,9 @@ class UnlearnConfig:
     compare_retrain: bool = False
     eval_batch_size: int = 64
     seed: int = 0
+    session: str | None = None
+    request_id: str | None = None
+    receipt_ids: Literal["keyed", "plain"] = "keyed"
 
 
 @dataclass
@@ -150,7 +166,7 @@ class DemoConfig:
     seeds: int = 1
     first_seed: int = 0
     settings: list[Literal["class", "random"]] = field(default_factory=lambda: ["class", "random"])
-    objectives: list[UnlearnObjective] = field(default_factory=lambda: ["ga", "gd", "npo"])
+    objectives: list[DemoObjective] = field(default_factory=lambda: ["ga", "gd", "npo"])
     forget_class: int | None = None
     forget_share: float = 0.1
     budget: float = 0.3

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_write"]
+__all__ = ["atomic_write", "sync_tree"]
 
 
 @contextmanager
@@ -34,6 +34,14 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_tree(folder: Path, deep: bool = True) -> None:
+    """Wait until a folder's entries, and with `deep` everything below it, have reached the disk."""
+    if deep:
+        for path in folder.rglob("*"):
+            _sync(path)
+    _sync(folder)
 
 
 def _sync(path: Path) -> None:

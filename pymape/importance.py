@@ -20,6 +20,7 @@ from pymape.architectures import ModelLayout, layout
 from pymape.batching import RecordBatches
 from pymape.files import atomic_write
 from pymape.losses import check_labels, per_sample_loss
+from pymape.processes import exchange, rank, require_equal, share_rows, together, world_size
 
 __all__ = ["Importance", "importance"]
 
@@ -205,7 +206,8 @@ def importance(
     heads: g_n[l, h] = sum_t <O[n, t, l, h], d loss_n / d O[n, t, l, h]>, filters: g_n[l, f] = sum_t a[n, t, l, f] *
     d loss_n / d a[n, t, l, f], with O a head's output before W_O and a the activation of a filter. One forward and one
     backward per batch give the gradients of all its samples, because samples do not mix; weights get no gradient. The
-    result does not depend on how records are batched or padded.
+    result does not depend on how records are batched or padded. Where `torch.distributed` runs, each process takes a
+    share of the batches and all get the whole result; all must be given the same model and the same data, undivided.
 
     Args:
         model: Hugging Face model of a supported architecture. It runs in eval mode and is left as it was found.
@@ -227,7 +229,7 @@ def importance(
 
     Raises:
         ValueError: empty data, repeated ids, labels missing or out of range, a loss that is NaN or infinite, an unknown
-            architecture.
+            architecture, data that differ between processes.
 
     Source: arXiv 2508.17233 (MAPE-Unlearn); Kwon et al. 2022, arXiv 2204.09656.
     """
@@ -238,26 +240,29 @@ def importance(
     shape = layout(model)
     config: Any = model.config
     pad_token_id = getattr(config, "pad_token_id", None)
-    batches = RecordBatches(
-        data,
-        batch_size=batch_size,
-        collate_fn=collate_fn,
-        bucket=bucket,
-        pad_token_id=0 if pad_token_id is None else pad_token_id,
-    )
-    count, taken = len(batches.positions), set[str]()
-    names: list[str] = [str(place) for place in batches.positions]
-    if ids is not None:
-        if len(ids) != len(batches.data):
-            raise ValueError(f"ids must name the {len(batches.data)} records of data, got {len(ids)} ids")
-        names = [str(ids[place]) for place in batches.positions]
-        _check_unique(names)
-    with torch.inference_mode(False), torch.enable_grad(), _prepared(model, backend, device), gates(model):
-        heads = torch.empty(count, shape.layers, shape.heads, dtype=dtype)
-        filters = torch.empty(count, shape.layers, shape.filters, dtype=dtype)
-        run = _Pass(model, shape, loss, autocast)
-        bar = tqdm(total=count, desc="importance", unit="record", disable=None if progress is None else not progress)
-        with bar:
+    with together():
+        batches = RecordBatches(
+            data,
+            batch_size=batch_size,
+            collate_fn=collate_fn,
+            bucket=bucket,
+            pad_token_id=0 if pad_token_id is None else pad_token_id,
+            share=(rank(), world_size()),
+        )
+        require_equal((batches.positions, batches.shares), "data")
+        count, taken = len(batches.positions), set[str]()
+        names: list[str] = [str(place) for place in batches.positions]
+        if ids is not None:
+            if len(ids) != len(batches.data):
+                raise ValueError(f"ids must name the {len(batches.data)} records of data, got {len(ids)} ids")
+            names = [str(ids[place]) for place in batches.positions]
+            _check_unique(names)
+        hidden = True if rank() else None if progress is None else not progress
+        bar = tqdm(total=count, desc="importance", unit="record", disable=hidden)
+        with torch.inference_mode(False), torch.enable_grad(), _prepared(model, backend, device), gates(model), bar:
+            heads = torch.empty(count, shape.layers, shape.heads, dtype=dtype)
+            filters = torch.empty(count, shape.layers, shape.filters, dtype=dtype)
+            run = _Pass(model, shape, loss, autocast)
             for rows, own_ids, batch in batches:
                 if ids is None and own_ids is not None:
                     _check_unique(own_ids, taken)
@@ -265,7 +270,11 @@ def importance(
                         names[row] = name
                 scores = run(batch, [names[row] for row in rows.tolist()])
                 heads[rows], filters[rows] = (score.to("cpu", dtype) for score in scores)
-                bar.update(len(rows))
+                bar.update(len(rows) * world_size())
+    share_rows((heads, filters), batches.shares)
+    for own, theirs in zip(batches.shares, exchange(names), strict=True):
+        for row in own:
+            names[row] = theirs[row]
     provenance = {
         "samples": count,
         "loss": "per_sample_loss" if loss is None else getattr(loss, "__qualname__", type(loss).__name__),

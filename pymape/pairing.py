@@ -9,7 +9,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-__all__ = ["PairCollator", "PairDataset", "PairSampler", "checked_sets", "record_ids"]
+from pymape.batching import ALTERNATIVE, bare_record
+from pymape.objectives.step import LABELS
+
+__all__ = ["PairCollator", "PairDataset", "PairSampler", "alternative_answer", "checked_sets", "record_ids"]
 
 
 class PairDataset(Dataset):
@@ -64,18 +67,44 @@ class PairCollator:
 
     Args:
         collate: collator of plain records; it never sees their `id`.
+        alternative: whether to collate the forget records' alternative answers too, as "alternative": inputs with
+            labels, or labels alone where they are other labels of the same inputs.
     """
 
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+    def __init__(self, collate: Callable[[list[Any]], Any], alternative: bool = False) -> None:
         self.collate = collate
+        self.alternative = alternative
 
     def __call__(self, pairs: Sequence[Mapping[str, tuple[int, Any]]]) -> dict[str, Any]:
         batch: dict[str, Any] = {}
         for side in pairs[0]:
             records = [pair[side][1] for pair in pairs]
-            batch[side] = self.collate([{key: record[key] for key in record if key != "id"} for record in records])
+            batch[side] = self.collate([bare_record(record) for record in records])
             batch[f"{side}_index"] = torch.tensor([pair[side][0] for pair in pairs])
+            if self.alternative and side == "forget":
+                batch["alternative"] = self._alternatives(records)
+                batch["alternative_index"] = batch["forget_index"]
         return batch
+
+    def _alternatives(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        answers = [alternative_answer(record) for record in records]
+        if not answers[0].keys() <= set(LABELS):
+            return self.collate(answers)
+        # The same inputs: only their labels are needed, in the form that the collator gives them.
+        collated = self.collate([bare_record(record) | answer for record, answer in zip(records, answers, strict=True)])
+        return {name: collated[name] for name in answers[0]}
+
+
+def alternative_answer(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record's alternative answer: its fields `alternative_*` without that prefix.
+
+    Raises:
+        ValueError: it has none.
+    """
+    answer = {name.removeprefix(ALTERNATIVE): record[name] for name in record if name.startswith(ALTERNATIVE)}
+    if not answer.keys() & set(LABELS):
+        raise ValueError(f"forget records must have alternative_labels for this objective, got {sorted(record)}")
+    return answer
 
 
 def checked_sets(forget: Any, retain: Any) -> tuple[dict[str, Any], dict[str, list[str]]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
-from pymape.architectures import find_layers
-from pymape.masks import ModuleMasks
+from pymape.architectures import find_layers, find_prefix
+from pymape.delta import DeltaPart, gather_parts, inside_digest, write_delta
+from pymape.masks import ModuleMasks, versions
+from pymape.ops.selected_weight_grad import selected_weight_grad
 
 __all__ = ["PartialParameters"]
 
@@ -31,8 +34,9 @@ class PartialParameters:
     and gradient checkpointing see nothing else. The forward pass uses the full weight in one GEMM; the backward pass
     computes the full input gradient, and weight gradients of the selected rows or columns only. Compact values are
     written into the full weight by `sync`, which `attach` calls after every optimizer step; never between a forward and
-    its backward. `model.state_dict()` keeps the plain model's keys throughout, and `model.load_state_dict()` refreshes
-    the compact values.
+    its backward. Everything below the lowest selected layer runs without autograd and stays in eval mode, so that no
+    dropout acts there whatever `model.train()` says. `model.state_dict()` keeps the plain model's keys throughout, and
+    `model.load_state_dict()` refreshes the compact values.
 
     Args:
         model: a supported Hugging Face model; it may be instrumented.
@@ -65,6 +69,12 @@ class PartialParameters:
             parameter.requires_grad_(True)
         for module, dim, index in selections:
             self._select(module, dim, index)
+        self._prefix = find_prefix(model, self.lowest_layer) if self.lowest_layer else []
+        for module in self._prefix:
+            module.train = MethodType(_stay_in_eval_mode, module)  # type: ignore[method-assign]
+            module.eval()
+        self._parts = self._replaced_parts()
+        self._base = inside_digest(self._parts, gather_parts(model, self._parts))
 
     @property
     def lowest_layer(self) -> int | None:
@@ -139,6 +149,32 @@ class PartialParameters:
         finally:
             self._replace(parameters, current)
 
+    def export_delta(self, path: str | os.PathLike[str], provenance: Mapping[str, Any] | None = None) -> None:
+        """Write the trained values alone, so that `apply_delta` can update a copy of the original model.
+
+        The file names the weights that it belongs to (their hash at the time this object was made) and those that it
+        gives. It may be written before `merge` or after it.
+
+        Args:
+            path: of the safetensors file.
+            provenance: JSON-able facts to keep beside the masks' own provenance.
+
+        Raises:
+            ValueError: all parameters train (masks=None), so that the change is the model.
+        """
+        if self.masks is None:
+            raise ValueError("export_delta needs masks, got masks=None: save the merged model instead")
+        self.sync()
+        record = {"masks": self.masks.provenance, "cost": self.masks.cost(), "versions": versions()}
+        write_delta(
+            self.model,
+            self._parts,
+            path,
+            fingerprint=self.masks.layout.fingerprint,
+            base=self._base,
+            provenance=record | dict(provenance or {}),
+        )
+
     def merge(self) -> nn.Module:
         """Return the plain model with the trained values, every entry outside the masks bit-identical to before.
 
@@ -150,7 +186,10 @@ class PartialParameters:
         for module in self._projections:
             del module.forward, module.selected_weight, module.selected_bias
             del module.selected_index, module.selected_axis
-        self._projections, self._handles = [], []
+        for module in self._prefix:
+            del module.train
+            module.train(self.model.training)
+        self._projections, self._handles, self._prefix = [], [], []
         for parameter, required in self._requires_grad:
             parameter.requires_grad_(required)
         return self.model
@@ -161,6 +200,21 @@ class PartialParameters:
         # Autocast caches low-precision copies by parameter and would not notice the new data.
         torch.clear_autocast_cache()
         self.sync()
+
+    def _replaced_parts(self) -> list[DeltaPart]:
+        """What training may change, in terms of the plain model's parameters."""
+        if self.masks is None:
+            return []
+        names = {module: name for name, module in self.model.named_modules()}
+        parts = []
+        for module in self._projections:
+            projection: Any = module
+            parts.append(DeltaPart(f"{names[module]}.weight", _dim(module), projection.selected_index))
+            if projection.selected_bias is not None:
+                parts.append(DeltaPart(f"{names[module]}.bias", 0, projection.selected_index))
+        compact = tuple(_COMPACT.values())
+        whole = [name for name, _ in self.named_parameters() if not name.endswith(compact)]
+        return parts + [DeltaPart(name, 0, None) for name in whole]
 
     def _select(self, module: nn.Module, dim: int, index: Tensor) -> None:
         """Give a projection compact parameters for `index` along `dim`, and a forward that trains them."""
@@ -182,10 +236,10 @@ class PartialParameters:
 
 
 class _SelectedLinear(torch.autograd.Function):
-    """y = x W^T + b with full input gradient and the gradients of selected rows or columns of W only.
+    """y = x W^T + b with full input gradient and, by `selected_weight_grad`, the gradients of selected rows or columns.
 
-    rows:    dW[index, :] = dy[:, index]^T x        db[index] = sum over tokens of dy[:, index]
-    columns: dW[:, index]^T = x[:, index]^T dy, for which only x[:, index] is kept
+    rows:    db[index] = sum over tokens of dy[:, index]
+    columns: only x[:, index] is kept for backward
     """
 
     @staticmethod
@@ -212,11 +266,10 @@ class _SelectedLinear(torch.autograd.Function):
         kept, weight, index = ctx.saved_tensors
         dx = (dy @ weight.to(dy.dtype)).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
         flat_dy, flat_x = dy.flatten(0, -2), kept.flatten(0, -2).to(dy.dtype)  # [N, out], [N, in] or [N, selected]
-        if ctx.axis == "columns":
-            return dx, None, None, (flat_x.t() @ flat_dy).to(ctx.dtype), None, None, None
-        flat_dy = flat_dy.index_select(1, index)  # [N, selected]
-        d_bias = flat_dy.sum(0).to(ctx.dtype) if ctx.needs_input_grad[4] else None
-        return dx, None, None, (flat_dy.t() @ flat_x).to(ctx.dtype), d_bias, None, None
+        rows = ctx.axis == "rows"
+        d_weight = selected_weight_grad(flat_x, flat_dy, index if rows else None, ctx.axis).to(ctx.dtype)
+        d_bias = flat_dy.index_select(1, index).sum(0).to(ctx.dtype) if ctx.needs_input_grad[4] else None
+        return dx, None, None, d_weight, d_bias, None, None
 
 
 def _selected_forward(module: Any, x: Tensor) -> Tensor:
@@ -253,9 +306,16 @@ def _scatter(module: Any) -> None:
     """Write the compact values of a projection into its full weight and bias."""
     index = module.selected_index.to(module.weight.device)
     dim = _dim(module)
-    module.weight.index_copy_(dim, index, module.selected_weight if dim == 0 else module.selected_weight.t())
+    # Contiguous, because index_copy_ takes four times as long from a transposed source on CPUs.
+    values = module.selected_weight if dim == 0 else module.selected_weight.t().contiguous()
+    module.weight.index_copy_(dim, index, values)
     if module.selected_bias is not None:
         module.bias.index_copy_(0, index, module.selected_bias)
+
+
+def _stay_in_eval_mode(module: nn.Module, mode: bool = True) -> nn.Module:
+    """`train` of the modules below the lowest selected layer."""
+    return nn.Module.train(module, False)
 
 
 def _hide_compact(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:

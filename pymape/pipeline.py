@@ -28,13 +28,13 @@ from transformers import (
     set_seed,
 )
 
-from .batching import PaddingCollator
+from .batching import ALTERNATIVE, PaddingCollator
 from .config import TrainConfig, UnlearnConfig
 from .data import Records, load_ids, load_records, read_table, split_forget, validate_labels
-from .importance import importance
+from .importance import Importance, importance
 from .masks import ModuleMasks
 from .metrics import Predictions, mean_gap, predict, summarise
-from .runs import environment, run_folder, write_summary
+from .runs import environment, quiet_transformers, run_folder, write_summary
 from .search import search
 from .trainer import UnlearnTrainer
 from .unlearn_page import summary_text, write_page
@@ -48,7 +48,7 @@ Record = dict[str, Any]
 
 
 @dataclass
-class _Clock:
+class Clock:
     """Wall time of each phase, in seconds."""
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -61,13 +61,12 @@ class _Clock:
 
 
 @dataclass(frozen=True)
-class _Data:
+class Data:
     """Tokenised records."""
 
     forget: list[Record]
     retain: list[Record]
     test: list[Record]
-    source: Records
 
     @property
     def sets(self) -> dict[str, list[Record]]:
@@ -88,37 +87,42 @@ def run_unlearn(config: UnlearnConfig) -> dict[str, Any]:
             behind then.
         OSError: a model folder that cannot be read.
     """
-    _check(config)
-    clock = _Clock()
-    with run_folder(config.output) as folder, tempfile.TemporaryDirectory(prefix="pymape-") as scratch:
+    check_config(config)
+    if config.data.forget is None:
+        raise ValueError("data.forget must be a file of ids to forget, got none")
+    clock = Clock()
+    scratch_folder = tempfile.TemporaryDirectory(prefix="pymape-")
+    with run_folder(config.output) as folder, quiet_transformers(), scratch_folder as scratch:
         source = load_records(config.data.path, config.data.id_column, argument="data.path")
         forget = load_ids(config.data.forget, config.data.id_column, argument="data.forget")
         retain = config.data.retain and load_ids(config.data.retain, config.data.id_column, argument="data.retain")
         split = split_forget(source.ids, forget, retain or None)
         set_seed(config.seed)
-        model, tokenizer = _load_model(config, source)
-        encode = _Encoder(config, model, tokenizer)
-        test = [] if config.data.test is None else encode(read_table(config.data.test, "data.test"), "data.test")
+        model, tokenizer = load_model(config, source)
+        encode = Encoder(config, model, tokenizer)
         records = encode(source.columns, "data.path", source.ids)
-        data = _Data([records[row] for row in split.forget], [records[row] for row in split.retain], test, source)
+        test = [] if config.data.test is None else encode(read_table(config.data.test, "data.test"), "data.test")
+        data = Data([records[row] for row in split.forget], [records[row] for row in split.retain], test)
 
         start = copy.deepcopy(model) if config.compare_retrain else None
         if config.train_first:
             with clock.phase("train"):
-                _train(model, data.forget + data.retain, config.train, config.seed, encode.collate, scratch)
-        models = {"original": _judge(model, data, config, encode.collate)}
-        masks = _masks(config, model, data, encode.collate, clock)
+                fine_tune(model, records, config.train, config.seed, encode.collate, scratch)
+        models = {"original": judge(model, data, config, encode.collate)}
+        masks, _ = learn_masks(config, model, data, encode.collate, clock)
         with clock.phase("unlearn"):
-            _unlearn(config, model, data, masks, encode.collate, scratch)
-        models["unlearned"] = _judge(model, data, config, encode.collate)
+            unlearn(config, model, data, masks, encode.collate, scratch)
+        models["unlearned"] = judge(model, data, config, encode.collate)
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
         if masks is not None:
             masks.save(folder / "masks.safetensors")
         if start is not None:
             with clock.phase("retrain"):
-                _train(start, data.retain, config.train, config.seed, encode.collate, scratch)
-            models["retrained"] = _judge(start, data, config, encode.collate)
+                forgotten = set(split.forget)
+                rest = [record for row, record in enumerate(records) if row not in forgotten]
+                fine_tune(start, rest, config.train, config.seed, encode.collate, scratch)
+            models["retrained"] = judge(start, data, config, encode.collate)
 
         summary = {
             **environment(),
@@ -127,7 +131,7 @@ def run_unlearn(config: UnlearnConfig) -> dict[str, Any]:
             "config": dataclasses.asdict(config),
             "records": {name: len(rows) for name, rows in data.sets.items()},
             "data_fingerprint": source.fingerprint(),
-            "models": _figures(models, config.seed),
+            "models": model_figures(models, config.seed),
             "masks": None if masks is None else {"cost": masks.cost(), **masks.provenance},
             "seconds": clock.seconds,
             "peak_memory_mib": _peak_memory(),
@@ -138,7 +142,7 @@ def run_unlearn(config: UnlearnConfig) -> dict[str, Any]:
     return summary
 
 
-class _Encoder:
+class Encoder:
     """Turns table rows into the records of one model: tokens and labels."""
 
     def __init__(self, config: UnlearnConfig, model: PreTrainedModel, tokenizer: Any) -> None:
@@ -162,13 +166,30 @@ class _Encoder:
             name = f"{self.data.label_column} of {argument}"
             labels = validate_labels(values, config.num_labels, config.label2id, argument=name)
         names = ids or [str(row) for row in range(len(texts))]
+        others = self._alternatives(table) if self.data.alternative_column and argument == "data.path" else {}
         return [
             {"id": names[row], **{key: encoded[key][row] for key in encoded}, "labels": labels[row]}
+            | {ALTERNATIVE + key: value for key, value in others.get(row, {}).items()}
             for row in range(len(texts))
         ]
 
+    def _alternatives(self, table: Records) -> dict[int, Record]:
+        """The alternative answers of the rows that have one."""
+        column = str(self.data.alternative_column)
+        values = {row: _text(value) for row, value in enumerate(table.column(column, "data.alternative_column"))}
+        values = {row: value for row, value in values.items() if value.strip()}
+        if self.task == _CLASSIFIER:
+            config: Any = self.model.config
+            labels = validate_labels([*values.values()], config.num_labels, config.label2id, argument=column)
+            return {row: {"labels": label} for row, label in zip(values, labels, strict=True)}
+        answers: dict[int, Record] = {}
+        for row, value in values.items():
+            encoded = self.tokenizer(value, truncation=True, max_length=self.data.max_length)
+            answers[row] = {**encoded, "labels": encoded["input_ids"]}
+        return answers
 
-def _load_model(config: UnlearnConfig, source: Records) -> tuple[PreTrainedModel, Any]:
+
+def load_model(config: UnlearnConfig, source: Records) -> tuple[PreTrainedModel, Any]:
     folder = Path(config.model)
     if not (folder / "config.json").is_file():
         raise ValueError(f"model must be a Hugging Face model folder with a config.json, got {config.model!r}")
@@ -203,7 +224,7 @@ def _new_head(values: Sequence[Any]) -> dict[str, Any]:
     return {"label2id": {name: row for row, name in enumerate(names)}, "id2label": dict(enumerate(names))}
 
 
-def _train(
+def fine_tune(
     model: PreTrainedModel,
     records: list[Record],
     config: TrainConfig,
@@ -221,25 +242,28 @@ def _train(
     model.eval()
 
 
-def _masks(
-    config: UnlearnConfig, model: PreTrainedModel, data: _Data, collate: PaddingCollator, clock: _Clock
-) -> ModuleMasks | None:
+def learn_masks(
+    config: UnlearnConfig, model: PreTrainedModel, data: Data, collate: PaddingCollator, clock: Clock,
+    known: Importance | None = None,
+) -> tuple[ModuleMasks | None, Importance | None]:  # fmt: skip
+    """The masks (None: everything) and the retain importance that they were learned from, `known` if it is given."""
     options = config.masks
     if options.file is not None:
-        return ModuleMasks.load(options.file, model)
+        return ModuleMasks.load(options.file, model), known
     if options.objective == "everything":
-        return None
+        return None, known
     generator = torch.Generator().manual_seed(config.seed)
     most = config.data.importance_samples or len(data.retain)
     rows = torch.randperm(len(data.retain), generator=generator)[:most].sort().values.tolist()
     sample = [data.retain[row] for row in rows]
+
+    def measure(records: list[Record]) -> Importance:
+        return importance(model, records, batch_size=config.eval_batch_size, collate_fn=collate)
+
     with clock.phase("importance"):
-        forget, retain = (
-            importance(model, records, batch_size=config.eval_batch_size, collate_fn=collate)
-            for records in (data.forget, sample)
-        )
+        forget, retain = measure(data.forget), measure(sample) if known is None else known
     with clock.phase("search"):
-        return search(
+        masks = search(
             forget=forget,
             retain=retain,
             budget=options.budget,
@@ -252,10 +276,11 @@ def _masks(
             seed=config.seed,
             model=model,
         )
+    return masks, retain
 
 
-def _unlearn(
-    config: UnlearnConfig, model: PreTrainedModel, data: _Data, masks: ModuleMasks | None, collate: PaddingCollator,
+def unlearn(
+    config: UnlearnConfig, model: PreTrainedModel, data: Data, masks: ModuleMasks | None, collate: PaddingCollator,
     scratch: str,
 ) -> None:  # fmt: skip
     options = {"learning_rate": config.lr, "num_train_epochs": config.epochs, "weight_decay": config.weight_decay}
@@ -265,9 +290,11 @@ def _unlearn(
         forget_dataset=data.forget,
         retain_dataset=data.retain,
         objective=config.objective,
+        objective_options=config.objective_options,
         masks=masks,
         train_task_head=config.train_task_head,
         alpha=config.alpha,
+        retain=config.retain,
         beta=config.beta,
         data_collator=collate,
     )
@@ -289,8 +316,8 @@ def _arguments(scratch: str, seed: int, **options: Any) -> TrainingArguments:
     )
 
 
-def _judge(
-    model: PreTrainedModel, data: _Data, config: UnlearnConfig, collate: PaddingCollator
+def judge(
+    model: PreTrainedModel, data: Data, config: UnlearnConfig, collate: PaddingCollator
 ) -> dict[str, Predictions]:
     return {
         name: predict(model, records, batch_size=config.eval_batch_size, collate_fn=collate)
@@ -298,7 +325,7 @@ def _judge(
     }
 
 
-def _figures(models: dict[str, dict[str, Predictions]], seed: int) -> dict[str, dict[str, float]]:
+def model_figures(models: dict[str, dict[str, Predictions]], seed: int) -> dict[str, dict[str, float]]:
     """UA and RA, with a test set TA and MIA too, losses, and the gap where there is a retrained model."""
     figures = {}
     for name, sets in models.items():
@@ -330,7 +357,7 @@ def _peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def _check(config: UnlearnConfig) -> None:
+def check_config(config: UnlearnConfig) -> None:
     ranges = {
         "masks.budget": (config.masks.budget, 0 < config.masks.budget <= 1, "in (0, 1]"),
         "masks.lam": (config.masks.lam, 0 <= config.masks.lam < math.inf, "finite and not negative"),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,18 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
+from pymape.frozen_prefix import FrozenPrefix
 from pymape.losses import check_labels, task_of
 from pymape.masks import ModuleMasks
 from pymape.objectives import Objective, OneShot, Step, UnlearnBatch, get_objective
-from pymape.objectives.step import count_tokens
-from pymape.pairing import PairCollator, PairDataset, PairSampler, checked_sets
+from pymape.objectives.step import LABELS, count_tokens
+from pymape.original import OriginalModel, evaluating
+from pymape.pairing import PairCollator, PairDataset, PairSampler, alternative_answer, checked_sets
 from pymape.partial import PartialParameters
+from pymape.prefix_cache import PrefixCache
+from pymape.reference_cache import ReferenceCache, weights_digest
+from pymape.sophia import Sophia, gauss_newton_bartlett
+from pymape.stopping import StopWhenForgotten
 
 __all__ = ["UnlearnTrainer"]
 
@@ -37,16 +43,23 @@ class UnlearnTrainer(Trainer):
         model: a supported Hugging Face model with a task head. It is changed in place.
         args: training arguments, with the Trainer's defaults (fused AdamW, fp32, no reports). `seed` (or `data_seed`)
             fixes order, pairing and random labels.
-        forget_dataset: map-style data set of dicts with labels; None only for objectives that do not read it.
+        forget_dataset: map-style data set of dicts with labels; None only for objectives that do not read it. `dpo` and
+            `idk` read an alternative answer from a record's fields `alternative_*`: `alternative_labels`, another label
+            of the same inputs, or `alternative_input_ids` and `alternative_labels`, as language models need them.
         retain_dataset: the same, of records to keep.
         objective: name of a registered objective.
+        objective_options: values for its own options, for instance {"layer": 7} for `rmu`.
         masks: what to train; None trains every parameter.
         train_task_head: train the task head too (without masks it is trained anyway).
         alpha: weight of the retain term, >= 0.
-        beta: inverse temperature of `npo`, > 0.
+        retain: the retain term of objectives that leave the choice: "nll", or "kl" from the original model.
+        beta: inverse temperature of `npo`, `simnpo` and `dpo`, > 0.
         gamma: damping of `influence`, > 0.
         dropout: False trains in eval mode. True is the Trainer's habit, and what gradient checkpointing needs; the
             original model is asked in eval mode in any case.
+        reference_cache: folder that keeps for later runs what is computed of the original model record by record.
+        prefix_cache: folder (or `PrefixCache`) for the hidden states below the lowest selected layer, which are then
+            computed once for every record; None computes them in every step.
         trainer_options: further arguments of `transformers.Trainer`. A record's `id` is never given to the model.
 
     Raises:
@@ -67,38 +80,51 @@ class UnlearnTrainer(Trainer):
         forget_dataset: Any = None,
         retain_dataset: Any = None,
         objective: str = "gd",
+        objective_options: Mapping[str, Any] | None = None,
         masks: ModuleMasks | None = None,
         train_task_head: bool = False,
         alpha: float = 1.0,
+        retain: Literal["nll", "kl"] = "nll",
         beta: float = 0.1,
         gamma: float = 1e-3,
         dropout: bool = True,
+        reference_cache: str | os.PathLike[str] | None = None,
+        prefix_cache: str | os.PathLike[str] | PrefixCache | None = None,
         **trainer_options: Any,
     ) -> None:
-        self.objective = get_objective(objective)
+        self.objective = get_objective(objective).with_options(objective_options or {})
         for name, value, lowest in (("alpha", alpha, 0.0), ("beta", beta, None), ("gamma", gamma, None)):
             if not (value > 0 or value == lowest) or value == float("inf"):
                 raise ValueError(f"{name} must be finite and {'> 0' if lowest is None else '>= 0'}, got {value}")
         self.alpha, self.beta, self.gamma, self.dropout = alpha, beta, gamma, dropout
+        self.retain, self.reference_cache, self.forget_dataset = retain, reference_cache, forget_dataset
         self.data, self._ids = self._needed_sets(forget_dataset, retain_dataset)
+        self._check_objective(model)
         if args is None:
             args = TrainingArguments(output_dir="unlearned", save_strategy="no", report_to="none")
-        _reject_ignored(args, masks, dropout, trainer_options)
+        _reject_ignored(args, self.objective, masks, dropout, trainer_options)
+        if self.objective.optimizer is not None:
+            options = {"lr": args.learning_rate, **self.objective.optimizer_options}
+            trainer_options["optimizer_cls_and_kwargs"] = (self.objective.optimizer, options)
         task_of(model)
         use_cache = getattr(model.config, "use_cache", None)
         partial = PartialParameters(model, masks, train_task_head=train_task_head)
         try:
+            self._prefix = None if prefix_cache is None else _frozen_prefix(model, partial, prefix_cache)
             super().__init__(model, args, train_dataset=PairDataset(self.data), **trainer_options)
         except BaseException:
             partial.merge()
             raise
         self.partial = partial
+        layer = self.objective.options.get("layer")
+        self.original = OriginalModel(model, partial, self._references, self.objective.alternative, layer)
         # Models whose forward takes **kwargs make the Trainer believe that the loss is divided already.
         self.model_accepts_loss_kwargs = False
         self._use_cache = use_cache
-        self._reference: dict[str, Tensor] = {}
-        self._original: list[Tensor] | None = None
         self._merged = False
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, StopWhenForgotten):
+                callback.trainer = self
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Unlearn; see `transformers.Trainer.train`. A one-shot objective is computed and applied instead.
@@ -122,6 +148,19 @@ class UnlearnTrainer(Trainer):
             self.model.config.use_cache = self._use_cache
         return self.partial.merge().eval()
 
+    def mean_loss(self, dataset: Any) -> float:
+        """Mean negative log-likelihood per labelled token (per record for classifiers) of a data set, now.
+
+        Args:
+            dataset: map-style data set of dicts with labels.
+        """
+        total = tokens = 0.0
+        with evaluating(self.model), self.accelerator.autocast():
+            for batch in self._in_order(dataset, [f"row {row}" for row in range(len(dataset))]):
+                total += float(batch.nll().sum())
+                tokens += batch.tokens
+        return total / tokens
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Create the optimizer of the trained parameters, followed by their write-back after every step."""
         fresh = self.optimizer is None
@@ -138,7 +177,9 @@ class UnlearnTrainer(Trainer):
             PairDataset(self.data),
             batch_size=self._train_batch_size,
             sampler=PairSampler([len(dataset) for dataset in self.data.values()], seed),
-            collate_fn=PairCollator(self._get_collator_with_removed_columns(self.data_collator, "Training")),
+            collate_fn=PairCollator(
+                self._get_collator_with_removed_columns(self.data_collator, "Training"), self.objective.alternative
+            ),
             drop_last=args.dataloader_drop_last,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
@@ -150,7 +191,8 @@ class UnlearnTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Collect the micro-batches of one optimizer step, and count what their means are to be taken over."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        for side, ids in self._ids.items():
+        alternative = {"alternative": self._ids["forget"]} if self.objective.alternative else {}
+        for side, ids in {**self._ids, **alternative}.items():
             for batch in batches:
                 check_labels(self.model, batch[side], [ids[index] for index in batch[f"{side}_index"].tolist()])
             counts = [count_tokens(self.model, batch[side]) for batch in batches]
@@ -170,10 +212,13 @@ class UnlearnTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self.dropout:
             model.eval()
+        self._update_hessian(inputs)
         # The retain set first: its reference may need the original weights, which must be gone before any forward pass.
         retain = self._batch("retain", inputs, model) if "retain_index" in inputs else None
         forget: Any = self._batch("forget", inputs, model) if "forget_index" in inputs else None
-        loss = self.objective.function(Step(forget, retain, self.alpha, self.beta))
+        if "alternative_index" in inputs:
+            forget.alternative = self._alternative(forget, inputs, model)
+        loss = self.objective.function(Step(forget, retain, self.alpha, self.beta, self.retain))
         if loss.ndim != 0:
             raise ValueError(f"objective {self.objective.name!r} must return a scalar, got shape {tuple(loss.shape)}")
         self._require_finite([loss], "loss")
@@ -193,47 +238,109 @@ class UnlearnTrainer(Trainer):
         used = [side for side in data if needs[side] != "unused"]
         return {side: data[side] for side in used}, {side: ids[side] for side in used}
 
+    def _check_objective(self, model: nn.Module) -> None:
+        """Refuse choices that the objective would ignore, and forget records without what it needs."""
+        name = self.objective.name
+        if self.retain not in ("nll", "kl"):
+            raise ValueError(f"retain must be 'nll' or 'kl', got {self.retain!r}")
+        if self.retain == "kl" and not self.objective.retain_term:
+            raise ValueError(f"retain must be 'nll' for objective {name!r}, which has no such retain term, got 'kl'")
+        if self.retain == "kl" and "retain" not in self.data:
+            raise ValueError("retain_dataset must be given for retain='kl', got None")
+        self._references = self.objective.reference | ({"log_probs"} if self.retain == "kl" else set())
+        if self.objective.alternative:
+            answer = alternative_answer(self.data["forget"][0])
+            if task_of(model) == "causal language model" and "input_ids" not in answer:
+                raise ValueError(
+                    "forget records must have alternative_input_ids beside alternative_labels for a causal language "
+                    f"model, got {sorted(self.data['forget'][0])}"
+                )
+
     def _batch(self, side: str, inputs: Mapping[str, Any], call: Callable[..., Any]) -> UnlearnBatch:
         index = inputs[f"{side}_index"].cpu()
-        samples, tokens = inputs.get(f"{side}_shares", (None, None))
-        known = self._reference.get(side)
-        reference: dict[str, Tensor] = {}
-        if known is not None:
-            reference = {"reference_nll" if side == "forget" else "reference_log_probs": known[index]}
-        elif side == "retain" and self._original is not None:
-            with self.partial.swapped(self._original), _evaluating(self.model):
-                reference = {"reference_log_probs": UnlearnBatch(self.model, inputs[side]).log_probs()}
+        original: Callable[..., Any] = self.model
+        if self._prefix is not None:
+            records = [self._ids[side][row] for row in index.tolist()]
+            call, original = (self._from_cache(self._prefix, records, one) for one in (call, original))
+        options = self._shares(side, inputs)
+        if side == "forget":
+            options |= self.original.of_forget(index)
+        else:
+            options |= self.original.of_retain(index, inputs[side], original)
         seeds = [(self.args.seed, record) for record in index.tolist()]
-        return UnlearnBatch(
-            self.model, inputs[side], call=call, samples=samples, tokens=tokens, seeds=seeds, **reference
-        )
+        return UnlearnBatch(self.model, inputs[side], call=call, seeds=seeds, **options)
+
+    def _from_cache(self, prefix: FrozenPrefix, records: list[str], call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(**inputs: Any) -> Any:
+            with self.accelerator.autocast():  # accelerate enters it inside the model, where the cache cannot see it
+                return prefix.run(records, inputs, call)
+
+        return run
+
+    def _shares(self, side: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The denominators of a side's means, known once the step's micro-batches are counted."""
+        return dict(zip(("samples", "tokens"), inputs.get(f"{side}_shares", ()), strict=False))
+
+    def _alternative(self, forget: UnlearnBatch, inputs: Mapping[str, Any], call: Callable[..., Any]) -> UnlearnBatch:
+        answers, options = inputs["alternative"], self._shares("alternative", inputs)
+        options |= self.original.of_forget(inputs["alternative_index"].cpu(), "alternative")
+        if answers.keys() <= set(LABELS):
+            return forget.relabelled(answers, **options)
+        return UnlearnBatch(self.model, answers, call=call, **options)
 
     def _look_up_original(self) -> None:
-        """Compute once what the objective needs of the original model, before a resumed run loads other weights."""
-        if self._reference or self._original is not None:
-            return
-        with _evaluating(self.model), self.accelerator.autocast():
-            if "nll" in self.objective.reference:
-                self._reference["forget"] = torch.cat([batch.nll().cpu() for batch in self._in_order("forget")])
-            if "log_probs" in self.objective.reference and task_of(self.model) == "classification":
-                self._reference["retain"] = torch.cat([batch.log_probs().cpu() for batch in self._in_order("retain")])
-            elif "log_probs" in self.objective.reference:
-                # Tokens x vocabulary would be too much to store: the original parameters are swapped in step by step.
-                self._original = self.partial.snapshot()
+        """Learn what the objective needs of the original model, before a resumed run loads other weights."""
 
-    def _in_order(self, side: str, batch_size: int | None = None) -> Iterator[UnlearnBatch]:
-        """All records of one set, in order."""
-        collate = PairCollator(self._get_collator_with_removed_columns(self.data_collator, "Reference"))
-        ids, size = self._ids[side], batch_size or self.args.per_device_eval_batch_size
-        for start in range(0, len(ids), size):
-            rows = range(start, min(start + size, len(ids)))
-            inputs = self._prepare_inputs(collate([{side: (row, self.data[side][row])} for row in rows])[side])
-            check_labels(self.model, inputs, [ids[row] for row in rows])
-            yield UnlearnBatch(self.model, inputs)
+        def batches(side: str, rows: Sequence[int]) -> Iterator[UnlearnBatch]:
+            alternative = side == "forget" and self.objective.alternative
+            return self._in_order(self.data[side], self._ids[side], rows=rows, alternative=alternative)
+
+        cache = None
+        if self.reference_cache is not None and self._references:
+            precision = str(self.accelerator.mixed_precision)
+            cache = ReferenceCache(self.reference_cache, weights_digest(self.model, precision))
+        with self.accelerator.autocast():
+            self.original.look_up(self.data, batches, cache, write=self.is_world_process_zero())
+
+    def _in_order(
+        self,
+        dataset: Any,
+        ids: Sequence[str],
+        *,
+        rows: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        alternative: bool = False,
+    ) -> Iterator[UnlearnBatch]:
+        """The records of a data set (or some of its rows) in order."""
+        collate = PairCollator(self._get_collator_with_removed_columns(self.data_collator, "Reference"), alternative)
+        rows = range(len(ids)) if rows is None else rows
+        size = batch_size or self.args.per_device_eval_batch_size
+        for start in range(0, len(rows), size):
+            places = rows[start : start + size]
+            inputs: Any = self._prepare_inputs(collate([{"forget": (row, dataset[row])} for row in places]))
+            check_labels(self.model, inputs["forget"], [ids[row] for row in places])
+            batch = UnlearnBatch(self.model, inputs["forget"])
+            if alternative:
+                check_labels(self.model, inputs["alternative"], [ids[row] for row in places])
+                batch.alternative = self._alternative(batch, inputs, self.model)
+            yield batch
+
+    def _update_hessian(self, inputs: Mapping[str, Any]) -> None:
+        """Bring Sophia its estimate of the curvature, when one is due, from the records of this micro-batch."""
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        if not isinstance(optimizer, Sophia) or not optimizer.hessian_due:
+            return
+        batches = [UnlearnBatch(self.model, inputs[side]) for side in _SIDES if f"{side}_index" in inputs]
+        seed = self.args.seed + self.state.global_step
+        generator = torch.Generator(self.args.device).manual_seed(seed)
+        estimate = gauss_newton_bartlett(batches, optimizer.parameters, generator)
+        if self.accelerator.num_processes > 1:
+            estimate = [self.accelerator.reduce(entries, "mean") for entries in estimate]
+        optimizer.update_hessian(estimate)
 
     def _gradients(self, side: str, parameters: list[nn.Parameter]) -> Iterator[Sequence[Tensor]]:
         """The gradient of every record's own loss, one record at a time."""
-        for record in self._in_order(side, batch_size=1):
+        for record in self._in_order(self.data[side], self._ids[side], batch_size=1):
             with self.accelerator.autocast():
                 loss = record.loss()
             self._require_finite([loss], "loss")
@@ -243,11 +350,12 @@ class UnlearnTrainer(Trainer):
         start = time.time()
         self.model.eval()
         parameters = list(self.partial.parameters())
-        gradients = {side: self._gradients(side, parameters) if side in self.data else iter(()) for side in _SIDES}
+        gradients: dict[str, Iterable[Sequence[Tensor]]] = {
+            side: _Gradients(self._gradients, side, parameters) if side in self.data else () for side in _SIDES
+        }
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
-        updates = self.objective.function(
-            OneShot(parameters, gradients["forget"], gradients["retain"], len(self.data.get("retain", ())), self.gamma)
-        )
+        step = OneShot(parameters, gradients["forget"], gradients["retain"], self.gamma)
+        updates = self.objective.function(step)
         self._require_finite(updates, "update")
         with torch.no_grad():
             for parameter, update in zip(parameters, updates, strict=True):
@@ -255,7 +363,7 @@ class UnlearnTrainer(Trainer):
         self.partial.sync()
         self.state.global_step = 1
         norm = float(torch.stack([update.double().square().sum() for update in updates]).sum().sqrt())
-        metrics = {"train_runtime": time.time() - start, "update_norm": norm}
+        metrics = {"train_runtime": time.time() - start, "update_norm": norm, **step.metrics}
         self.log(metrics)
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         return TrainOutput(1, 0.0, metrics)
@@ -270,19 +378,25 @@ class UnlearnTrainer(Trainer):
                 )
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a block in eval mode and without gradients, then put the mode back."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
+def _frozen_prefix(model: nn.Module, partial: PartialParameters, cache: Any) -> FrozenPrefix:
+    if not partial.lowest_layer:
+        raise ValueError(f"prefix_cache needs masks that leave layer 0 alone, got lowest layer {partial.lowest_layer}")
+    return FrozenPrefix(model, partial.lowest_layer, cache if isinstance(cache, PrefixCache) else PrefixCache(cache))
 
 
-def _reject_ignored(args: TrainingArguments, masks: ModuleMasks | None, dropout: bool, options: dict[str, Any]) -> None:
+class _Gradients:
+    """An iterable that computes anew each time it is gone through."""
+
+    def __init__(self, start: Callable[..., Iterator[Any]], *arguments: Any) -> None:
+        self._start, self._arguments = start, arguments
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._start(*self._arguments)
+
+
+def _reject_ignored(
+    args: TrainingArguments, objective: Objective, masks: ModuleMasks | None, dropout: bool, options: dict[str, Any]
+) -> None:
     """Refuse options that would have no effect, or a wrong one."""
     for name in ("model_init", "compute_loss_func"):
         if options.get(name) is not None:
@@ -291,6 +405,9 @@ def _reject_ignored(args: TrainingArguments, masks: ModuleMasks | None, dropout:
         raise ValueError(f"label_smoothing_factor must be 0, got {args.label_smoothing_factor}")
     if getattr(args, "train_sampling_strategy", "random") != "random":
         raise ValueError(f"train_sampling_strategy must be 'random', got {args.train_sampling_strategy!r}")
+    optimizer = options.get("optimizer_cls_and_kwargs") or options.get("optimizers", (None, None))[0]
+    if objective.optimizer is not None and optimizer is not None:
+        raise ValueError(f"no optimizer may be given with objective {objective.name!r}, which brings its own, got one")
     if masks is not None and options.get("optimizers", (None, None))[0] is not None:
         raise ValueError("optimizers must hold no optimizer with masks (use optimizer_cls_and_kwargs), got one")
     checkpointing = getattr(args, "gradient_checkpointing", False) or getattr(args, "activation_checkpointing", False)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
 from model_zoo import FAMILIES, GROUPED, tiny_batch, tiny_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pymape.architectures import find_layers, layout
+from pymape.delta import apply_delta
 from pymape.masks import ModuleMasks
 from pymape.modules import gates, instrument, restore
 from pymape.partial import PartialParameters
@@ -169,6 +173,26 @@ def test_layers_below_the_lowest_selected_one_run_without_autograd():
     assert partial.lowest_layer == 1
     outputs = model(**tiny_batch("bert"), output_hidden_states=True)
     assert [state.requires_grad for state in outputs.hidden_states] == [False, False, True]
+
+
+def test_what_lies_below_the_lowest_selected_layer_stays_in_eval_mode():
+    model = tiny_model("bert", dropout=0.5).train()
+    masks = some_masks(model)
+    masks.heads[0], masks.filters[0] = False, False
+    partial = PartialParameters(model, masks)
+    model.train()
+    first, second = find_layers(model)
+    assert not any(module.training for below in (model.bert.embeddings, first.layer) for module in below.modules())
+    assert all(module.training for module in second.layer.modules())
+    states = [model(**tiny_batch("bert"), output_hidden_states=True).hidden_states for _ in range(2)]
+    assert [torch.equal(*pair) for pair in zip(*states, strict=True)] == [True, True, False]
+    copied = copy.deepcopy(model).train()
+    assert not copied.bert.embeddings.training
+    partial.merge()
+    assert all(module.training for module in model.modules())
+    assert not any("train" in vars(module) for module in model.modules())
+    copied.bert.embeddings.train()
+    assert not copied.bert.embeddings.training  # its own method, not the original's
 
 
 def test_a_column_selection_keeps_only_the_selected_inputs():
@@ -364,3 +388,72 @@ def test_bad_input():
     PartialParameters(model, masks)
     with pytest.raises(ValueError, match="compact parameters already"):
         PartialParameters(model, masks)
+
+
+def trained(family: str, path, task_head: bool = False) -> tuple[nn.Module, nn.Module, PartialParameters]:
+    """The original model, the unlearned one, and what trained it; the change lies in `path`."""
+    original = tiny_model(family)
+    model = copy.deepcopy(original)
+    partial = PartialParameters(model, some_masks(model), train_task_head=task_head)
+    optimizer = torch.optim.AdamW(partial.parameters(), lr=0.1)
+    partial.attach(optimizer)
+    model(**tiny_batch(family)).loss.backward()
+    optimizer.step()
+    partial.export_delta(path, {"request": "r1"})
+    return original, model, partial
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_delta_brings_a_copy_to_the_same_bits(family, tmp_path):
+    path = tmp_path / "delta.safetensors"
+    original, _, partial = trained(family, path)
+    number = partial.numel()
+    merged = partial.merge().state_dict()
+    assert apply_delta(original, path) is original
+    assert all(torch.equal(value, merged[name]) for name, value in original.state_dict().items())
+    apply_delta(original, path)  # once more changes nothing
+    assert all(torch.equal(value, merged[name]) for name, value in original.state_dict().items())
+    again = tmp_path / "again.safetensors"
+    partial.export_delta(again, {"request": "r1"})  # after merge
+    before, after = load_file(path), load_file(again)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert sum(value.numel() for name, value in before.items() if not name.endswith(":index")) == number
+
+
+def test_a_delta_holds_the_task_head_and_provenance(tmp_path):
+    path = tmp_path / "delta.safetensors"
+    original, model, _ = trained("bert", path, task_head=True)
+    assert not torch.equal(original.classifier.weight, model.classifier.weight)
+    apply_delta(original, path)
+    assert torch.equal(original.classifier.weight, model.classifier.weight)
+    with safe_open(path, framework="pt") as file:
+        provenance = json.loads(file.metadata()["provenance"])
+    assert provenance["request"] == "r1"
+    assert provenance["versions"]["torch"] == torch.__version__
+
+
+def test_a_delta_is_refused_where_it_does_not_belong(tmp_path):
+    path = tmp_path / "delta.safetensors"
+    original, _, partial = trained("bert", path)
+    before = copy.deepcopy(original.state_dict())
+    with pytest.raises(ValueError, match="delta must fit the model"):
+        apply_delta(tiny_model("gpt2"), path)
+    for layer in (original.bert.embeddings.LayerNorm, find_layers(original)[1].query):  # outside the masks, inside
+        with torch.no_grad():
+            layer.bias[-1 if layer is original.bert.embeddings.LayerNorm else 0] += 1
+        with pytest.raises(ValueError, match=r"model must hold the weights \w+ that training began with"):
+            apply_delta(original, path)
+        original.load_state_dict(before)
+    content = path.read_bytes()
+    for damaged in (content[:-3], content[:-3] + bytes([content[-3] ^ 1]) + content[-2:], b"text"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"damaged file|must be a safetensors file"):
+            apply_delta(original, path)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"delta must have format 'pymape.delta.1', got None"):
+        apply_delta(original, path)
+    assert all(torch.equal(value, before[name]) for name, value in original.state_dict().items())
+    partial.merge()
+    dense = PartialParameters(original)
+    with pytest.raises(ValueError, match="export_delta needs masks"):
+        dense.export_delta(path)

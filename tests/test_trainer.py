@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +18,13 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
 from pymape.architectures import find_layers, layout
+from pymape.batching import bare_record
 from pymape.losses import per_sample_loss
 from pymape.masks import ModuleMasks
 from pymape.objectives import objective_names
 from pymape.objectives.registry import _OBJECTIVES, objective
 from pymape.pairing import PairSampler
+from pymape.sophia import Sophia
 from pymape.trainer import UnlearnTrainer
 
 
@@ -34,7 +37,8 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-NAMES = ["ft", "ga", "gd", "influence", "kl", "npo", "rl"]
+NAMES = ["dpo", "ft", "ga", "gd", "idk", "influence", "kl", "npo", "rl", "rmu", "simnpo", "so", "ssd"]
+OPTIONS: dict[str, dict[str, Any]] = {"rmu": {"layer": 1}, "ssd": {"selection": 1.5}}
 
 
 def records(kind: str, count: int, seed: int, prefix: str = "") -> list[dict[str, Any]]:
@@ -45,12 +49,18 @@ def records(kind: str, count: int, seed: int, prefix: str = "") -> list[dict[str
         name = {"id": f"{prefix or seed}-{row}"}
         if kind == "image":
             pixels = torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
-            rows.append({**name, "pixel_values": pixels, "labels": row % LABELS})
+            labels = {"labels": row % LABELS, "alternative_labels": (row + 1) % LABELS}
+            rows.append({**name, "pixel_values": pixels, **labels})
             continue
         length = int(torch.randint(3, 8, (), generator=generator))
         tokens = torch.randint(3, VOCABULARY, (length,), generator=generator)
-        labels = tokens if kind == "language" else torch.tensor(row % LABELS)
-        rows.append({**name, "input_ids": tokens, "labels": labels})
+        if kind == "language":
+            other = tokens.flip(0)[:-1]  # of a length of its own
+            rows.append({**name, "input_ids": tokens, "labels": tokens})
+            rows[-1] |= {"alternative_input_ids": other, "alternative_labels": other}
+        else:
+            labels = {"labels": torch.tensor(row % LABELS), "alternative_labels": torch.tensor((row + 1) % LABELS)}
+            rows.append({**name, "input_ids": tokens, **labels})
     return rows
 
 
@@ -94,7 +104,7 @@ def make(family: str, path: Path, *, masked: bool = True, forget: int = 4, retai
         retain_dataset=records(KINDS[family], retain, 2),
         masks=some_masks(model) if masked else None,
         data_collator=collate,
-        **options,
+        **{"objective_options": OPTIONS.get(options.get("objective", "gd")), **options},
     )
 
 
@@ -110,7 +120,7 @@ def outside(model: torch.nn.Module, masks: ModuleMasks) -> dict[str, Tensor]:
 
 
 def mean_loss(model: torch.nn.Module, rows: list[dict[str, Any]]) -> float:
-    inputs = collate(rows)
+    inputs = collate([bare_record(row) for row in rows])
     with torch.no_grad():
         return float(per_sample_loss(model, inputs, model(**inputs)).mean())
 
@@ -130,7 +140,7 @@ def test_every_objective_trains_what_it_should(name, family, masked, tmp_path):
     loss = {side: mean_loss(model, rows) for side, rows in trainer.data.items()}
     output = trainer.train()
     assert trainer.merge() is model
-    assert output.global_step == {"ga": 1, "influence": 1}.get(name, 2)
+    assert output.global_step == {"ga": 1, "influence": 1, "ssd": 1}.get(name, 2)
     after = model.state_dict()
     assert list(after) == list(before)
     assert [p.requires_grad for p in model.parameters()] == flags
@@ -141,7 +151,7 @@ def test_every_objective_trains_what_it_should(name, family, masked, tmp_path):
         for key, frozen in outside(model, some_masks(model)).items():
             assert not changed[key][frozen].any(), key
     assert sum(int(change.sum()) for change in changed.values()) > 100
-    if name in ("ga", "gd", "kl", "npo", "influence"):
+    if name in ("ga", "gd", "kl", "npo", "simnpo", "dpo", "so", "influence"):
         assert mean_loss(model, forget) > loss["forget"]
     if name == "ft":
         assert mean_loss(model, retain) < loss["retain"]
@@ -162,7 +172,7 @@ def test_default_arguments_and_a_vision_model(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("family", "masked"), [("bert", False), ("llama", True)])
-@pytest.mark.parametrize("name", ["gd", "kl", "npo", "rl"])
+@pytest.mark.parametrize("name", ["gd", "kl", "npo", "rl", "dpo", "idk", "rmu"])
 def test_accumulating_4_x_2_equals_a_batch_of_8(name, family, masked, tmp_path):
     """Also for records of different lengths and for a last step that is not full."""
     results = []
@@ -184,6 +194,7 @@ def test_accumulating_4_x_2_equals_a_batch_of_8(name, family, masked, tmp_path):
     assert max(float((whole[key] - start[key]).abs().max()) for key in start) > 1e-4
 
 
+DISTRIBUTED = ("kl", "dpo", "rmu")
 TWO_PROCESSES = """
 import sys, torch
 from pathlib import Path
@@ -191,33 +202,35 @@ from safetensors.torch import save_file
 sys.path.insert(0, sys.argv[1])
 import test_trainer
 folder = Path(sys.argv[2])
-model = test_trainer.train_in_batches_of(2, folder)
-if torch.distributed.get_rank() == 0:
-    save_file(model.state_dict(), folder / "two.safetensors")
+for name in test_trainer.DISTRIBUTED:
+    model = test_trainer.train_in_batches_of(2, folder, name)
+    if torch.distributed.get_rank() == 0:
+        save_file(model.state_dict(), folder / f"{name}.safetensors")
 torch.distributed.destroy_process_group()
 """
 
 
-def train_in_batches_of(size: int, path: Path) -> torch.nn.Module:
+def train_in_batches_of(size: int, path: Path, name: str) -> torch.nn.Module:
     options: dict[str, Any] = {"optim": "sgd", "lr_scheduler_type": "constant"}
     model = tiny_model("llama", dtype=torch.float64)
     trainer = make(
-        "llama", path, model=model, objective="kl", args=arguments(path, per_device_train_batch_size=size, **options)
+        "llama", path, model=model, objective=name, args=arguments(path, per_device_train_batch_size=size, **options)
     )
     trainer.train()
     return trainer.merge()
 
 
 def test_two_processes_give_the_model_of_one(tmp_path):
-    one = train_in_batches_of(4, tmp_path).state_dict()
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     subprocess.run([*command, str(Path(__file__).parent), str(tmp_path)], check=True, capture_output=True, timeout=300)
-    two = load_file(tmp_path / "two.safetensors")
-    assert two.keys() == one.keys()
-    for key, value in one.items():
-        torch.testing.assert_close(two[key], value, rtol=1e-10, atol=1e-12)
+    for name in DISTRIBUTED:
+        one = train_in_batches_of(4, tmp_path, name).state_dict()
+        two = load_file(tmp_path / f"{name}.safetensors")
+        assert two.keys() == one.keys()
+        for key, value in one.items():
+            torch.testing.assert_close(two[key], value, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["kl", "npo"])
@@ -374,6 +387,95 @@ def test_a_diverging_run_is_a_one_line_error_and_writes_nothing(tmp_path):
         make("bert", tmp_path, model=model, objective="influence").train()
 
 
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_dpo_starts_at_the_original_model(family, tmp_path):
+    """At the first step both ratios are one; alternative answers are paired with their records."""
+    log: list[float] = []
+
+    class Watch(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            log.extend([logs["loss"]] if "loss" in logs else [])
+
+    args = arguments(tmp_path, num_train_epochs=3, per_device_train_batch_size=8)
+    model = tiny_model(family)
+    data = {"forget_dataset": records(KINDS[family], 8, 1), "data_collator": collate}
+    trainer = UnlearnTrainer(model, args, objective="dpo", beta=0.5, callbacks=[Watch()], **data)
+    trainer.train()
+    assert log[0] == pytest.approx(2 / 0.5 * math.log(2), rel=1e-5)
+    assert log[2] < log[1] < log[0]
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("name", ["npo", "gd"])
+def test_the_retain_term_can_be_held_to_the_original_model(name, family, tmp_path):
+    """The divergence is zero at the start, so alpha does not matter to the first loss."""
+    losses = {}
+    for retain, alpha in (("kl", 1.0), ("kl", 9.0), ("nll", 9.0)):
+        args = arguments(tmp_path, per_device_train_batch_size=8, num_train_epochs=3)
+        trainer = UnlearnTrainer(
+            tiny_model(family), args, objective=name, alpha=alpha, retain=retain, data_collator=collate,
+            forget_dataset=records(KINDS[family], 8, 1), retain_dataset=records(KINDS[family], 8, 2),
+        )  # fmt: skip
+        trainer.train()
+        losses[retain, alpha] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses["kl", 1.0][0] == pytest.approx(losses["kl", 9.0][0], rel=1e-5)
+    assert losses["kl", 1.0][1] != pytest.approx(losses["kl", 9.0][1], rel=1e-5)
+    assert losses["nll", 9.0][0] > losses["kl", 9.0][0] + 1
+
+
+def test_second_order_steps_have_their_curvature_and_are_bounded(tmp_path):
+    args = arguments(tmp_path, num_train_epochs=6, learning_rate=1e-3, lr_scheduler_type="constant", max_grad_norm=0.0)
+    options = {"loss": "gd", "every": 3, "rho": 0.5}
+    args.gradient_accumulation_steps = 2
+    seen: list[tuple[int, Tensor]] = []
+    trainer = make("gpt2", tmp_path, args=args, objective="so", objective_options=options, retain=16)
+    original = {name: value.clone() for name, value in trainer.partial.state_dict().items()}
+
+    class Watch(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            inner = optimizer.optimizer
+            seen.append((state.global_step, inner.state[inner.parameters[0]]["hessian"].clone()))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert isinstance(trainer.optimizer.optimizer, Sophia)
+    assert trainer.optimizer.optimizer.param_groups[0]["rho"] == 0.5
+    steps = len(seen)
+    assert steps == 12
+    renewed = [step for (step, now), (_, before) in zip(seen[1:], seen, strict=False) if not torch.equal(now, before)]
+    assert renewed == [3, 6, 9]
+    assert seen[0][1].gt(0).any()
+    moved = max(float((value - original[name]).abs().max()) for name, value in trainer.partial.state_dict().items())
+    assert 1e-3 < moved <= steps * 1e-3 * (1 + 1e-3)
+
+
+def test_influence_with_conjugate_gradients_equals_a_dense_solve(tmp_path):
+    model = tiny_model("bert", dtype=torch.float64)
+    masks = some_masks(model)
+    trainer = make("bert", tmp_path, model=model, objective="influence", gamma=0.01,
+                   objective_options={"cg_steps": 200, "cg_tolerance": 1e-12})  # fmt: skip
+    parameters = list(trainer.partial.parameters())
+    start = torch.cat([p.detach().flatten() for p in parameters])
+
+    def gradients(rows: list[dict[str, Any]]) -> Tensor:
+        batches = [collate([bare_record(row)]) for row in rows]
+        found = [torch.autograd.grad(model(**batch).loss, parameters) for batch in batches]
+        return torch.stack([torch.cat([entries.flatten() for entries in row]) for row in found])
+
+    forget, retain = (gradients(trainer.data[side]) for side in ("forget", "retain"))
+    # (R^T R / N + gamma)^-1 b, by the Woodbury identity, N x N
+    b, n = forget.sum(0) / 8, len(retain)
+    inner = torch.linalg.solve(0.01 * n * torch.eye(n, dtype=b.dtype) + retain @ retain.T, retain @ b)
+    expected = start + (b - retain.T @ inner) / 0.01
+    output = trainer.train()
+    after = torch.cat([p.detach().flatten() for p in parameters])
+    torch.testing.assert_close(after, expected, rtol=1e-8, atol=1e-10)
+    assert output.metrics["cg_residual"] <= 1e-12
+    assert float((after - start).abs().max()) > 1e-3
+    trainer.merge()
+    assert masks.cost() < 1
+
+
 def test_a_users_objective(tmp_path):
     try:
 
@@ -404,7 +506,17 @@ def build(path: Path, family: str = "bert", **options: Any) -> UnlearnTrainer:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"objective": "nope"}, "objective must be one of ft, ga, .*, got 'nope'"),
+        ({"objective": "nope"}, "objective must be one of dpo, ft, ga, .*, got 'nope'"),
+        ({"objective": "rmu"}, "objective_options must have 'layer' for objective 'rmu'"),
+        ({"objective_options": {"layer": 1}}, "objective_options must be empty for objective 'gd', got layer"),
+        ({"retain": "mse"}, "retain must be 'nll' or 'kl', got 'mse'"),
+        ({"objective": "ga", "retain": "kl"}, "retain must be 'nll' for objective 'ga', which has no such retain term"),
+        ({"objective": "npo", "retain": "kl", "retain_dataset": None}, "retain_dataset must be given for retain='kl'"),
+        ({"objective": "so", "optimizer_cls_and_kwargs": (torch.optim.SGD, {})},
+         "no optimizer may be given with objective 'so', which brings its own"),
+        ({"objective": "dpo", "forget_dataset": [{"input_ids": torch.ones(3), "labels": 1}]},
+         r"forget records must have alternative_labels for this objective, got \['input_ids', 'labels'\]"),
+        ({"objective": "idk", "model": tiny_model("gpt2")}, "forget records must have alternative_input_ids beside"),
         ({"forget_dataset": []}, "forget_dataset must hold at least one record"),
         ({"retain_dataset": []}, "retain_dataset must hold at least one record"),
         ({"objective": "ga", "retain_dataset": []}, "retain_dataset must hold at least one record"),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pymape.batching import PaddingCollator
+from pymape.batching import PaddingCollator, bare_record
 from pymape.losses import IGNORED_LABEL
 
 __all__ = ["Predictions", "accuracy", "confidences", "entropies", "predict"]
@@ -124,7 +124,7 @@ def predict(
         model.eval()
         for start in range(0, len(data), batch_size):
             rows = [data[row] for row in range(start, min(start + batch_size, len(data)))]
-            batch = collate([{key: value for key, value in row.items() if key != "id"} for row in rows])
+            batch = collate([bare_record(row) for row in rows])
             inputs = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
             labels = inputs.pop("labels")
             parts.append(_reduce(model(**inputs).logits, labels))

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from pymape.objectives import ft, ga, gd, influence, kl, npo, rl  # noqa: F401  (each registers itself)
+from pymape.objectives import (  # noqa: F401  (each registers itself)
+    dpo,
+    ft,
+    ga,
+    gd,
+    idk,
+    influence,
+    kl,
+    npo,
+    rl,
+    rmu,
+    simnpo,
+    so,
+    ssd,
+)
 from pymape.objectives.registry import Objective, get_objective, objective, objective_names
 from pymape.objectives.step import OneShot, Step, UnlearnBatch
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
+
+import torch
 
 __all__ = ["Objective", "get_objective", "objective", "objective_names"]
 
 Need = Literal["required", "optional", "unused"]
-Reference = Literal["nll", "log_probs"]
+Reference = Literal["nll", "log_probs", "activations"]
 
 
 @dataclass(frozen=True)
@@ -18,20 +22,71 @@ class Objective:
 
     Args:
         name: its name in the registry.
-        function: `Step` -> scalar loss; or, if `one_shot`, `OneShot` -> one update per trained parameter.
+        function: `Step` -> scalar loss; or, if `one_shot`, `OneShot` -> one update per trained parameter. Its
+            keyword-only parameters are its options.
         forget: whether it reads the forget set.
         retain: whether it reads the retain set.
-        reference: what it needs of the original model: "nll" (summed NLL of each forget record), "log_probs" (of the
-            retain records' labelled tokens).
+        retain_term: whether it weighs the retain set by `Step.retain_loss`, so that "nll" or "kl" may be chosen.
+        reference: what it needs of the original model: "nll" (summed NLL of each forget record, and of its
+            alternative), "log_probs" (of the retain records' labelled tokens), "activations" (of the retain records, at
+            the layer that its option `layer` names).
+        alternative: whether forget records must give an alternative answer.
         one_shot: computed once over the whole sets instead of being minimised step by step.
+        optimizer: what it is stepped with, where the user names no optimizer; such an objective has an option `loss`,
+            the objective that is minimised.
+        options: values of its options, and of its optimizer's.
     """
 
     name: str
-    function: Callable[[Any], Any]
+    function: Callable[..., Any]
     forget: bool
     retain: Need
+    retain_term: bool
     reference: frozenset[Reference]
+    alternative: bool
     one_shot: bool
+    optimizer: type[torch.optim.Optimizer] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_options(self, options: Mapping[str, Any]) -> Objective:
+        """The same objective with values for its options.
+
+        Raises:
+            ValueError: an option that it does not have, or one without a default that is not given.
+        """
+        if self.optimizer is not None:
+            return self._with_loss(options)
+        known = _options(self.function)
+        _check_known(self.name, options, known)
+        missing = [
+            name for name, default in known.items() if default is inspect.Parameter.empty and name not in options
+        ]
+        if missing:
+            raise ValueError(
+                f"objective_options must have {missing[0]!r} for objective {self.name!r}, got {dict(options)}"
+            )
+        return replace(self, function=partial(self.function, **options), options={**known, **options})
+
+    def _with_loss(self, options: Mapping[str, Any]) -> Objective:
+        """Sort the options of a loss that is stepped with an optimizer of its own: whose is which?"""
+        inner = get_objective(options.get("loss", _options(self.function)["loss"].__name__))
+        if inner.one_shot or inner.optimizer is not None:
+            raise ValueError(f"loss of objective {self.name!r} must be one that is minimised, got {inner.name!r}")
+        tunable: dict[str, Any] = {
+            name: default for name, default in _options(self.optimizer).items() if name not in ("lr", "weight_decay")
+        }
+        _check_known(self.name, options, {"loss": None, **tunable, **_options(inner.function)})
+        of_optimizer = {name: options[name] for name in tunable if name in options}
+        inner = inner.with_options({k: v for k, v in options.items() if k != "loss" and k not in tunable})
+        return replace(
+            inner,
+            name=self.name,
+            function=partial(self.function, loss=inner.function),
+            optimizer=self.optimizer,
+            options={"loss": inner.name, **inner.options},
+            optimizer_options=of_optimizer,
+        )
 
 
 _OBJECTIVES: dict[str, Objective] = {}
@@ -42,30 +97,38 @@ def objective(
     *,
     forget: bool = True,
     retain: Need = "unused",
+    retain_term: bool = False,
     reference: Iterable[Reference] = (),
+    alternative: bool = False,
     one_shot: bool = False,
-) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
+    optimizer: type[torch.optim.Optimizer] | None = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as an unlearning objective.
 
     Example:
-        @objective("hinge", retain="required")
-        def hinge(step):
-            return (4 - step.forget.loss()).relu() + step.alpha * step.retain.loss()
+        @objective("hinge", retain="required", retain_term=True)
+        def hinge(step, *, ceiling=4.0):
+            return (ceiling - step.forget.loss()).relu() + step.retain_loss()
 
     Args:
         name: what `UnlearnTrainer(objective=...)` is to call it.
-        forget, retain, reference, one_shot: see `Objective`.
+        forget, retain, retain_term, reference, alternative, one_shot, optimizer: see `Objective`.
 
     Raises:
-        ValueError: another function has that name.
+        ValueError: another function has that name, or reference activations are needed but there is no option `layer`.
     """
 
-    def register(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
         known = _OBJECTIVES.get(name)
         # The same function again is a module that was reloaded, or a notebook cell that was run twice.
         if known is not None and _origin(known.function) != _origin(function):
             raise ValueError(f"objective name must be new, got {name!r} of {'.'.join(_origin(known.function))}")
-        _OBJECTIVES[name] = Objective(name, function, forget, retain, frozenset(reference), one_shot)
+        needed = frozenset(reference)
+        if "activations" in needed and "layer" not in _options(function):
+            raise ValueError(f"objective {name!r} must have an option layer to get reference activations, got none")
+        _OBJECTIVES[name] = Objective(
+            name, function, forget, retain, retain_term, needed, alternative, one_shot, optimizer
+        )
         return function
 
     return register
@@ -89,3 +152,16 @@ def objective_names() -> list[str]:
 
 def _origin(function: Callable[..., Any]) -> tuple[str, str]:
     return function.__module__, function.__qualname__
+
+
+def _options(function: Any) -> dict[str, Any]:
+    """Keyword-only parameters of a function or class, with their defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+
+
+def _check_known(name: str, options: Mapping[str, Any], known: Iterable[str]) -> None:
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        expected = f"be among {', '.join(known)}" if known else "be empty"
+        raise ValueError(f"objective_options must {expected} for objective {name!r}, got {', '.join(unknown)}")

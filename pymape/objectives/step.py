@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from pymape.losses import IGNORED_LABEL, per_sample_loss, task_of
 
-__all__ = ["OneShot", "Step", "UnlearnBatch"]
+__all__ = ["LABELS", "OneShot", "Step", "UnlearnBatch", "fisher_diagonal"]
 
-_LABELS = ("labels", "start_positions", "end_positions")
+# Inputs that are answers, which the model is not to see.
+LABELS = ("labels", "start_positions", "end_positions")
 
 
 class UnlearnBatch:
@@ -32,8 +33,10 @@ class UnlearnBatch:
         inputs: tensors of the batch, with labels.
         call: what to call instead of `model`, for instance its DDP wrapper.
         samples, tokens: denominators of means; None stands for this batch's own.
+        alternative: the same records with their alternative answers.
         reference_nll: [B] summed NLL under the original model.
         reference_log_probs: [n, C] log-probabilities of the original model, rows as in `scored_logits`.
+        reference_activations: [B, T, D] activations of the original model.
         seeds: [B] one seed per record, for random labels.
     """
 
@@ -45,8 +48,10 @@ class UnlearnBatch:
         call: Callable[..., Any] | None = None,
         samples: float | None = None,
         tokens: float | None = None,
+        alternative: UnlearnBatch | None = None,
         reference_nll: Tensor | None = None,
         reference_log_probs: Tensor | None = None,
+        reference_activations: Tensor | None = None,
         seeds: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.model = model
@@ -54,19 +59,40 @@ class UnlearnBatch:
         self.counts = count_tokens(model, inputs)  # [B]
         self.samples = len(self.counts) if samples is None else samples
         self.tokens = float(self.counts.sum()) if tokens is None else tokens
+        self.alternative = alternative
         self.reference_nll = reference_nll
         self.reference_log_probs = reference_log_probs
-        self._call = call or model
+        self.reference_activations = reference_activations
+        self._call = model if call is None else call
         self._seeds = seeds
+
+    def _model_inputs(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.inputs.items() if name not in LABELS}
 
     @cached_property
     def outputs(self) -> Any:
         """What the model returns; without labels, so that it computes no loss of its own."""
-        return self._call(**{name: value for name, value in self.inputs.items() if name not in _LABELS})
+        return self._call(**self._model_inputs())
+
+    def activations(self, layer: int) -> Tensor:
+        """[B, T, D] output of a layer, 0 being the first, as the model's `output_hidden_states` reports it."""
+        if getattr(vars(self).get("outputs"), "hidden_states", None) is None:
+            self.outputs = self._call(**self._model_inputs(), output_hidden_states=True)
+        hidden = self.outputs.hidden_states  # the embeddings, then one per layer
+        if not 0 <= layer < len(hidden) - 1:
+            raise ValueError(f"layer must be in [0, {len(hidden) - 1}), got {layer}")
+        return hidden[layer + 1]
 
     def nll(self) -> Tensor:
         """[B] negative log-likelihood, summed over a record's labelled tokens (a classifier's cross-entropy)."""
         return per_sample_loss(self.model, self.inputs, self.outputs) * self.counts
+
+    def nll_ratio(self) -> Tensor:
+        """[B] summed negative log-likelihood, less the original model's."""
+        if self.reference_nll is None:
+            raise ValueError("reference_nll must be known, got None: register reference=['nll']")
+        nll = self.nll()
+        return nll - self.reference_nll.to(nll)
 
     def loss(self) -> Tensor:
         """Mean negative log-likelihood per labelled token (per record for classifiers)."""
@@ -75,6 +101,15 @@ class UnlearnBatch:
     def mean(self, values: Tensor) -> Tensor:
         """Mean of one value per record, [B]."""
         return values.sum() / self.samples
+
+    def mean_square(self, values: Tensor) -> Tensor:
+        """Mean of [B, T, D] squares over dimensions and a record's own tokens (no padding), then over records."""
+        squares = values.square().mean(-1)  # [B, T]
+        mask = self.inputs.get("attention_mask")
+        if mask is None or mask.shape != squares.shape:
+            return self.mean(squares.mean(1))
+        own = mask != 0
+        return self.mean(squares.where(own, 0.0).sum(1) / own.sum(1))
 
     def scored_logits(self) -> Tensor:
         """[n, C] logits at the labelled tokens of the batch (at its records for classifiers), fp32 or fp64."""
@@ -112,11 +147,17 @@ class UnlearnBatch:
             raise ValueError(f"random labels need at least 2 classes, got {classes}")
         shifts = torch.stack([_draw(seed, classes, labels.shape[1:]) for seed in self._seeds]).to(labels.device)
         changed = torch.where(labels == IGNORED_LABEL, labels, (labels + shifts) % classes)
-        batch = UnlearnBatch(
-            self.model, {**self.inputs, "labels": changed}, call=self._call, samples=self.samples, tokens=self.tokens
-        )
-        batch.outputs = self.outputs
-        return batch
+        return self.relabelled({"labels": changed}, samples=self.samples, tokens=self.tokens)
+
+    def relabelled(self, labels: Mapping[str, Tensor], **options: Any) -> UnlearnBatch:
+        """The same records and outputs with other labels; options as for `UnlearnBatch`."""
+        return UnlearnBatch(self.model, {**self.inputs, **labels}, call=lambda **_: self.outputs, **options)
+
+    def required_alternative(self, name: str) -> UnlearnBatch:
+        """The records' alternative answers, for the objective of that name."""
+        if self.alternative is None:
+            raise ValueError(f"forget records must have alternative_labels for {name}, got none")
+        return self.alternative
 
 
 @dataclass(frozen=True)
@@ -127,16 +168,20 @@ class Step:
         forget, retain: its records; only what the objective registered for may be used.
         alpha: weight of the retain term.
         beta: inverse temperature of preference objectives.
+        retain_term: what the retain term is, "nll" or "kl".
     """
 
     forget: UnlearnBatch
     retain: UnlearnBatch | None
     alpha: float
     beta: float
+    retain_term: Literal["nll", "kl"] = "nll"
 
     def retain_loss(self) -> Tensor | float:
-        """alpha NLL_r, or 0 without a retain set."""
-        return 0.0 if self.retain is None else self.alpha * self.retain.loss()
+        """alpha NLL_r, or alpha KL(p_ref || p) on the retain records if that was chosen; 0 without a retain set."""
+        if self.retain is None:
+            return 0.0
+        return self.alpha * (self.retain.kl() if self.retain_term == "kl" else self.retain.loss())
 
 
 @dataclass(frozen=True)
@@ -145,16 +190,30 @@ class OneShot:
 
     Args:
         parameters: the trained parameters.
-        forget_gradients, retain_gradients: for every record, the gradient of its own loss for each of `parameters`.
-        retain_size: N_r, number of retain records.
+        forget_gradients, retain_gradients: for every record, the gradient of its own loss for each of `parameters`;
+            computed anew each time they are gone through.
         gamma: damping.
+        metrics: figures that the objective wants logged.
     """
 
     parameters: list[nn.Parameter]
     forget_gradients: Iterable[Sequence[Tensor]]
     retain_gradients: Iterable[Sequence[Tensor]]
-    retain_size: int
     gamma: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def fisher_diagonal(
+    gradients: Iterable[Sequence[Tensor]], parameters: Sequence[nn.Parameter]
+) -> tuple[list[Tensor], int]:
+    """Diagonal of the empirical Fisher, (1 / N) sum_n g_n^2 in fp64 for each parameter, and the number of records N."""
+    totals = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]
+    size = 0
+    for of_record in gradients:
+        size += 1
+        for total, gradient in zip(totals, of_record, strict=True):
+            total += gradient.double().square()
+    return [total / size for total in totals], size
 
 
 def count_tokens(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:

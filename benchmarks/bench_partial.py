@@ -1,0 +1,260 @@
+"""A partial training step against the usual masked-gradient step, and against what it cannot do without.
+
+The masked-gradient step computes all gradients, zeroes them outside the masks and steps AdamW over everything. What no
+partial step can save is the forward pass, the backward pass to the lowest selected projections, and the gradients of
+the selected rows and columns; their time bounds the speed-up that is possible.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from benchmarks.harness import Case, Report, alternate
+from pymape import FrozenPrefix, ModuleMasks, PartialParameters, PrefixCache, layout, selected_weight_grad
+from pymape.architectures import find_layers
+
+BATCH, TOKENS, VOCABULARY, BUDGET = 8, 128, 1000, 0.1
+LAYERS = {"bert": 12, "llama": 4}
+
+
+def run(device: str, arguments: Sequence[str] = ()) -> Report:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks partial")
+    parser.add_argument("--models", nargs="+", choices=sorted(LAYERS), default=sorted(LAYERS))
+    parser.add_argument("--layers", type=int, help="default: 12 of BERT-base, 4 of TinyLlama-1.1B")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    options, _ = parser.parse_known_args(arguments)
+    torch.set_num_threads(options.threads)
+    report = Report("partial", device)
+    for name in options.models:
+        layers = options.layers or LAYERS[name]
+        _check(name, min(layers, 2), device)
+        compare_steps(report, name, layers, options.rounds, device)
+        compare_memory(report, name, layers, options.threads, device)
+    report.notes += [
+        f"{BATCH} x {TOKENS} tokens, budget {BUDGET:.0%}, fp32, fused AdamW, train mode; {options.rounds} rounds",
+        "of possible: (needed passes + selected weight gradients) / step, all medians of the same alternating rounds",
+        "memory: highest resident size of a process of two steps, less that before the model was made",
+    ]
+    return report
+
+
+def make_model(name: str, layers: int, device: str = "cpu") -> Any:
+    """Layers of BERT-base or TinyLlama-1.1B; the vocabulary is small, because embeddings are no module of a mask."""
+    if name == "bert":
+        config = transformers.BertConfig(num_hidden_layers=layers, vocab_size=VOCABULARY, attn_implementation="sdpa")
+        kind: Any = transformers.BertForSequenceClassification
+    else:
+        config = transformers.LlamaConfig(
+            num_hidden_layers=layers, vocab_size=VOCABULARY, hidden_size=2048, intermediate_size=5632,
+            num_attention_heads=32, num_key_value_heads=4, attn_implementation="sdpa", use_cache=False,
+        )  # fmt: skip
+        kind = transformers.LlamaForCausalLM
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return kind(config).to(device).train()
+
+
+def make_batch(name: str, device: str = "cpu") -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, VOCABULARY, (BATCH, TOKENS), generator=generator)
+    labels = ids if name == "llama" else torch.arange(BATCH) % 2
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+def make_masks(model: nn.Module, place: str) -> ModuleMasks:
+    """Random modules for the whole budget, in all layers or in the upper half of them only."""
+    shape = layout(model)
+    generator = torch.Generator().manual_seed(0)
+    heads, filters = (torch.rand(shape.layers, width, generator=generator) for width in (shape.kv_heads, shape.filters))
+    # Heads and filters in proportion to what they own: the scan of `from_scores` would prefer the cheaper kind.
+    scores = [heads * shape.head_cost, filters * shape.filter_cost]
+    if place == "upper half":
+        for score in scores:
+            score[: shape.layers // 2] = -1
+    return ModuleMasks.from_scores(scores[0], scores[1], shape, BUDGET)
+
+
+def dense_step(model: Any, batch: dict[str, Tensor], place: str = "anywhere") -> tuple[Callable[[], None], Any]:
+    """The masked-gradient step and its optimizer."""
+    inside = {parameter: torch.zeros_like(parameter, dtype=torch.bool) for parameter in model.parameters()}
+    masks = make_masks(model, place)
+    for layer, groups, filters in zip(find_layers(model), masks.head_groups, masks.filters, strict=True):
+        slices = layer.head_slices(groups.nonzero()[:, 0]) + layer.filter_slices(filters.nonzero()[:, 0])
+        for module, name, dim, index in slices:
+            inside[getattr(module, name)].index_fill_(dim, index.to(batch["input_ids"].device), True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        for parameter, mask in inside.items():
+            if parameter.grad is not None:
+                parameter.grad.mul_(mask)
+        optimizer.step()
+
+    return step, optimizer
+
+
+def partial_step(
+    model: Any, batch: dict[str, Tensor], place: str = "anywhere", cache: PrefixCache | None = None
+) -> tuple[Callable[[], None], Any]:
+    """The same with compact parameters, and with the frozen layers' states from the cache if there is one."""
+    partial = PartialParameters(model, make_masks(model, place))
+    optimizer = torch.optim.AdamW(partial.parameters(), lr=1e-5, fused=True)
+    partial.attach(optimizer)
+    prefix = None if cache is None else FrozenPrefix(model, partial.lowest_layer or 0, cache)
+    records = [str(row) for row in range(BATCH)]
+
+    def step() -> None:
+        optimizer.zero_grad()
+        outputs = model(**batch) if prefix is None else prefix.run(records, batch)
+        outputs.loss.backward()
+        optimizer.step()
+
+    return step, optimizer
+
+
+def needed_passes(model: Any, batch: dict[str, Tensor]) -> Callable[[], None]:
+    """Forward, and backward to the outputs of the lowest projections, with frozen weights."""
+    model.requires_grad_(False)
+    lowest = find_layers(model)[0]
+    leaves: list[Tensor] = []
+    for module in (lowest.query, lowest.key, lowest.value):
+        assert module is not None
+        module.register_forward_hook(lambda module, args, output: leaves.append(output.requires_grad_()))
+
+    def step() -> None:
+        leaves.clear()
+        torch.autograd.grad(model(**batch).loss, leaves)
+
+    return step
+
+
+def needed_weight_gradients(model: Any, device: str) -> Callable[[], None]:
+    """The gradients of all selected rows and columns, from inputs of the right shapes."""
+    jobs: dict[nn.Module, tuple[int, list[Tensor]]] = {}
+    masks = make_masks(model, "anywhere")
+    for layer, groups, filters in zip(find_layers(model), masks.head_groups, masks.filters, strict=True):
+        slices = layer.head_slices(groups.nonzero()[:, 0]) + layer.filter_slices(filters.nonzero()[:, 0])
+        for module, name, dim, index in slices:
+            if name == "weight" and len(index):
+                jobs.setdefault(module, (dim, []))[1].append(index.to(device))
+    drawn = {shape: torch.randn(BATCH * TOKENS, shape, device=device) for m in jobs for shape in m.weight.shape}
+
+    def step() -> None:
+        for module, (dim, parts) in jobs.items():
+            outputs, inputs = (drawn[size] for size in module.weight.shape)
+            selected_weight_grad(inputs, outputs, torch.cat(parts), "columns" if dim else "rows")
+
+    return step
+
+
+def compare_steps(report: Report, name: str, layers: int, rounds: int, device: str) -> None:
+    batch = make_batch(name, device)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = PrefixCache(folder)
+        contenders = {
+            "masked gradients": dense_step(make_model(name, layers, device), batch)[0],
+            "partial": partial_step(make_model(name, layers, device), batch)[0],
+            "needed passes": needed_passes(make_model(name, layers, device), batch),
+            "needed weight gradients": needed_weight_gradients(make_model(name, layers, device), device),
+            "partial, upper half": partial_step(make_model(name, layers, device), batch, "upper half")[0],
+            "upper half, cached": partial_step(make_model(name, layers, device), batch, "upper half", cache)[0],
+        }
+        cases = alternate(f"{name} {layers} layers", contenders, seconds=0, least=rounds)
+    dense, ours, passes, gradients, upper, cached = cases
+    for case in (ours, upper, cached):
+        case.figures["speed-up"] = dense.median_s / case.median_s
+    needed = passes.median_s + gradients.median_s
+    ours.figures |= {"possible": dense.median_s / needed, "of possible": needed / ours.median_s}
+    cached.figures["x uncached"] = upper.median_s / cached.median_s
+    report.cases += cases
+
+
+def compare_memory(report: Report, name: str, layers: int, threads: int, device: str) -> None:
+    """Each kind of step in a process of its own."""
+    measured = {}
+    for kind in ("masked gradients", "partial"):
+        command = [sys.executable, "-m", "benchmarks.bench_partial", name, kind, str(layers), str(threads), device]
+        # Fixed thresholds: freed tensors go back to the system at once, so that the resident size is what is in use.
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+        measured[kind] = json.loads(output)
+    dense, ours = measured.values()
+    for kind, values in measured.items():
+        figures = {"gradients + state MB": values["state"] / 1e6, "peak MB": values["peak"] / 1e6}
+        if values is ours:
+            figures |= {"x state": ours["state"] / dense["state"], "x peak": ours["peak"] / dense["peak"]}
+        report.cases.append(Case(f"{name} {layers} layers, memory", kind, *[values["seconds"]] * 3, figures))
+
+
+def measure_memory(name: str, kind: str, layers: int, device: str) -> dict[str, float]:
+    """Two steps: bytes of gradients and optimizer state, and of the highest point above where the process began."""
+    batch = make_batch(name, device)
+    # A first step of one layer loads code and starts threads, which belong to neither kind.
+    dense_step(make_model(name, 1, device), batch)[0]()
+    gc.collect()
+    cuda = device != "cpu"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # begins VmHWM anew
+    before = torch.cuda.memory_allocated() if cuda else _resident("VmRSS")
+    model = make_model(name, layers, device)
+    step, optimizer = (dense_step if kind == "masked gradients" else partial_step)(model, batch)
+    start = time.perf_counter()
+    for _ in range(2):
+        step()
+    seconds = (time.perf_counter() - start) / 2
+    peak = (torch.cuda.max_memory_allocated() if cuda else _resident("VmHWM")) - before
+    tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    tensors += [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return {"state": sum(tensor.nbytes for tensor in tensors), "peak": peak, "seconds": seconds}
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def _check(name: str, layers: int, device: str) -> None:
+    """The compact gradients are the selected rows and columns of the full ones, and the cache changes no bit."""
+    batch = make_batch(name, device)
+    dense, model = (make_model(name, layers, device).eval() for _ in range(2))
+    dense(**batch).loss.backward()
+    partial = PartialParameters(model, make_masks(model, "anywhere"))
+    expected = model(**batch)
+    expected.loss.backward()
+    for one, other in zip(model.modules(), dense.modules(), strict=True):
+        if getattr(one, "selected_weight", None) is not None:
+            full = other.weight.grad if one.selected_axis == "rows" else other.weight.grad.t()
+            torch.testing.assert_close(one.selected_weight.grad, full[one.selected_index], rtol=1e-3, atol=1e-5)
+    partial.merge()
+    model.requires_grad_(False)
+    with tempfile.TemporaryDirectory() as folder:
+        prefix = FrozenPrefix(model, 1, PrefixCache(folder))
+        for _ in range(2):
+            outputs = prefix.run([str(row) for row in range(BATCH)], batch)
+            torch.testing.assert_close(outputs.logits, expected.logits, rtol=0, atol=0 if device == "cpu" else 1e-5)
+
+
+if __name__ == "__main__":
+    _name, _kind, _layers, _threads, _device = sys.argv[1:]
+    torch.set_num_threads(int(_threads))
+    print(json.dumps(measure_memory(_name, _kind, int(_layers), _device)))

@@ -1,0 +1,119 @@
+"""What objectives need of the model as it was before unlearning, without a second model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pymape.losses import task_of
+from pymape.objectives.step import UnlearnBatch
+from pymape.partial import PartialParameters
+from pymape.reference_cache import ReferenceCache, record_digest
+
+__all__ = ["OriginalModel", "evaluating"]
+
+
+class OriginalModel:
+    """Reference values of the original model: of every record where that is little, else asked step by step.
+
+    Summed losses and the log-probabilities of classifiers are computed once. Tokens x vocabulary, and activations,
+    would
+    be too much to store: for those the same model runs with its original parameters swapped in.
+
+    Args:
+        model: the model that is to be trained.
+        partial: its trained parameters.
+        needs: "nll", "log_probs" and "activations", as in `Objective.reference`.
+        alternative: whether "nll" is needed of alternative answers too.
+        layer: of the activations.
+    """
+
+    def __init__(
+        self, model: nn.Module, partial: PartialParameters, needs: Iterable[str], alternative: bool, layer: int | None
+    ) -> None:
+        self.model, self.partial = model, partial
+        self.alternative, self.layer = alternative, layer
+        self._asked = set(needs)  # what is asked step by step, once `look_up` has taken out what it stores
+        self._known: dict[str, Tensor] = {}
+        self._parameters: list[Tensor] | None = None
+
+    def look_up(
+        self,
+        data: Mapping[str, Any],
+        batches: Callable[[str, Sequence[int]], Iterator[UnlearnBatch]],
+        cache: ReferenceCache | None,
+        write: bool,
+    ) -> None:
+        """Compute what is stored, and note the original parameters if the model is to be asked later; once.
+
+        Args:
+            data: the forget and the retain set.
+            batches: side, rows -> those records in order, with their alternative answers where they are needed.
+            cache: where values may be known already, and are kept.
+            write: whether to add new values to the cache.
+        """
+        if self._known or self._parameters is not None:
+            return
+
+        def of_every_record(kind: str, side: str, read: Callable[[Any], Tensor]) -> Tensor:
+            def compute(rows: Sequence[int]) -> Tensor:
+                return torch.cat([read(batch).cpu() for batch in batches(side, rows)])
+
+            rows = range(len(data[side]))
+            if cache is None:
+                return compute(rows)
+            records = [record_digest(str(data[side][row].get("id")), data[side][row]) for row in rows]
+            return cache.values(kind, records, compute, write=write)
+
+        with evaluating(self.model):
+            if "nll" in self._asked and self.alternative:
+                pairs = of_every_record("preference", "forget", _both_losses)
+                self._known["forget"], self._known["alternative"] = pairs.unbind(1)
+            elif "nll" in self._asked:
+                self._known["forget"] = of_every_record("nll", "forget", UnlearnBatch.nll)
+            self._asked.discard("nll")
+            if "log_probs" in self._asked and task_of(self.model) == "classification":
+                self._known["retain"] = of_every_record("log_probs", "retain", UnlearnBatch.log_probs)
+                self._asked.discard("log_probs")
+        if self._asked:
+            self._parameters = self.partial.snapshot()
+
+    def of_forget(self, index: Tensor, side: str = "forget") -> dict[str, Tensor]:
+        """Options of `UnlearnBatch` for forget records (or their alternative answers), by row [B]."""
+        return {"reference_nll": self._known[side][index]} if side in self._known else {}
+
+    def of_retain(
+        self, index: Tensor, inputs: Mapping[str, Tensor], call: Callable[..., Any] | None = None
+    ) -> dict[str, Tensor]:
+        """Options of `UnlearnBatch` for retain records; only before the forward passes of a step."""
+        found = {"reference_log_probs": self._known["retain"][index]} if "retain" in self._known else {}
+        if self._parameters is None:
+            return found
+        with self.partial.swapped(self._parameters), evaluating(self.model):
+            batch = UnlearnBatch(self.model, inputs, call=call)
+            if "activations" in self._asked:
+                found["reference_activations"] = batch.activations(self.layer or 0)
+            if "log_probs" in self._asked:
+                found["reference_log_probs"] = batch.log_probs()
+        return found
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a block in eval mode and without gradients, then put the mode back."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _both_losses(batch: UnlearnBatch) -> Tensor:
+    """[B, 2] summed NLL of the records' own answers and of the alternative ones."""
+    return torch.stack([batch.nll(), batch.required_alternative("preference").nll()], 1)

@@ -1,0 +1,199 @@
+"""Hidden states of a frozen prefix of a model, computed once: `PrefixCache` keeps them, `FrozenPrefix` uses them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from pymape.delta import tensor_digest
+
+__all__ = ["PrefixCache"]
+
+_SUFFIX = ".safetensors"
+_STATES = "states"
+_HEADER = 1024  # at most what a file needs beside the states
+_RESCAN_SECONDS = 10.0
+
+
+class PrefixCache:
+    """Tensors on disk, one file per prefix and record, memory-mapped when read.
+
+    A file holds the sha256 of what it is for and of its content: a damaged or partial one is noticed when it is read,
+    removed and counted in `damaged`, and its record computed again. Any file and the whole folder may be deleted at any
+    time. Files are not synced to disk, since one that is lost or torn in a crash costs a computation only. Several
+    processes may share a folder.
+
+    Args:
+        path: folder; made when first needed.
+        max_bytes: at most this much is stored (counted when opened and by this process's own writes; recounted at most
+            every ten seconds once full). Records beyond it are computed every time. None: no limit.
+
+    Raises:
+        ValueError: a negative limit.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, max_bytes: int | None = None) -> None:
+        if max_bytes is not None and max_bytes < 0:
+            raise ValueError(f"max_bytes must be at least 0 or None, got {max_bytes}")
+        self.path = Path(path)
+        self.max_bytes = max_bytes
+        self.hits = self.misses = self.damaged = 0
+        self._count()
+
+    def get(self, prefix: str, record: str, inputs: str) -> Tensor | None:
+        """Return what was put under the same three keys, or None.
+
+        Args:
+            prefix: digest of the function, of its weights above all.
+            record: the record's id.
+            inputs: digest of the record's inputs.
+
+        Returns:
+            A CPU tensor that lies in the file; copy it before the file is erased.
+        """
+        path = self._file(prefix, record)
+        try:
+            with safe_open(path, framework="pt") as file:
+                stored, states = file.metadata() or {}, file.get_tensor(_STATES)
+            # A header that was hit may name another record's inputs: the checksum is over the right ones.
+            whole = stored.get("checksum") == _checksum(prefix, record, stored.get("inputs", ""), states)
+        except FileNotFoundError:
+            self.misses += 1
+            return None
+        except (SafetensorError, OSError):
+            whole = False
+        if not whole:
+            self.damaged += 1
+            self._remove(path)
+        if not whole or stored["inputs"] != inputs:
+            self.misses += 1
+            return None
+        self.hits += 1
+        return states
+
+    def put(self, prefix: str, record: str, inputs: str, states: Tensor) -> bool:
+        """Store a tensor in the place of what the record had under this prefix; False where the limit forbids it."""
+        states = states.detach().cpu().contiguous()
+        path = self._file(prefix, record)
+        if not self._fits(states.nbytes + _HEADER):
+            return False
+        metadata = {"inputs": inputs, "checksum": _checksum(prefix, record, inputs, states)}
+        content = save({_STATES: states}, metadata)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            before = path.stat().st_size if path.exists() else 0
+            # The name begins as the record's file does, so that `erase` finds what a killed process leaves behind.
+            handle, temporary = tempfile.mkstemp(prefix=path.stem + ".", suffix=".tmp", dir=path.parent)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            os.replace(temporary, path)
+        except FileNotFoundError:  # the folder was deleted meanwhile, as it may be
+            return False
+        self._bytes += len(content) - before
+        return True
+
+    def erase(self, records: Iterable[str]) -> int:
+        """Remove all that is stored of some records, under every prefix: overwrite the files with zeros, then delete.
+
+        Returns:
+            The number of files removed.
+        """
+        names = {_name(record) for record in records}
+        erased = 0
+        for folder in self._folders():
+            found = [path for path in _entries(folder) if path.name.split(".")[0] in names]
+            for path in found:
+                erased += self._remove(path)
+            if found:
+                with contextlib.suppress(FileNotFoundError):
+                    _sync(folder)
+        return erased
+
+    def clear(self) -> None:
+        """Remove everything that is stored."""
+        for folder in self._folders():
+            for path in _entries(folder):
+                self._remove(path)
+            with contextlib.suppress(OSError):  # somebody else has put something there meanwhile
+                folder.rmdir()
+        self._count()
+
+    def __len__(self) -> int:
+        """Number of stored tensors, counted on disk."""
+        return sum(path.suffix == _SUFFIX for folder in self._folders() for path in _entries(folder))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        self._count()
+        return self._bytes
+
+    def _file(self, prefix: str, record: str) -> Path:
+        return self.path / prefix[:32] / (_name(record) + _SUFFIX)
+
+    def _folders(self) -> list[Path]:
+        return [path for path in _entries(self.path) if path.is_dir()]
+
+    def _count(self) -> None:
+        self._bytes, self._counted = 0, time.monotonic()
+        for folder in self._folders():
+            for path in _entries(folder):
+                with contextlib.suppress(FileNotFoundError):
+                    self._bytes += path.stat().st_size
+
+    def _fits(self, size: int) -> bool:
+        if self.max_bytes is None or self._bytes + size <= self.max_bytes:
+            return True
+        if time.monotonic() - self._counted < _RESCAN_SECONDS:
+            return False
+        self._count()
+        return self._bytes + size <= self.max_bytes
+
+    def _remove(self, path: Path) -> bool:
+        """Overwrite and delete a file; False if it is gone already."""
+        try:
+            with open(path, "r+b") as file:
+                size = os.fstat(file.fileno()).st_size
+                file.write(bytes(size))
+                file.flush()
+                os.fsync(file.fileno())
+            path.unlink()
+        except FileNotFoundError:
+            return False
+        self._bytes -= size
+        return True
+
+
+def _name(record: str) -> str:
+    """File stem of a record: ids may hold anything, and need not be readable by who lists the folder."""
+    return hashlib.sha256(record.encode()).hexdigest()[:32]
+
+
+def _checksum(prefix: str, record: str, inputs: str, states: Tensor) -> str:
+    hasher = hashlib.sha256(f"{prefix}\0{record}\0{inputs}\0".encode())
+    tensor_digest(hasher, _STATES, states)
+    return hasher.hexdigest()
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    try:
+        yield from list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,102 @@
+"""What one request of a session computes: masks, new weights and the figures of both."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence, Set
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from .config import UnlearnConfig
+from .data import Records, read_table
+from .importance import Importance
+from .pipeline import Clock, Data, Encoder, fine_tune, judge, learn_masks, load_model, model_figures, unlearn
+from .runs import quiet_transformers
+from .session import IMPORTANCE, MODEL
+from .store import file_hash
+
+__all__ = ["meet", "start"]
+
+MASKS = "masks.safetensors"
+
+
+def start(config: UnlearnConfig, records: Records, folder: Path) -> None:
+    """Write the model that a session starts from, fine-tuned on all records if the options say so.
+
+    Args:
+        config: the session's options.
+        records: all records.
+        folder: where the model goes.
+    """
+    with quiet_transformers(), tempfile.TemporaryDirectory(prefix="pymape-") as scratch:
+        set_seed(config.seed)
+        model, tokenizer = load_model(config, records)
+        encode = Encoder(config, model, tokenizer)
+        rows = encode(records.columns, "data.path", records.ids)  # shows now whether the data fit the model
+        if config.train_first:
+            fine_tune(model, rows, config.train, config.seed, encode.collate, scratch)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def meet(
+    config: UnlearnConfig, last: Path, new: Path, records: Records, forget: Sequence[str], retain: Sequence[str]
+) -> dict[str, Any]:
+    """Unlearn records, from the model of the last step to that of a new one.
+
+    Args:
+        config: the request's options.
+        last: folder of the last step: `model`, and `importance.safetensors` where there is one.
+        new: folder that gets the same, and `masks.safetensors`.
+        records: all records not forgotten yet.
+        forget: ids of records to forget.
+        retain: ids of records to keep.
+
+    Returns:
+        Number of records, masks, metrics before and after, and seconds by phase, for the receipt.
+    """
+    clock = Clock()
+    config = dataclasses.replace(config, model=str(last / MODEL), train_first=False)
+    with quiet_transformers(), tempfile.TemporaryDirectory(prefix="pymape-") as scratch:
+        set_seed(config.seed)
+        model, tokenizer = load_model(config, records)
+        encode = Encoder(config, model, tokenizer)
+        rows = {row["id"]: row for row in encode(records.columns, "data.path", records.ids)}
+        test = [] if config.data.test is None else encode(read_table(config.data.test, "data.test"), "data.test")
+        data = Data([rows[name] for name in forget], [rows[name] for name in retain], test)
+        with clock.phase("evaluate"):
+            before = judge(model, data, config, encode.collate)
+        stored = Importance.load(last / IMPORTANCE) if (last / IMPORTANCE).exists() else None
+        masks, learned = learn_masks(config, model, data, encode.collate, clock, _rows(stored, set(retain)))
+        kept = _rows(stored, rows.keys() - set(forget)) or learned
+        with clock.phase("unlearn"):
+            unlearn(config, model, data, masks, encode.collate, scratch)
+        with clock.phase("evaluate"):
+            after = judge(model, data, config, encode.collate)
+        model.save_pretrained(new / MODEL)
+        tokenizer.save_pretrained(new / MODEL)
+        if kept is not None:
+            kept.save(new / IMPORTANCE)
+        described = None
+        if masks is not None:
+            if config.receipt_ids == "keyed":
+                # A plain hash of few ids can be undone by trying ids.
+                for side in ("forget", "retain"):
+                    masks.provenance.get(side, {}).pop("fingerprint", None)
+            masks.save(new / MASKS)
+            described = {"file": MASKS, "sha256": file_hash(new / MASKS), "cost": masks.cost(), **masks.provenance}
+        return {
+            "records": {name: len(part) for name, part in data.sets.items()},
+            "masks": described,
+            "metrics": model_figures({"before": before, "after": after}, config.seed),
+            "seconds": clock.seconds,
+        }
+
+
+def _rows(stored: Importance | None, wanted: Set[str]) -> Importance | None:
+    """The stored gradients of some records; None where there are none."""
+    ids = [] if stored is None else [name for name in stored.ids if name in wanted]
+    return stored.select(ids) if stored is not None and ids else None

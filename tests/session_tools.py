@@ -1,0 +1,48 @@
+"""A tiny model, records and options for sessions."""
+
+from __future__ import annotations
+
+import csv
+import random
+from pathlib import Path
+from typing import Any
+
+from model_zoo import tiny_model
+
+from pymape.config import DataConfig, MaskConfig, UnlearnConfig
+
+WORDS = [f"w{number}" for number in range(40)]
+REQUESTS = {"first": ["r1", "r5", "r9"], "second": ["r2", "r6"], "third": ["r0", "r23"]}
+
+
+def write_files(folder: Path, family: str = "bert", records: int = 24) -> None:
+    """Write `model`, `train.csv` and `test.csv`."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: row for row, word in enumerate(["[PAD]", "[BOS]", "[EOS]", "[UNK]", *WORDS])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tiny_model(family).save_pretrained(folder / "model")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
+        folder / "model"
+    )
+    draw = random.Random(0)
+    for name, count in (("train", records), ("test", 10)):
+        rows = [(f"r{row}", " ".join(draw.choices(WORDS, k=draw.randint(3, 8))), row % 3) for row in range(count)]
+        with (folder / f"{name}.csv").open("w", newline="") as stream:
+            csv.writer(stream).writerows([("id", "text", "label"), *rows])
+
+
+def options(files: Path, **changes: Any) -> UnlearnConfig:
+    """Options of a request that takes a fraction of a second."""
+    defaults: dict[str, Any] = {
+        "model": str(files / "model"),
+        "data": DataConfig(str(files / "train.csv"), importance_samples=12),
+        "masks": MaskConfig(budget=0.5),
+        "lr": 1e-2,
+        "batch_size": 8,
+    }
+    return UnlearnConfig(**(defaults | changes))

@@ -1,0 +1,37 @@
+"""The examples of docs/objectives.md run, and its table names every objective."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from model_zoo import tiny_model
+from test_trainer import arguments, collate, records
+
+import pymape
+from pymape.objectives import objective_names
+from pymape.objectives.registry import _OBJECTIVES
+
+TEXT = (Path(__file__).parent.parent / "docs" / "objectives.md").read_text()
+
+
+def test_the_tables_name_every_objective():
+    assert sorted(re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE)) == objective_names()
+
+
+def test_the_examples_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    examples = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    assert len(examples) == 2
+    assert max(len(example.strip().splitlines()) for example in examples) <= 10
+    names: dict[str, Any] = {"pymape": pymape, "args": arguments(tmp_path), "unseen_records": records("language", 4, 3)}
+    names |= {"forget": records("language", 4, 1), "retain": records("language", 4, 2), "collate": collate}
+    try:
+        for example in examples:
+            names["model"] = tiny_model("llama")
+            exec(example.replace("forget_dataset=forget", "data_collator=collate, forget_dataset=forget"), names)
+            names["trainer"].train()
+            assert names["trainer"].state.global_step >= 1
+    finally:
+        _OBJECTIVES.pop("hinge", None)

@@ -1,0 +1,237 @@
+"""Reference values on disk: reused when they belong, computed anew when stale or damaged; and stopping in time."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_zoo import tiny_model
+from safetensors.torch import load_file, save_file
+from test_trainer import arguments, collate, records, some_masks
+from torch import Tensor
+from transformers import TrainerControl, TrainerState
+
+from pymape.reference_cache import ReferenceCache, record_digest, weights_digest
+from pymape.stopping import StopWhenForgotten
+from pymape.trainer import UnlearnTrainer
+
+
+def rows_of(digests: list[bytes], asked: list[list[int]]):
+    def compute(rows: list[int]) -> Tensor:
+        asked.append(list(rows))
+        return torch.tensor([[float(digests[row][0]), row] for row in rows])
+
+    return compute
+
+
+def test_only_unknown_records_are_computed(tmp_path):
+    digests = [bytes([row] * 32) for row in range(4)]
+    asked: list[list[int]] = []
+    cache = ReferenceCache(tmp_path / "cache", "a" * 64)
+    first = cache.values("nll", digests[:3], rows_of(digests, asked))
+    assert first.tolist() == [[0, 0], [1, 1], [2, 2]]
+    order = [digests[3], digests[2], digests[0]]
+    found = ReferenceCache(tmp_path / "cache", "a" * 64).values("nll", order, rows_of(order, asked))
+    assert found.tolist() == [[3, 0], [2, 2], [0, 0]]
+    assert asked == [[0, 1, 2], [0]]
+    ReferenceCache(tmp_path / "cache", "b" * 64).values("nll", digests[:1], rows_of(digests, asked))
+    cache.values("log_probs", digests[:1], rows_of(digests, asked))
+    assert asked[2:] == [[0], [0]]
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+    cache.values("other", digests[:1], rows_of(digests, asked), write=False)
+    assert not cache.path("other").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "renamed", "exchanged"])
+def test_a_damaged_or_foreign_file_is_computed_anew(damage, tmp_path, caplog):
+    digests = [bytes([row] * 32) for row in range(3)]
+    asked: list[list[int]] = []
+    cache = ReferenceCache(tmp_path, "a" * 64)
+    before = cache.values("nll", digests, rows_of(digests, asked))
+    path = cache.path("nll")
+    content = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(content[:-5])
+    elif damage == "flipped":
+        path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    elif damage == "renamed":  # another model's file under this one's name
+        other = ReferenceCache(tmp_path, "b" * 64)
+        other.values("nll", digests, lambda rows: torch.zeros(len(rows), 2))
+        other.path("nll").replace(path)
+    else:
+        tensors = load_file(path)
+        save_file({**tensors, "records": tensors["records"].flip(0)}, path)
+    with caplog.at_level(logging.WARNING):
+        after = cache.values("nll", digests, rows_of(digests, asked))
+    assert torch.equal(after, before)
+    assert asked == [[0, 1, 2]] * 2
+    assert [str(path) in record.getMessage() for record in caplog.records] == [True]
+    assert "computed anew" in caplog.text
+    cache.values("nll", digests, rows_of(digests, asked))
+    assert len(asked) == 2
+
+
+def test_digests_tell_weights_and_records_apart():
+    model = tiny_model("bert")
+    digest = weights_digest(model)
+    assert weights_digest(tiny_model("bert")) == digest
+    assert weights_digest(model, "bf16") != digest
+    assert weights_digest(copy.deepcopy(model).to(torch.bfloat16)) != digest
+    with torch.no_grad():
+        model.classifier.weight[0, 0] += 1e-6
+    assert weights_digest(model) != digest
+    record = {"id": "a", "input_ids": [1, 2], "labels": 1}
+    others = [{**record, "labels": 2}, {**record, "input_ids": [1, 2, 3]}, {**record, "alternative_labels": 1}]
+    others += [{**record, "text": "x"}, {**record, "pixels": torch.zeros(2)}, {**record, "pixels": torch.ones(2)}]
+    others += [{**record, "pixels": torch.zeros(2).numpy()}, {**record, "pixels": torch.zeros(2, 1)}]
+    digests = {record_digest("a", row) for row in [record, *others]} | {record_digest("b", record)}
+    assert len(digests) == len(others) + 2
+    assert record_digest("a", dict(reversed(record.items()))) == record_digest("a", record)
+
+
+def build(kind: str, family: str, path: Path, **options: Any) -> UnlearnTrainer:
+    model = options.pop("model", None) or tiny_model(family)
+    defaults: dict[str, Any] = {
+        "forget_dataset": records(kind, 4, 1), "retain_dataset": records(kind, 4, 2), "data_collator": collate,
+        "masks": some_masks(model),
+    }  # fmt: skip
+    args = options.pop("args", None) or arguments(path)
+    return UnlearnTrainer(model, args, **defaults | options)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "kinds"),
+    [
+        ("bert", {"objective": "npo", "retain": "kl"}, ["log_probs", "nll"]),
+        ("llama", {"objective": "npo", "retain": "kl"}, ["nll"]),
+        ("llama", {"objective": "dpo"}, ["preference"]),
+        ("llama", {"objective": "ga"}, []),
+    ],
+)
+def test_a_second_run_reads_what_the_first_computed(family, options, kinds, tmp_path, monkeypatch):
+    kind = "text" if family == "bert" else "language"
+    folder = tmp_path / "cache"
+
+    def run(**more: Any) -> tuple[dict[str, Tensor], int]:
+        trainer = build(kind, family, tmp_path, **options, **more)
+        looked_up = []
+        in_order = trainer._in_order
+        monkeypatch.setattr(
+            trainer, "_in_order", lambda *args, **kw: looked_up.append(kw["rows"]) or in_order(*args, **kw)
+        )
+        trainer.train()
+        return trainer.merge().state_dict(), sum(map(len, looked_up))
+
+    plain, computed = run()
+    first, again = run(reference_cache=folder)
+    assert computed == again == 4 * len(kinds)
+    assert sorted(path.name.split("-")[0] for path in folder.glob("*")) == kinds
+    second, none = run(reference_cache=folder)
+    assert none == 0
+    for key, value in plain.items():
+        assert torch.equal(first[key], value)
+        assert torch.equal(second[key], value)
+    assert run(reference_cache=folder, model=tiny_model(family, seed=1))[1] == computed
+    more = records(kind, 6, 1)
+    assert run(reference_cache=folder, forget_dataset=more)[1] == 2 * any(name != "log_probs" for name in kinds)
+
+
+def test_resuming_reads_the_original_model_not_the_checkpoint(tmp_path):
+    args = arguments(tmp_path / "run", save_strategy="steps", save_steps=1, num_train_epochs=2, optim="sgd")
+    whole = build("text", "bert", tmp_path, objective="npo", args=args, reference_cache=tmp_path / "cache")
+    whole.train()
+    resumed = build("text", "bert", tmp_path, objective="npo", args=args, reference_cache=tmp_path / "cache")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    for key, value in whole.merge().state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[key], value)
+
+
+def train_until(path: Path, target: Any, **options: Any) -> tuple[UnlearnTrainer, StopWhenForgotten]:
+    stop = StopWhenForgotten(target, every=options.pop("every", 2))
+    args = arguments(path, num_train_epochs=30, learning_rate=2e-3, lr_scheduler_type="constant")
+    trainer = build("language", "llama", path, objective="ga", args=args, callbacks=[stop], **options)
+    trainer.train()
+    return trainer, stop
+
+
+def test_training_stops_when_the_forget_loss_reaches_a_number(tmp_path):
+    start = build("language", "llama", tmp_path, objective="ga")
+    target = start.mean_loss(start.forget_dataset) + 0.3
+    trainer, stop = train_until(tmp_path, target)
+    steps = trainer.state.global_step
+    checks = [entry for entry in trainer.state.log_history if "forget_loss" in entry]
+    assert 4 <= steps < 30
+    assert steps % 2 == 0
+    assert [entry["step"] for entry in checks] == list(range(2, steps + 1, 2))
+    assert [entry["forget_loss"] >= target for entry in checks] == [False] * (len(checks) - 1) + [True]
+    assert {entry["target_loss"] for entry in checks} == {target}
+    assert checks[-1]["forget_loss"] == pytest.approx(trainer.mean_loss(trainer.forget_dataset))
+    reason = f"forget loss {checks[-1]['forget_loss']:.4g} reached the target, {target:.4g}, at step {steps}"
+    assert stop.reason == reason
+    assert [e["stop_reason"] for e in trainer.state.log_history if "stop_reason" in e] == [reason]
+    path = tmp_path / "state.json"
+    trainer.state.save_to_json(str(path))
+    assert TrainerState.load_from_json(str(path)).log_history[-2:] == trainer.state.log_history[-2:]
+
+
+def test_training_stops_when_the_forget_loss_reaches_that_on_unseen_data(tmp_path):
+    """Unseen records are those of another seed; the model is first fitted to the forget set."""
+    model = tiny_model("llama")
+    fitted = records("language", 4, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(15):
+        model(**collate([{k: row[k] for k in ("input_ids", "labels")} for row in fitted])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    unseen = records("language", 5, 7)
+    trainer, stop = train_until(tmp_path, unseen, model=model, masks=None, every=1)
+    checks = [entry for entry in trainer.state.log_history if "forget_loss" in entry]
+    assert len(checks) > 1
+    assert len({entry["target_loss"] for entry in checks}) == len(checks)  # it is the model's of that step
+    assert all(entry["forget_loss"] < entry["target_loss"] for entry in checks[:-1])
+    assert trainer.mean_loss(fitted) >= trainer.mean_loss(unseen) == pytest.approx(checks[-1]["target_loss"])
+    assert "reached the loss on unseen data" in stop.reason
+    assert trainer.state.global_step < 30
+
+
+def test_a_run_that_does_not_get_there_ends_as_planned(tmp_path):
+    trainer, stop = train_until(tmp_path, 1e9, every=7)
+    assert trainer.state.global_step == 30
+    assert stop.reason is None
+    assert len([entry for entry in trainer.state.log_history if "forget_loss" in entry]) == 4
+
+
+def test_mean_loss_weighs_tokens_and_keeps_the_mode(tmp_path):
+    trainer = build("language", "llama", tmp_path, objective="ga")
+    rows = records("language", 3, 4)
+    model = trainer.model
+    parts = []
+    for row in rows:
+        length = len(row["labels"]) - 1
+        with torch.no_grad():
+            parts.append((float(model(input_ids=row["input_ids"][None], labels=row["labels"][None]).loss), length))
+    expected = sum(loss * length for loss, length in parts) / sum(length for _, length in parts)
+    model.train()
+    assert trainer.mean_loss(rows) == pytest.approx(expected, rel=1e-5)
+    assert model.training
+
+
+def test_bad_stopping_is_a_one_line_error(tmp_path):
+    for target in (float("nan"), float("inf"), None, iter(())):
+        with pytest.raises(ValueError, match="target must be a map-style data set or a finite number"):
+            StopWhenForgotten(target)
+    with pytest.raises(ValueError, match="every must be >= 1, got 0"):
+        StopWhenForgotten(1.0, every=0)
+    with pytest.raises(ValueError, match="must be in the callbacks that an UnlearnTrainer is made with"):
+        StopWhenForgotten(1.0).on_train_begin(arguments(tmp_path), TrainerState(), TrainerControl())
+    for options, message in (
+        ({"objective": "ft", "forget_dataset": None}, "forget_dataset must be given for StopWhenForgotten, got None"),
+        ({"objective": "influence"}, "objective must take steps for StopWhenForgotten, got 'influence'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build("text", "bert", tmp_path, callbacks=[StopWhenForgotten(1.0)], **options).train()

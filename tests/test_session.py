@@ -1,0 +1,431 @@
+"""Successive requests: what they keep, what they refuse, and what a crash leaves."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from session_tools import REQUESTS, options, write_files
+from transformers import AutoModelForSequenceClassification
+
+from pymape import pipeline, session_request
+from pymape.cli import main
+from pymape.config import DataConfig, MaskConfig
+from pymape.importance import Importance
+from pymape.masks import ModuleMasks
+from pymape.session import UnlearnSession, weights_hash
+from pymape.store import FolderStore
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, records and two sessions: `new` without requests, `done` with all of them."""
+    folder = tmp_path_factory.mktemp("files")
+    write_files(folder)
+    UnlearnSession.create(folder / "new", options(folder)).close()
+    shutil.copytree(folder / "new", folder / "done")
+    with UnlearnSession(folder / "done") as session:
+        for request, ids in REQUESTS.items():
+            session.request(request, ids)
+    return folder
+
+
+@pytest.fixture
+def new(files: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(files / "new", tmp_path / "session"))
+
+
+@pytest.fixture
+def done(files: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(files / "done", tmp_path / "session"))
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def refuses(folder: Path, message: str, *arguments: Any) -> None:
+    """A request is refused in one line and changes nothing."""
+    before = snapshot(folder)
+    with UnlearnSession(folder) as session, pytest.raises(ValueError, match=message) as caught:
+        session.request(*arguments)
+    assert "\n" not in str(caught.value)
+    assert snapshot(folder) == before
+
+
+def test_a_request_continues_from_the_last_weights(files: Path) -> None:
+    session = UnlearnSession(files / "done", read_only=True)
+    receipts = session.receipts
+    assert [receipt["request"] for receipt in receipts] == list(REQUESTS)
+    assert receipts[0]["previous_weights_sha256"] == weights_hash(files / "model")
+    for one, two in pairwise(receipts):
+        assert two["previous_weights_sha256"] == one["weights_sha256"] != two["weights_sha256"]
+    assert weights_hash(session.model_folder) == receipts[-1]["weights_sha256"]
+    assert [receipt["records"] for receipt in receipts] == [
+        {"forget": 3, "retain": 21},
+        {"forget": 2, "retain": 19},
+        {"forget": 2, "retain": 17},
+    ]
+    for receipt in receipts:
+        assert receipt["metrics"]["after"] != receipt["metrics"]["before"]
+        assert {"torch", "pymape"} <= receipt["versions"].keys()
+        assert receipt["seconds"]["unlearn"] > 0
+        assert receipt["config"]["lr"] == 1e-2
+    AutoModelForSequenceClassification.from_pretrained(session.model_folder)
+
+
+def test_superseded_weights_and_forgotten_rows_are_gone(files: Path) -> None:
+    folder = files / "done"
+    assert [path.parent.parent.name for path in folder.rglob("model.safetensors")] == ["step-0003"]
+    assert [path.parent.name for path in folder.rglob("importance.safetensors")] == ["step-0003"]
+    assert len([*folder.rglob("masks.safetensors")]) == 3
+    left = set(Importance.load(folder / "step-0003" / "importance.safetensors").ids)
+    assert left
+    assert left.isdisjoint({name for ids in REQUESTS.values() for name in ids})
+
+
+def test_only_the_modules_in_the_masks_change(new: Path, files: Path) -> None:
+    with UnlearnSession(new) as session:
+        session.request("first", REQUESTS["first"])
+        masks = ModuleMasks.load(new / "step-0001" / "masks.safetensors")
+        before, after = (load_file(place / "model.safetensors") for place in (files / "model", session.model_folder))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    for layer in range(2):
+        name = f"bert.encoder.layer.{layer}.intermediate.dense.weight"
+        rows = (before[name] != after[name]).any(1)
+        assert not (rows & ~masks.filters[layer]).any()
+    assert not [name for name in changed if "embeddings" in name or "classifier" in name]
+
+
+def test_retain_importance_is_computed_once_and_forgotten_records_are_never_retained(
+    new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[list[str]] = []
+    trained: list[dict[str, list[str]]] = []
+
+    def importance(model: Any, records: Any, **settings: Any) -> Importance:
+        measured.append([record["id"] for record in records])
+        return real_importance(model, records, **settings)
+
+    def unlearn(config: Any, model: Any, data: Any, *others: Any) -> None:
+        trained.append({side: [record["id"] for record in rows] for side, rows in data.sets.items()})
+        real_unlearn(config, model, data, *others)
+
+    real_importance, real_unlearn = pipeline.importance, session_request.unlearn
+    monkeypatch.setattr(pipeline, "importance", importance)
+    monkeypatch.setattr(session_request, "unlearn", unlearn)
+    with UnlearnSession(new) as session:
+        for request, ids in REQUESTS.items():
+            session.request(request, ids)
+    forgotten: set[str] = set()
+    for (request, ids), sets in zip(REQUESTS.items(), trained, strict=True):
+        forgotten |= set(ids)
+        assert sets["forget"] == ids, request
+        assert set(sets["retain"]) == {f"r{row}" for row in range(24)} - forgotten
+    sample = measured.pop(1)
+    assert len(sample) == 12
+    assert measured == list(REQUESTS.values())
+    kept = Importance.load(new / "step-0003" / "importance.safetensors").ids
+    assert kept == [name for name in sample if name not in forgotten]
+
+
+def test_a_session_without_masks_keeps_the_importance_it_has(done: Path) -> None:
+    before = Importance.load(done / "step-0003" / "importance.safetensors").ids
+    with UnlearnSession(done) as session:
+        config = dataclasses.replace(session.config, masks=MaskConfig(objective="everything"))
+        assert session.request("all", [before[0]], config)["masks"] is None
+    assert Importance.load(done / "step-0004" / "importance.safetensors").ids == before[1:]
+
+
+def test_a_list_of_records_to_retain_loses_what_is_forgotten(new: Path, tmp_path: Path) -> None:
+    (tmp_path / "retain.txt").write_text("\n".join(f"r{row}" for row in range(12)))
+    with UnlearnSession(new) as session:
+        data = dataclasses.replace(session.config.data, retain=str(tmp_path / "retain.txt"))
+        config = dataclasses.replace(session.config, data=data)
+        assert session.request("one", ["r1", "r20"], config)["records"] == {"forget": 2, "retain": 11}
+        assert session.request("two", ["r2"], config)["records"] == {"forget": 1, "retain": 10}
+
+
+def test_a_finished_request_returns_its_receipt(done: Path) -> None:
+    before = snapshot(done)
+    with UnlearnSession(done) as session:
+        receipts = session.receipts
+        for number, (request, ids) in enumerate(REQUESTS.items()):
+            assert session.request(request, ids[::-1]) == receipts[number]
+        assert session.forgotten_by("r6") == "second"
+        assert session.forgotten_by("r3") is None
+    assert snapshot(done) == before
+
+
+@pytest.mark.parametrize(
+    "message, arguments",
+    [
+        ("request_id must be new for other records, got 'first', a finished request", ("first", ["r1", "r5"])),
+        ("forget must name records not forgotten yet, got 'r6', forgotten by 'second'", ("next", ["r3", "r6"])),
+        ("forget must name ids of the data, got 'nobody' not among 17 records", ("next", ["r3", "nobody"])),
+        ("forget must not repeat an id, got 'r3' more than once", ("next", ["r3", "r3"])),
+        ("forget must name at least one record, got an empty forget set", ("next", [])),
+        ("request_id must be a printable, non-empty string, got ''", ("", ["r3"])),
+        ("request_id must be a printable, non-empty string, got 'a.nb'", ("a\nb", ["r3"])),
+        ("retain must keep at least one record", ("next", [f"r{row}" for row in (3, 4, 7, 8, *range(10, 23))])),
+    ],
+)
+def test_bad_requests_change_nothing(done: Path, message: str, arguments: tuple[str, list[str]]) -> None:
+    refuses(done, message, *arguments)
+
+
+@pytest.mark.parametrize(
+    "message, changes",
+    [
+        ("must stay finite, got", {"lr": 1e30, "epochs": 3}),
+        ("model must be the session's", {"model": "elsewhere"}),
+        ("compare_retrain must", {"compare_retrain": True, "train_first": True}),
+        ("lr must be positive and finite, got -1", {"lr": -1.0}),
+    ],
+)
+def test_failing_requests_change_nothing(new: Path, files: Path, message: str, changes: dict[str, Any]) -> None:
+    refuses(new, message, "first", REQUESTS["first"], options(files, **changes))
+
+
+def rewrite(path: Path, change: Any) -> None:
+    with path.open(newline="") as stream:
+        rows = [*csv.reader(stream)]
+    with path.open("w", newline="") as stream:
+        csv.writer(stream).writerows(change(rows))
+
+
+def test_only_forgotten_records_may_leave_the_data_file(done: Path, files: Path, tmp_path: Path) -> None:
+    shutil.copy(files / "train.csv", tmp_path / "train.csv")
+    config = options(files, data=DataConfig(str(tmp_path / "train.csv"), importance_samples=12))
+    gone = {name for ids in REQUESTS.values() for name in ids}
+    rewrite(tmp_path / "train.csv", lambda rows: [row for row in rows if row[0] not in gone])
+    refuses(done, "forget must name records not forgotten yet, got 'r6'", "next", ["r6"], config)
+    kept = (tmp_path / "train.csv").read_text()
+    for message, change in (
+        ("got 'r3', which is new", lambda rows: [row if row[0] != "r3" else [*row[:2], "2"] for row in rows]),
+        ("got 'x', which is new or changed", lambda rows: [*rows, ["x", "w1", "1"]]),
+        ("must hold every record not forgotten yet, got 1 too few", lambda rows: rows[:-1]),
+    ):
+        rewrite(tmp_path / "train.csv", change)
+        refuses(done, f"data.path .*{message}", "next", ["r4"], config)
+        (tmp_path / "train.csv").write_text(kept)
+    with UnlearnSession(done) as session:
+        assert session.request("next", ["r4"], config)["records"] == {"forget": 1, "retain": 16}
+
+
+@pytest.mark.parametrize("form", ["keyed", "plain"])
+def test_receipts_name_records_by_key_or_plainly(new: Path, files: Path, form: str) -> None:
+    with UnlearnSession(new) as session:
+        receipt = session.request("one", ["r11", "r13"], options(files, receipt_ids=form))
+        names = receipt["ids"]["forgotten"]
+    text = "".join(str((new / "step-0001" / name).read_bytes()) for name in ("receipt.json", "masks.safetensors"))
+    hashed = hashlib.sha256(json.dumps(["r11", "r13"]).encode()).hexdigest()
+    assert receipt["ids"]["form"] == form
+    assert (names == ["r11", "r13"]) == (hashed in text) == ('"r11"' in text) == (form == "plain")
+    assert len(set(names)) == 2
+    assert (new / "step-0000" / "key").stat().st_mode & 0o077 == 0
+    assert "r11" not in (new / "state.json").read_text()
+
+
+def test_one_writer_at_a_time(new: Path, files: Path) -> None:
+    with UnlearnSession(new):
+        with pytest.raises(ValueError, match=r"session must have one writer at a time, got .*another process"):
+            UnlearnSession(new)
+        reader = UnlearnSession(new, read_only=True)
+        assert reader.receipts == []
+        with pytest.raises(ValueError, match="session must be open for writing"):
+            reader.request("first", ["r1"])
+    UnlearnSession(new).close()
+    before = snapshot(new)
+    with pytest.raises(ValueError, match=r"session must be a new or empty folder, got .* with 'state.json'"):
+        UnlearnSession.create(new, options(files))
+    assert snapshot(new) == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "state.json",
+        "step-0000/key",
+        "step-0001/receipt.json",
+        "step-0002/masks.safetensors",
+        "step-0003/model/model.safetensors",
+        "step-0003/importance.safetensors",
+    ],
+)
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing"])
+def test_damage_is_found_and_named(done: Path, files: Path, name: str, damage: str) -> None:
+    path = done / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.unlink() if damage == "missing" else path.write_bytes(content if damage == "flip" else content[:-9])
+    before = snapshot(done)
+    with pytest.raises(ValueError, match=f"session must be .*{re.escape(name)}") as caught:
+        UnlearnSession(done)
+    if (name, damage) == ("state.json", "missing"):
+        with pytest.raises(ValueError, match="session must be a new or empty folder"):
+            UnlearnSession.create(done, options(files))
+    assert "\n" not in str(caught.value)
+    assert snapshot(done) == before
+    if damage != "missing":
+        path.write_bytes(bytes(content))  # the lock is free again: only the damage is in the way
+        with pytest.raises(ValueError, match="intact"):
+            UnlearnSession(done)
+
+
+def test_leftovers_are_rolled_back_and_other_files_are_not_touched(done: Path) -> None:
+    before = snapshot(done)
+    for name in (".stage/model/half", "step-0004/receipt.json", "step-0002/model/weights", ".state.json.x.json"):
+        (done / name).parent.mkdir(parents=True, exist_ok=True)
+        (done / name).write_text("half")
+    (done / "notes.txt").write_text("mine")
+    UnlearnSession(done, read_only=True).verify()
+    assert (done / ".stage").exists()
+    UnlearnSession(done).close()
+    assert snapshot(done) == {**before, "notes.txt": hashlib.sha256(b"mine").hexdigest()}
+    assert not (done / "step-0004").exists()
+
+
+def test_a_session_is_made_in_a_folder_of_its_own(files: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"session must be a new or empty folder, got .* with 'notes.txt'"):
+        UnlearnSession.create(tmp_path, options(files))
+    with pytest.raises(ValueError, match=r"session must be a folder with a state\.json"):
+        UnlearnSession(tmp_path / "none")
+    wrong = DataConfig(str(files / "train.csv"), text_column="x")
+    with pytest.raises(ValueError, match=r"data\.text_column must be one of"):
+        UnlearnSession.create(tmp_path / "new", options(files, data=wrong))
+    assert {path.name for path in (tmp_path / "new").iterdir()} <= {".lock"}
+    config = options(files, train_first=True)
+    with UnlearnSession.create(tmp_path / "new", config) as session:
+        assert weights_hash(session.model_folder) != weights_hash(files / "model")
+        assert session.config == config
+
+
+def test_the_hash_of_weights_does_not_depend_on_how_they_are_stored(files: Path, tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(files / "model")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="8KB")
+    assert len([*(tmp_path / "shards").glob("*.safetensors")]) > 1
+    assert weights_hash(tmp_path / "shards") == weights_hash(files / "model")
+    with torch.no_grad():
+        model.classifier.bias[0] += 1e-3
+    model.save_pretrained(tmp_path / "changed")
+    assert weights_hash(tmp_path / "changed") != weights_hash(files / "model")
+
+
+def test_every_file_is_on_disk_before_the_state_names_it(new: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: set[int] = set()
+    committed: list[dict[str, str]] = []
+    real_sync, real_replace = os.fsync, Path.replace
+
+    def fsync(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        real_sync(descriptor)
+
+    def replace(path: Path, target: Path) -> Path:
+        if target.name == "state.json":
+            files = json.loads(path.read_text())["files"]
+            assert path.stat().st_ino in synced
+            new_files = {name for name in files if name not in store.files}
+            folders = {"step-0001", "step-0001/model", "."}
+            assert {(new / name).stat().st_ino for name in new_files | folders} <= synced
+            assert len(new_files) > 5
+            committed.append(files)
+        return real_replace(path, target)
+
+    store = FolderStore(new, "session", "read")
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
+    with UnlearnSession(new) as session:
+        session.request("first", REQUESTS["first"])
+    assert len(committed) == 1
+
+
+def test_the_command(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("r1\nr5\nr9\n")
+    (tmp_path / "b.txt").write_text("r2\nr6\n")
+    folder = str(tmp_path / "session")
+    request = ["unlearn", "--session", folder, "--request-id"]
+    first = ["--model", str(files / "model"), "--data.path", str(files / "train.csv"), "--data.importance_samples=12"]
+    first += ["--masks.budget=0.5", "--lr=0.01", "--batch_size=8"]
+    assert main([*request, "first", "--forget-ids", str(tmp_path / "a.txt"), *first]) == 0
+    # Options are the session's now; the equals sign and an override work too.
+    assert main([*request, "second", f"--forget-ids={tmp_path / 'b.txt'}", "--epochs", "2"]) == 0
+    receipts = UnlearnSession(folder, read_only=True).receipts
+    expected = UnlearnSession(files / "done", read_only=True).receipts
+    assert receipts[0]["weights_sha256"] == expected[0]["weights_sha256"]
+    assert receipts[1]["records"] == expected[1]["records"]
+    assert [receipt["config"]["epochs"] for receipt in receipts] == [1.0, 2.0]
+    capsys.readouterr()
+
+    before = snapshot(tmp_path / "session")
+    assert main([*request, "second", "--forget-ids", str(tmp_path / "b.txt")]) == 0
+    assert main(["session", "show", folder]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("second") == 2
+    assert receipts[1]["weights_sha256"][:12] in shown
+    for words, message in (
+        ([*request, "second", "--forget-ids", str(tmp_path / "a.txt")], "request_id must be new for other records"),
+        ([*request, "third", "--forget-ids", str(tmp_path / "b.txt")], "got 'r2', forgotten by 'second'"),
+        ([*request, "third"], "session must come with a request_id and with data.forget"),
+        (["session", "show", str(tmp_path)], "session must be a folder with a state.json"),
+    ):
+        assert main(words) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error
+        assert "\n" not in error
+    assert snapshot(tmp_path / "session") == before
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([*request, "third", "--forget-ids", str(tmp_path / "b.txt")]) == 2
+    assert "session must be run by one process" in capsys.readouterr().err
+
+
+def harness(folder: Path, *arguments: str) -> dict[str, Any]:
+    """Run the kill harness in a process of its own: one that can be forked safely."""
+    here = Path(__file__).parent
+    command = [sys.executable, str(here / "kill_harness.py"), str(folder), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=here, timeout=3600)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def test_killed_at_every_named_step(tmp_path: Path) -> None:
+    found = harness(tmp_path, "named")
+    assert found["wrong"] == []
+    assert found["kills"] == 8
+
+
+def test_killed_at_random(tmp_path: Path) -> None:
+    found = harness(tmp_path, "random", "10", "1")
+    assert found["wrong"] == []
+    assert found["kills"] == 10
+
+
+@pytest.mark.soak
+def test_killed_at_random_many_times(tmp_path: Path) -> None:
+    found = harness(tmp_path, "random", "200", "2")
+    print(found)
+    assert found["wrong"] == []
+    assert found["kills"] == 200
+    assert found["in creation"] > 0
