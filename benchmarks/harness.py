@@ -1,4 +1,4 @@
-"""The one way a benchmark is timed, printed and written: correctness first, rounds that alternate the contenders, medians."""
+"""The one way a benchmark is timed, printed and written: rounds that alternate the contenders, medians, JSON."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ class Report:
     cases: list[Case] = field(default_factory=list)
 
     def show(self) -> None:
-        print(f"\n{self.name} on {self.device}: {machine()['processor']}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+        threads, version = torch.get_num_threads(), torch.__version__
+        print(f"\n{self.name} on {self.device}: {_processor()}, {threads} threads, torch {version}")
         figures = list(dict.fromkeys(name for case in self.cases for name in case.figures))
         header = ["shape", "provider", "median ms", "p20", "p80", *figures]
         rows = [
@@ -53,7 +54,10 @@ class Report:
         ]
         widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
         for row in [header, *rows]:
-            print("  ".join(str(cell).ljust(width) if i < 2 else str(cell).rjust(width) for i, (cell, width) in enumerate(zip(row, widths))))
+            cells = [
+                cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
+            ]
+            print("  ".join(cells))
         for note in self.notes:
             print(f"  {note}")
 
@@ -86,7 +90,9 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def measure(contenders: Mapping[str, Callable[[], Any]], *, seconds: float = 2.0, least: int = 5) -> dict[str, np.ndarray]:
+def measure(
+    contenders: Mapping[str, Callable[[], Any]], *, seconds: float = 2.0, least: int = 5
+) -> dict[str, np.ndarray]:
     """Time the contenders in alternation, so that drift of the machine hits all alike.
 
     Args:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -36,14 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: command line without the program's name; default: that of the process.
 
     Returns:
-        Exit code: 0, 2 after bad input (reported in one line on stderr), 130 after an interruption.
+        Exit code: 0, 2 after bad input (reported in one line on stderr), 130 after an interruption (Ctrl-C or SIGTERM).
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     # `pymape unlearn CONFIG.yaml` is short for `pymape unlearn --config CONFIG.yaml`.
     if len(words) > 1 and words[0] in ("demo", "unlearn") and not words[1].startswith("-"):
         words.insert(1, "--config")
     try:
-        _run(_parser().parse_args(words))
+        with _terminable():
+            _run(_parser().parse_args(words))
     except (ArgumentError, ValueError, OSError, ImportError) as error:
         print(f"pymape: error: {_one_line(error)}", file=sys.stderr)
         return _FAILED
@@ -51,6 +56,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("pymape: interrupted", file=sys.stderr)
         return _INTERRUPTED
     return 0
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the work as Ctrl-C does, so that what was begun is cleaned up."""
+    if threading.current_thread() is not threading.main_thread():  # signals can be set from the main thread only
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(options: Namespace) -> None:
@@ -108,4 +126,5 @@ def _built(config: Any, options: Namespace) -> Any:
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r'Parser key "([^"]+)":', r"--\1:", str(error))
+    return " ".join(text.split()) or type(error).__name__

@@ -34,7 +34,7 @@ from .data import Records, load_ids, load_records, read_table, split_forget, val
 from .importance import importance
 from .masks import ModuleMasks
 from .metrics import Predictions, mean_gap, predict, summarise
-from .runs import environment, run_folder, write_summary
+from .runs import environment, quiet_transformers, run_folder, write_summary
 from .search import search
 from .trainer import UnlearnTrainer
 from .unlearn_page import summary_text, write_page
@@ -67,7 +67,6 @@ class _Data:
     forget: list[Record]
     retain: list[Record]
     test: list[Record]
-    source: Records
 
     @property
     def sets(self) -> dict[str, list[Record]]:
@@ -90,7 +89,8 @@ def run_unlearn(config: UnlearnConfig) -> dict[str, Any]:
     """
     _check(config)
     clock = _Clock()
-    with run_folder(config.output) as folder, tempfile.TemporaryDirectory(prefix="pymape-") as scratch:
+    scratch_folder = tempfile.TemporaryDirectory(prefix="pymape-")
+    with run_folder(config.output) as folder, quiet_transformers(), scratch_folder as scratch:
         source = load_records(config.data.path, config.data.id_column, argument="data.path")
         forget = load_ids(config.data.forget, config.data.id_column, argument="data.forget")
         retain = config.data.retain and load_ids(config.data.retain, config.data.id_column, argument="data.retain")
@@ -98,14 +98,14 @@ def run_unlearn(config: UnlearnConfig) -> dict[str, Any]:
         set_seed(config.seed)
         model, tokenizer = _load_model(config, source)
         encode = _Encoder(config, model, tokenizer)
-        test = [] if config.data.test is None else encode(read_table(config.data.test, "data.test"), "data.test")
         records = encode(source.columns, "data.path", source.ids)
-        data = _Data([records[row] for row in split.forget], [records[row] for row in split.retain], test, source)
+        test = [] if config.data.test is None else encode(read_table(config.data.test, "data.test"), "data.test")
+        data = _Data([records[row] for row in split.forget], [records[row] for row in split.retain], test)
 
         start = copy.deepcopy(model) if config.compare_retrain else None
         if config.train_first:
             with clock.phase("train"):
-                _train(model, data.forget + data.retain, config.train, config.seed, encode.collate, scratch)
+                _train(model, records, config.train, config.seed, encode.collate, scratch)
         models = {"original": _judge(model, data, config, encode.collate)}
         masks = _masks(config, model, data, encode.collate, clock)
         with clock.phase("unlearn"):
@@ -117,7 +117,9 @@ def run_unlearn(config: UnlearnConfig) -> dict[str, Any]:
             masks.save(folder / "masks.safetensors")
         if start is not None:
             with clock.phase("retrain"):
-                _train(start, data.retain, config.train, config.seed, encode.collate, scratch)
+                forgotten = set(split.forget)
+                rest = [record for row, record in enumerate(records) if row not in forgotten]
+                _train(start, rest, config.train, config.seed, encode.collate, scratch)
             models["retrained"] = _judge(start, data, config, encode.collate)
 
         summary = {

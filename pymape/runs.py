@@ -17,9 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from . import __version__
 from .files import atomic_write
 
-__all__ = ["SUMMARY", "environment", "run_folder", "write_summary"]
+__all__ = ["SUMMARY", "environment", "quiet_transformers", "run_folder", "write_summary"]
 
 SUMMARY = "summary.json"
 _PACKAGES = ("torch", "transformers", "accelerate", "peft", "numpy", "scikit-learn")
@@ -39,7 +40,7 @@ def run_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         ValueError: `output` cannot be written, or holds something that is not a run.
     """
-    target = Path(output).absolute()
+    target = Path(output).resolve()
     _check_replaceable(target)
     ancestor = next(folder for folder in target.parents if os.path.lexists(folder))
     try:
@@ -54,6 +55,23 @@ def run_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hold back transformers' messages below errors, and its progress bars unless stderr is a terminal."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """Write `summary.json`; NaN and infinities, which JSON lacks, become null."""
     with atomic_write(folder / SUMMARY) as path:
@@ -64,7 +82,7 @@ def environment() -> dict[str, Any]:
     """What it takes to repeat a run: command line, versions, machine, threads and, in a checkout, the commit."""
     import torch
 
-    versions = {"python": platform.python_version(), "pymape": _version("pymape")}
+    versions: dict[str, str | None] = {"python": platform.python_version(), "pymape": __version__}
     versions |= {package: _version(package) for package in _PACKAGES}
     return {
         "command": shlex.join(["pymape", *sys.argv[1:]]),
@@ -100,7 +118,7 @@ def _is_run(summary: Path) -> bool:
         content = json.loads(summary.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(content, dict) and "pymape" in content
+    return isinstance(content, dict) and "pymape" in content.get("versions", ())
 
 
 def _put_in_place(stage: Path, target: Path) -> None:

@@ -20,12 +20,14 @@ def _seeded() -> None:
 def poisoned_memory() -> Iterator[None]:
     """Fill every `torch.empty` with NaN, so that an element a kernel forgets to write shows."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # fills uninitialised memory as torch.utils.deterministic says, by default with NaN
+    torch.use_deterministic_algorithms(True)  # torch then fills uninitialised memory
     yield
     torch.use_deterministic_algorithms(before)
 
 
-def assert_as_good_as_torch(actual: Tensor, reference: Callable[..., Tensor], *inputs: Tensor, slack: float = 2.0) -> None:
+def assert_as_good_as_torch(
+    actual: Tensor, reference: Callable[..., Tensor], *inputs: Tensor, slack: float = 2.0
+) -> None:
     """Check that `actual` is within twice torch's own error of the fp64 reference, plus a rounding floor.
 
     Args:
