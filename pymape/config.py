@@ -154,7 +154,7 @@ class DemoConfig:
     forget_share: float = 0.1
     budget: float = 0.3
     lam: float = 1.0
-    lrs: list[float] = field(default_factory=lambda: [5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2])
+    lrs: list[float] = field(default_factory=lambda: [2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3])
     steps: int = 30
     batch_size: int = 32
     train_epochs: int = 30

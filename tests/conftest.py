@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
 
+# The models are tiny and the tests run in as many processes as there are cores: more threads would only wait.
+torch.set_num_threads(1)
+
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run a block with this many threads inside operators."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

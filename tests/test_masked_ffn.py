@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FLOATS, assert_as_good_as_torch
+from conftest import FLOATS, assert_as_good_as_torch, threads
 from cuda_tools import compile_cu, requires_nvcc
 from torch import Tensor
 from triton_tools import compile_kernel, interpreted, requires_triton
@@ -153,13 +153,9 @@ def test_nan_is_not_hidden(activation: str, dtype: torch.dtype) -> None:
 def test_does_not_depend_on_the_number_of_threads() -> None:
     inputs = _activation_inputs((3, 130, 1100), torch.float32, gated=True, per_sample=True)
     run = _with_gradients(masked_activation, list(inputs), torch.randn(3, 130, 1100))
-    threads = torch.get_num_threads()
-    two = run(*inputs.values())
-    torch.set_num_threads(1)
-    try:
-        assert all(torch.equal(a, b) for a, b in zip(run(*inputs.values()), two))
-    finally:
-        torch.set_num_threads(threads)
+    with threads(3):
+        three = run(*inputs.values())
+    assert all(torch.equal(a, b) for a, b in zip(run(*inputs.values()), three, strict=True))
 
 
 @pytest.mark.parametrize("wanted", ["pre", "gate", "bias", "up", "up_bias"])

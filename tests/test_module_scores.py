@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FLOATS, assert_as_good_as_torch
+from conftest import FLOATS, assert_as_good_as_torch, threads
 
 from pymape.ops import module_scores, module_scores_reference
 
@@ -44,13 +44,9 @@ def test_integers_are_exact() -> None:
 
 def test_does_not_depend_on_the_number_of_threads() -> None:
     output, grad = torch.randn(2, 3, 65, 300)
-    threads = torch.get_num_threads()
-    two = module_scores(output, grad)
-    torch.set_num_threads(1)
-    try:
-        assert torch.equal(module_scores(output, grad), two)
-    finally:
-        torch.set_num_threads(threads)
+    with threads(3):
+        three = module_scores(output, grad)
+    assert torch.equal(module_scores(output, grad), three)
 
 
 def test_gradients() -> None:

@@ -24,16 +24,6 @@ from pymape.objectives.registry import _OBJECTIVES, objective
 from pymape.pairing import PairSampler
 from pymape.trainer import UnlearnTrainer
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Models this small only lose by sharing their work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 NAMES = ["ft", "ga", "gd", "influence", "kl", "npo", "rl"]
 
 
