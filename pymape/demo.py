@@ -48,7 +48,7 @@ from .trainer import UnlearnTrainer
 __all__ = ["run_demo"]
 
 _CLASSES = 10
-_TRAIN_BATCH, _TRAIN_LR, _TRAIN_DECAY = 64, 2e-3, 0.05  # of the original and the retrained model
+_TRAIN_BATCH, _TRAIN_LR, _TRAIN_DECAY = 64, 1e-3, 0.05  # of the original and the retrained model
 _MODEL: dict[str, Any] = {
     "image_size": 8,
     "patch_size": 2,

@@ -64,7 +64,7 @@ def main() -> None:
         link.write_text("\n".join(site.getsitepackages()) + "\n")
         clean = {"PATH": "/nonexistent", "HOME": os.environ.get("HOME", "/"), "HF_HUB_OFFLINE": "1"}
         subprocess.run([str(python), "-c", CHECK], check=True, cwd=base, env=clean)
-        subprocess.run([str(python), "-m", "pymape.cli", "--version"], check=True, cwd=base, env=clean)
+        subprocess.run([str(python), "-m", "pymape", "--version"], check=True, cwd=base, env=clean)
 
 
 def run(command: list[str]) -> None:
