@@ -138,7 +138,8 @@ class DemoConfig:
         forget_class: the digit to forget in the class setting; default: the seed modulo 10.
         forget_share: share of the training records to forget in the random setting, in (0, 1).
         budget: share of the heads' and filters' parameters that may be trained, in (0, 1].
-        lam: weight of the retain set in the objective of the masks.
+        class_lam: weight of the retain set in the objective of the masks, where a class is forgotten.
+        random_lam: the same, where random records are.
         lrs: learning rates that masked and unmasked unlearning choose from.
         steps: optimizer steps of an unlearning run.
         batch_size: forget records a step, and as many retain records where the objective reads them.
@@ -153,8 +154,9 @@ class DemoConfig:
     forget_class: int | None = None
     forget_share: float = 0.1
     budget: float = 0.3
-    lam: float = 1.0
+    class_lam: float = 10.0
+    random_lam: float = 1.0
     lrs: list[float] = field(default_factory=lambda: [2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3])
     steps: int = 30
     batch_size: int = 32
-    train_epochs: int = 30
+    train_epochs: int = 40

@@ -71,6 +71,7 @@ class _Task:
 
     setting: str
     seed: int
+    lam: float
     forgotten: str
     forget: list[Record]
     retain: list[Record]
@@ -221,11 +222,12 @@ def _task(
         forget = [record for row, record in enumerate(train) if row in chosen]
         retain = [record for row, record in enumerate(train) if row not in chosen]
         forgotten = f"{count} random training images ({config.forget_share:.0%})"
-        return _Task(setting, seed, forgotten, forget, retain, validation, test)
+        return _Task(setting, seed, config.random_lam, forgotten, forget, retain, validation, test)
     digit = seed % _CLASSES if config.forget_class is None else config.forget_class
     parts = ([record for record in records if record["labels"] != digit] for records in (train, validation, test))
     forget = [record for record in train if record["labels"] == digit]
-    return _Task(setting, seed, f"all {len(forget)} training images of the digit {digit}", forget, *parts)
+    forgotten = f"all {len(forget)} training images of the digit {digit}"
+    return _Task(setting, seed, config.class_lam, forgotten, forget, *parts)
 
 
 def _train(records: list[Record], seed: int, epochs: int) -> tuple[PreTrainedModel, float]:
@@ -255,7 +257,7 @@ def _learn_masks(config: DemoConfig, task: _Task, model: PreTrainedModel) -> tup
     forget, retain = (
         importance(model, records, batch_size=256, progress=False) for records in (task.forget, task.retain)
     )
-    masks = search(forget=forget, retain=retain, budget=config.budget, lam=config.lam, seed=task.seed, model=model)
+    masks = search(forget=forget, retain=retain, budget=config.budget, lam=task.lam, seed=task.seed, model=model)
     return masks, time.perf_counter() - started
 
 
@@ -307,7 +309,8 @@ def _check(config: DemoConfig) -> None:
         "budget": (0 < config.budget <= 1, "in (0, 1]"),
         "forget_share": (0 < config.forget_share < 1, "in (0, 1)"),
         "forget_class": (config.forget_class is None or 0 <= config.forget_class < _CLASSES, f"in [0, {_CLASSES})"),
-        "lam": (0 <= config.lam < math.inf, "finite and not negative"),
+        "class_lam": (0 <= config.class_lam < math.inf, "finite and not negative"),
+        "random_lam": (0 <= config.random_lam < math.inf, "finite and not negative"),
         "seeds": (config.seeds >= 1, "at least 1"),
         "steps": (config.steps >= 1, "at least 1"),
         "train_epochs": (config.train_epochs >= 1, "at least 1"),

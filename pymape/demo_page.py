@@ -182,7 +182,7 @@ def _cost(summary: Mapping[str, Any], setting: str) -> str:
     found = [run["masks"] for run in summary["runs"] if run["setting"] == setting]
     cost, seconds = (sum(masks[name] for masks in found) / len(found) for name in ("cost", "seconds"))
     return (
-        f"{setting}: budget {config['budget']:.0%}, lambda {config['lam']:g}, {cost:.1%} of the heads' and "
+        f"{setting}: budget {config['budget']:.0%}, lambda {config[f'{setting}_lam']:g}, {cost:.1%} of the heads' and "
         f"filters' parameters selected, learned in {seconds:.1f} s"
     )
 

@@ -112,7 +112,7 @@ def test_same_seed_gives_the_same_figures(demo: tuple[Path, dict[str, Any]], tmp
         (["--lrs", "[]"], "lrs must be positive learning rates, got []"),
         (["--lrs", "[0]"], "lrs must be positive learning rates, got [0.0]"),
         (["--objectives", "[ga,ga]"], "objectives must be at least one, each once"),
-        (["--lam", "-1"], "lam must be finite and not negative, got -1.0"),
+        (["--class_lam", "-1"], "class_lam must be finite and not negative, got -1.0"),
     ],
 )
 def test_bad_options_are_refused_before_any_work(
