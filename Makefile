@@ -9,7 +9,7 @@ demo: build
 	$(BIN)/pymape demo
 
 test: build
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n auto --dist worksteal tests
 
 soak: build
 	$(BIN)/python -m pytest tests -m soak -s

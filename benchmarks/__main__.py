@@ -11,7 +11,8 @@ import benchmarks
 
 
 def main() -> None:
-    names = sorted(m.name.removeprefix("bench_") for m in pkgutil.iter_modules(benchmarks.__path__) if m.name.startswith("bench_"))
+    modules = (module.name for module in pkgutil.iter_modules(benchmarks.__path__))
+    names = sorted(name.removeprefix("bench_") for name in modules if name.startswith("bench_"))
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Microbenchmarks of pymape.")
     parser.add_argument("op", choices=[*names, "all"])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")

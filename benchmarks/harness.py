@@ -1,4 +1,4 @@
-"""The one way a benchmark is timed, printed and written: correctness first, rounds that alternate the contenders, medians."""
+"""The one way a benchmark is timed, printed and written: rounds that alternate the contenders, medians, JSON."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ import pymape
 from pymape.files import atomic_write
 
 __all__ = ["Case", "Report", "alternate", "gigabytes_per_second", "measure"]
+
+
+_SHORT = 0.05  # seconds
 
 
 @dataclass
@@ -43,7 +46,8 @@ class Report:
     cases: list[Case] = field(default_factory=list)
 
     def show(self) -> None:
-        print(f"\n{self.name} on {self.device}: {machine()['processor']}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+        threads, version = torch.get_num_threads(), torch.__version__
+        print(f"\n{self.name} on {self.device}: {_processor()}, {threads} threads, torch {version}")
         figures = list(dict.fromkeys(name for case in self.cases for name in case.figures))
         header = ["shape", "provider", "median ms", "p20", "p80", *figures]
         rows = [
@@ -53,7 +57,10 @@ class Report:
         ]
         widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
         for row in [header, *rows]:
-            print("  ".join(str(cell).ljust(width) if i < 2 else str(cell).rjust(width) for i, (cell, width) in enumerate(zip(row, widths))))
+            cells = [
+                cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
+            ]
+            print("  ".join(cells))
         for note in self.notes:
             print(f"  {note}")
 
@@ -86,8 +93,12 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def measure(contenders: Mapping[str, Callable[[], Any]], *, seconds: float = 2.0, least: int = 5) -> dict[str, np.ndarray]:
+def measure(
+    contenders: Mapping[str, Callable[[], Any]], *, seconds: float = 2.0, least: int = 5
+) -> dict[str, np.ndarray]:
     """Time the contenders in alternation, so that drift of the machine hits all alike.
+
+    A short call is timed right after an untimed one of its own: it finds its own data in the caches, not its neighbour's.
 
     Args:
         contenders: name -> call to time.
@@ -103,6 +114,8 @@ def measure(contenders: Mapping[str, Callable[[], Any]], *, seconds: float = 2.0
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():
+            if warm[name] < _SHORT:
+                call()
             times[name].append(_once(call))
     return {name: np.array(values) for name, values in times.items()}
 

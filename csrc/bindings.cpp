@@ -134,20 +134,17 @@ void bind_masked_attention(py::module_& m) {
 #endif
 }
 
-// torch gives a tensor without elements any strides.
-bool packed(const TensorView& x) { return x.numel() == 0 || x.is_contiguous(); }
-
 void check_greedy_swap_outputs(const TensorView& gradients, std::int64_t layers, std::int64_t modules,
                                const TensorView* linear, const pymape::GreedySwapOutputs& outputs) {
   require(modules <= std::numeric_limits<std::int32_t>::max(), "a layer must have fewer than 2^31 modules");
   require(outputs.mask.ndim == 2 && outputs.mask.shape[0] == layers && outputs.mask.shape[1] == modules &&
-              outputs.mask.dtype == DType::boolean && packed(outputs.mask),
+              outputs.mask.dtype == DType::boolean && outputs.mask.is_contiguous(),
           "mask must be a contiguous [L, M] bool tensor");
   require(linear == nullptr || (linear->dtype == DType::f64 && same_shape(*linear, outputs.mask) &&
-                                packed(*linear) && linear->device == gradients.device),
+                                linear->is_contiguous() && linear->device == gradients.device),
           "linear must be a contiguous [L, M] float64 tensor");
   for (const TensorView* per_layer : {&outputs.before, &outputs.after, &outputs.swaps})
-    require(per_layer->ndim == 1 && per_layer->shape[0] == layers && packed(*per_layer) &&
+    require(per_layer->ndim == 1 && per_layer->shape[0] == layers && per_layer->is_contiguous() &&
                 per_layer->dtype == (per_layer == &outputs.swaps ? DType::i64 : DType::f64) &&
                 per_layer->device == gradients.device,
             "before, after and swaps must be contiguous [L] tensors of float64, float64 and int64");
@@ -188,7 +185,7 @@ void bind_greedy_swap(py::module_& m) {
          const TensorView& after, const TensorView& swaps, const TensorView& workspace, std::uintptr_t stream) {
         const pymape::GreedySwapOutputs outputs{mask, before, after, swaps};
         const TensorView* linear_view = linear ? &*linear : nullptr;
-        require(rows.ndim == 3 && packed(rows) && (rows.dtype == DType::f32 || rows.dtype == DType::f64) &&
+        require(rows.ndim == 3 && rows.is_contiguous() && (rows.dtype == DType::f32 || rows.dtype == DType::f64) &&
                     rows.device != kCpu,
                 "rows must be a contiguous [L, M, N] CUDA tensor of float32 or float64");
         require(forget_samples > 0 && forget_samples <= rows.shape[2], "forget_samples must be in [1, N]");

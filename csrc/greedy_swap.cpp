@@ -166,7 +166,7 @@ class Layer {
   std::int64_t rearrange(bool* selected) {
     sum_up(selected, false);
     std::vector<Index> order;
-    std::copy_if(all_.begin(), all_.end(), std::back_inserter(order), [selected](Index m) { return selected[m]; });
+    gather(selected, true, order);
     std::stable_sort(order.begin(), order.end(), [this](Index a, Index b) { return norm_[a] < norm_[b]; });
 
     std::int64_t exchanged = 0;
@@ -174,8 +174,7 @@ class Layer {
     for (const Index leaves : order) {
       if (stale) {
         update_gains(selected);
-        outside_.module.clear();
-        std::copy_if(all_.begin(), all_.end(), std::back_inserter(outside_.module), [selected](Index m) { return !selected[m]; });
+        gather(selected, false, outside_.module);
         fill(outside_);
       }
       Exchange best{0.0, leaves, leaves};  // it comes straight back
@@ -228,6 +227,12 @@ class Layer {
     std::fill(sum_.begin(), sum_.end(), 0.0);
     for (std::int64_t m = 0; m < modules_; ++m)
       if (selected[m] == side) add(m, side ? 1.0 : -1.0);
+  }
+
+  void gather(const bool* selected, bool side, std::vector<Index>& members) const {
+    members.clear();
+    for (Index m = 0; m < modules_; ++m)
+      if (selected[m] == side) members.push_back(m);
   }
 
   void apply(const Exchange& exchange, bool* selected) {

@@ -30,18 +30,20 @@ struct Half {
     const std::uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
     // Below 2^-14: adding 1/2 aligns the float's last bit with the subnormal's, and the addition does the rounding.
     const std::uint32_t subnormal = std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
-    std::uint32_t h = magnitude < (113u << 23) ? subnormal : normal;
-    h = magnitude >= 0x477ff000u ? 0x7c00u : h;  // rounds to infinity
-    h = magnitude > 0x7f800000u ? 0x7e00u : h;   // NaN
+    // Masks instead of `?:`, which GCC turns into branches that keep loops from vectorising.
+    const std::uint32_t is_subnormal = -static_cast<std::uint32_t>(magnitude < (113u << 23));
+    const std::uint32_t is_infinite = -static_cast<std::uint32_t>(magnitude >= 0x477ff000u);  // or rounds to it, or NaN
+    const std::uint32_t is_nan = -static_cast<std::uint32_t>(magnitude > 0x7f800000u);
+    const std::uint32_t finite = (subnormal & is_subnormal) | (normal & ~is_subnormal);
+    const std::uint32_t h = (finite & ~is_infinite) | (0x7c00u & is_infinite) | (0x0200u & is_nan);
     bits = static_cast<std::uint16_t>(h | ((u >> 16) & 0x8000u));
   }
   operator float() const {
     const std::uint32_t sign = (bits & 0x8000u) << 16;
     const std::uint32_t shifted = (bits & 0x7fffu) << 13;
     const float finite = std::bit_cast<float>(shifted) * 0x1p112f;  // rebias, subnormals included
-    const std::uint32_t special = shifted | 0x7f800000u;
-    const std::uint32_t u = shifted >= (0x7c00u << 13) ? special : std::bit_cast<std::uint32_t>(finite);
-    return std::bit_cast<float>(u | sign);
+    const std::uint32_t special = 0x7f800000u & -static_cast<std::uint32_t>(shifted >= (0x7c00u << 13));
+    return std::bit_cast<float>(std::bit_cast<std::uint32_t>(finite) | special | sign);
   }
 };
 

@@ -11,9 +11,10 @@
 namespace pymape {
 namespace {
 
-constexpr std::int64_t kColumns = 512;     // filters that one call of a leaf sweeps: converted rows stay in the first-level cache
-constexpr std::int64_t kTokenBlock = 32;   // tokens of one task; fixed, so that sums do not depend on the threads
-constexpr std::int64_t kSerial = 1 << 15;  // below so many elements threads cost more than they save
+constexpr std::int64_t kColumns = 512;         // filters that one call of a leaf sweeps, small enough for the first-level cache
+constexpr std::int64_t kTokenBlock = 32;       // tokens of one task; fixed, so that sums do not depend on the threads
+constexpr std::int64_t kSerial = 1 << 15;      // below so many elements threads cost more than they save
+constexpr std::int64_t kSerialSums = 1 << 20;  // the same for the additions that join the blocks' sums
 
 // Neighbouring filters of one token.
 template <typename ACC>
@@ -192,8 +193,9 @@ void forward(const ActivationInput& in, const TensorView& result, int num_thread
 
 // scores[group, f] = sum of the group's partial sums, in their order.
 template <typename ACC>
-void fold(const ACC* partial, std::int64_t blocks, const TensorView& scores, int threads) {
+void fold(const ACC* partial, std::int64_t blocks, const TensorView& scores, int num_threads) {
   const std::int64_t groups = scores.shape[0], filters = scores.shape[1];
+  const int threads = blocks * scores.numel() < kSerialSums ? 1 : num_threads;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
   for (std::int64_t group = 0; group < groups; ++group) {
     for (std::int64_t first = 0; first < filters; first += kColumns) {

@@ -9,11 +9,11 @@
 namespace pymape {
 namespace {
 
-constexpr std::int64_t kLanes = 1536;       // accumulators of one task: they stay in the first-level cache
+constexpr std::int64_t kLanes = 3072;       // accumulators of one task: they stay in the first-level cache
 constexpr std::int64_t kTokenBlock = 64;    // products summed in one run before they join the total: bounds rounding
 
-// total[lane] = sum over tokens of a[t, lane] * b[t, lane], summed block by block. Four tokens at a time: each accumulator is
-// loaded and stored once for four products, and eight streams are in flight.
+// total[lane] = sum over tokens of a[t, lane] * b[t, lane], summed block by block. Two tokens at a time, whole rows of them:
+// each accumulator moves once for two products, and four long streams are what the prefetchers follow best.
 #define PYMAPE_SUM_TOKENS(NAME, T, ACC)                                                                              \
   PYMAPE_MULTIVERSION void NAME(const T* a, const T* b, std::int64_t stride_a, std::int64_t stride_b,                \
                                 std::int64_t tokens, std::int64_t lanes, ACC* block, ACC* total) {                   \
@@ -22,14 +22,10 @@ constexpr std::int64_t kTokenBlock = 64;    // products summed in one run before
       const std::int64_t last = std::min(tokens, first + kTokenBlock);                                               \
       for (std::int64_t lane = 0; lane < lanes; ++lane) block[lane] = 0;                                             \
       std::int64_t t = first;                                                                                        \
-      for (; t + 4 <= last; t += 4) {                                                                                \
-        const T *a0 = a + t * stride_a, *a1 = a0 + stride_a, *a2 = a1 + stride_a, *a3 = a2 + stride_a;               \
-        const T *b0 = b + t * stride_b, *b1 = b0 + stride_b, *b2 = b1 + stride_b, *b3 = b2 + stride_b;               \
-        for (std::int64_t lane = 0; lane < lanes; ++lane) {                                                          \
-          const ACC even = ACC(a0[lane]) * ACC(b0[lane]) + ACC(a1[lane]) * ACC(b1[lane]);                            \
-          const ACC odd = ACC(a2[lane]) * ACC(b2[lane]) + ACC(a3[lane]) * ACC(b3[lane]);                             \
-          block[lane] += even + odd;                                                                                 \
-        }                                                                                                            \
+      for (; t + 2 <= last; t += 2) {                                                                                \
+        const T *a0 = a + t * stride_a, *a1 = a0 + stride_a, *b0 = b + t * stride_b, *b1 = b0 + stride_b;            \
+        for (std::int64_t lane = 0; lane < lanes; ++lane)                                                            \
+          block[lane] += ACC(a0[lane]) * ACC(b0[lane]) + ACC(a1[lane]) * ACC(b1[lane]);                              \
       }                                                                                                              \
       for (; t < last; ++t)                                                                                          \
         for (std::int64_t lane = 0; lane < lanes; ++lane)                                                            \
@@ -47,6 +43,7 @@ PYMAPE_SUM_TOKENS(sum_tokens, Half, float)
 // Sum of n values in place, halving: the error grows with log n.
 template <typename ACC>
 ACC fold(ACC* values, std::int64_t n) {
+  if (n == 0) return 0;
   for (; n > 1; n = (n + 1) / 2)
     for (std::int64_t i = 0; i < n / 2; ++i) values[i] += values[(n + 1) / 2 + i];
   return values[0];
@@ -71,14 +68,16 @@ void run(const TensorView& output, const TensorView& grad, const TensorView& sco
         const T* a = output.as<T>() + b * output.strides[0] + first * output.strides[2];
         const T* c = grad.as<T>() + b * grad.strides[0] + first * grad.strides[2];
         ACC* out = scores.as<ACC>() + b * modules;
-        for (std::int64_t m = first; m < last; ++m) out[m] = 0;
-        // A module wider than the accumulators is swept piece by piece; otherwise this runs once.
-        const std::int64_t lanes = (last - first) * width;
-        for (std::int64_t offset = 0; offset < lanes; offset += kLanes) {
-          const std::int64_t count = std::min(kLanes, lanes - offset);
-          sum_tokens(a + offset, c + offset, output.strides[1], grad.strides[1], tokens, count, block, total);
-          for (std::int64_t lane = 0; lane < count; lane += width)
-            out[first + (offset + lane) / width] += fold(total + lane, std::min(width, count - lane));
+        if (width <= kLanes) {
+          sum_tokens(a, c, output.strides[1], grad.strides[1], tokens, (last - first) * width, block, total);
+          for (std::int64_t m = first; m < last; ++m) out[m] = fold(total + (m - first) * width, width);
+        } else {  // one module, swept piece by piece
+          out[first] = 0;
+          for (std::int64_t offset = 0; offset < width; offset += kLanes) {
+            const std::int64_t lanes = std::min(kLanes, width - offset);
+            sum_tokens(a + offset, c + offset, output.strides[1], grad.strides[1], tokens, lanes, block, total);
+            out[first] += fold(total, lanes);
+          }
         }
       }
     }

@@ -41,6 +41,7 @@ struct TensorView {
   }
 
   bool is_contiguous() const {
+    if (numel() == 0) return true;  // torch gives a tensor without elements any strides
     std::int64_t expected = 1;
     for (int i = ndim - 1; i >= 0; --i) {
       if (shape[i] != 1 && strides[i] != expected) return false;

@@ -9,16 +9,17 @@ __version__ = "0.1.0"
 
 # These two functions share their names with the modules that define them, so they are bound here, before anything can
 # import the submodules first. Both modules need torch alone.
-from pymape.importance import importance  # noqa: E402
-from pymape.search import search  # noqa: E402
+from pymape.importance import importance
+from pymape.search import search
 
-# Public name -> module that defines it. Nothing here is imported before it is used: `import pymape` stays cheap and needs
-# neither transformers nor triton.
+# Public name -> module that defines it. Nothing here is imported before it is used: `import pymape` stays cheap and
+# needs neither transformers nor triton.
 _EXPORTS = {
+    "Architecture": "architectures",
     "FrozenPrefix": "frozen_prefix",
     "Importance": "importance",
-    "MaskedFeedForward": "modules",
-    "MaskedMultiheadAttention": "modules",
+    "MaskedFeedForward": "layers",
+    "MaskedMultiheadAttention": "layers",
     "ModelLayout": "architectures",
     "ModuleMasks": "masks",
     "PartialParameters": "partial",
@@ -32,6 +33,7 @@ _EXPORTS = {
     "evaluate_candidates": "learned_gates",
     "gates": "modules",
     "instrument": "modules",
+    "is_instrumented": "modules",
     "layout": "architectures",
     "learn_gates": "learned_gates",
     "register_architecture": "architectures",
@@ -40,7 +42,7 @@ _EXPORTS = {
     "set_gates": "modules",
 }
 
-__all__ = ["__version__", "importance", "search", *sorted(_EXPORTS)]  # noqa: PLE0604
+__all__ = ["__version__", "importance", "search", *sorted(_EXPORTS)]
 
 
 def __getattr__(name: str) -> Any:

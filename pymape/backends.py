@@ -1,8 +1,8 @@
 """Which backends can run here, and the one rule that chooses among them.
 
-The rule for `backend="auto"`: CPU tensors take `cpu`; CUDA tensors take `triton` where the operator has a Triton kernel and
-triton is installed, and `cuda` otherwise; tensors of any other device take `reference`. A backend asked for by name either
-runs or raises with the reason.
+The rule for `backend="auto"`: CPU tensors take `cpu`; CUDA tensors take `triton` where the operator has a Triton kernel
+and triton is installed, and `cuda` otherwise; tensors of any other device take `reference`. A backend asked for by name
+either runs or raises with the reason.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def native() -> ModuleType:
         ImportError: the extension was not built.
     """
     try:
-        from pymape import _C  # type: ignore[attr-defined]
+        from pymape import _C
     except ImportError as error:
-        raise ImportError(f"the native core pymape._C cannot be loaded ({error}); build it with `pip install .`") from error
+        raise ImportError(f"pymape._C cannot be loaded ({error}); build it with `pip install .`") from error
     return _C
 
 
@@ -53,7 +53,7 @@ def _why_not(backend: str, device: torch.device) -> str | None:
     if backend == "cuda":
         if device.type != "cuda":
             return f"it needs CUDA tensors, got tensors on {device}"
-        return None if native().has_cuda else "this build of pymape has no CUDA kernels (nvcc was not found when it was built)"
+        return None if native().has_cuda else "this build has no CUDA kernels (no nvcc was found when it was built)"
     if not _has_triton():
         return "triton is not installed"
     if device.type != "cuda" and not (device.type == "cpu" and _triton_interpreted()):

@@ -154,8 +154,8 @@ class DemoConfig:
         forget_class: the digit to forget in the class setting; default: the seed modulo 10.
         forget_share: share of the training records to forget in the random setting, in (0, 1).
         budget: share of the heads' and filters' parameters that may be trained, in (0, 1].
-        class_lam: weight of the retain set when masks are learned for a class.
-        random_lam: the same for random records.
+        class_lam: weight of the retain set in the objective of the masks, where a class is forgotten.
+        random_lam: the same, where random records are.
         lrs: learning rates that masked and unmasked unlearning choose from.
         steps: optimizer steps of an unlearning run.
         batch_size: forget records a step, and as many retain records where the objective reads them.
@@ -172,7 +172,7 @@ class DemoConfig:
     budget: float = 0.3
     class_lam: float = 10.0
     random_lam: float = 1.0
-    lrs: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3, 1e-2])
-    steps: int = 20
+    lrs: list[float] = field(default_factory=lambda: [2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3])
+    steps: int = 30
     batch_size: int = 32
-    train_epochs: int = 30
+    train_epochs: int = 40

@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,14 @@ from .importance import importance
 from .masks import ModuleMasks
 from .metrics import Predictions, mean_gap, predict, summarise
 from .results import aggregate, paired_differences
-from .runs import environment, run_folder, write_summary
+from .runs import environment, quiet_transformers, run_folder, write_summary
 from .search import search
 from .trainer import UnlearnTrainer
 
 __all__ = ["run_demo"]
 
 _CLASSES = 10
-_TRAIN_BATCH, _TRAIN_LR, _TRAIN_DECAY = 64, 2e-3, 0.05  # of the original and the retrained model
+_TRAIN_BATCH, _TRAIN_LR, _TRAIN_DECAY = 64, 1e-3, 0.05  # of the original and the retrained model
 _MODEL: dict[str, Any] = {
     "image_size": 8,
     "patch_size": 2,
@@ -97,6 +98,7 @@ class _Verdict:
     def accuracy(self, name: str) -> float:
         return self.predictions[name].accuracy
 
+    @cached_property
     def metrics(self) -> dict[str, float]:
         sets = self.predictions
         return summarise(sets["forget"], sets["retain"], sets["test"], seed=self.seed)
@@ -127,7 +129,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     """
     _check(config)
     started = time.perf_counter()
-    with run_folder(config.output) as folder:
+    with run_folder(config.output) as folder, quiet_transformers():
         runs: list[dict[str, Any]] = []
         evidence: list[Evidence] = []
         models = 1 + len(config.settings) * (1 + 2 * len(config.objectives) * len(config.lrs))
@@ -224,9 +226,8 @@ def _task(
     digit = seed % _CLASSES if config.forget_class is None else config.forget_class
     parts = ([record for record in records if record["labels"] != digit] for records in (train, validation, test))
     forget = [record for record in train if record["labels"] == digit]
-    return _Task(
-        setting, seed, config.class_lam, f"all {len(forget)} training images of the digit {digit}", forget, *parts
-    )
+    forgotten = f"all {len(forget)} training images of the digit {digit}"
+    return _Task(setting, seed, config.class_lam, forgotten, forget, *parts)
 
 
 def _train(records: list[Record], seed: int, epochs: int) -> tuple[PreTrainedModel, float]:
@@ -288,8 +289,8 @@ def _unlearn(
 
 
 def _row(verdict: _Verdict, gold: _Verdict) -> dict[str, float]:
-    metrics = verdict.metrics()
-    return metrics | {"gap": mean_gap(metrics, gold.metrics())}
+    metrics = verdict.metrics
+    return metrics | {"gap": mean_gap(metrics, gold.metrics)}
 
 
 def _method_row(
@@ -308,6 +309,8 @@ def _check(config: DemoConfig) -> None:
         "budget": (0 < config.budget <= 1, "in (0, 1]"),
         "forget_share": (0 < config.forget_share < 1, "in (0, 1)"),
         "forget_class": (config.forget_class is None or 0 <= config.forget_class < _CLASSES, f"in [0, {_CLASSES})"),
+        "class_lam": (0 <= config.class_lam < math.inf, "finite and not negative"),
+        "random_lam": (0 <= config.random_lam < math.inf, "finite and not negative"),
         "seeds": (config.seeds >= 1, "at least 1"),
         "steps": (config.steps >= 1, "at least 1"),
         "train_epochs": (config.train_epochs >= 1, "at least 1"),

@@ -160,9 +160,10 @@ def _rows(summary: Mapping[str, Any], setting: str) -> list[Mapping[str, Any]]:
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     trained = "everything" if row["masked"] is None else "learned masks" if row["masked"] else "all parameters"
-    lrs = dict.fromkeys(f"{lr:g}" for lr in row.get("lrs", []))
+    lrs = sorted(row.get("lrs", []))
+    chosen = " to ".join(dict.fromkeys(f"{lr:g}" for lr in (lrs[0], lrs[-1]))) if lrs else ""
     figures = [_figure(row[name]) for name in (*METRICS, "gap")]
-    return [row["model"], trained, *figures, _figure(row["seconds"]), ", ".join(lrs)]
+    return [row["model"], trained, *figures, _figure(row["seconds"]), chosen]
 
 
 def _paired_cells(summary: Mapping[str, Any]) -> list[list[str]]:

@@ -17,8 +17,6 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from pymape.architectures import LayerModules, find_layers
 from pymape.backends import BACKENDS
 from pymape.layers import (
-    MaskedFeedForward,
-    MaskedMultiheadAttention,
     gate_filters,
     gate_output,
     is_unhooked,
@@ -30,8 +28,6 @@ if TYPE_CHECKING:
     from pymape.masks import ModuleMasks
 
 __all__ = [
-    "MaskedFeedForward",
-    "MaskedMultiheadAttention",
     "apply_masks",
     "gates",
     "instrument",

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
 
+# The models are tiny and the tests run in as many processes as there are cores: more threads would only wait.
+torch.set_num_threads(1)
+
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run a block with this many threads inside operators."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -20,12 +33,14 @@ def _seeded() -> None:
 def poisoned_memory() -> Iterator[None]:
     """Fill every `torch.empty` with NaN, so that an element a kernel forgets to write shows."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # fills uninitialised memory as torch.utils.deterministic says, by default with NaN
+    torch.use_deterministic_algorithms(True)  # torch then fills uninitialised memory
     yield
     torch.use_deterministic_algorithms(before)
 
 
-def assert_as_good_as_torch(actual: Tensor, reference: Callable[..., Tensor], *inputs: Tensor, slack: float = 2.0) -> None:
+def assert_as_good_as_torch(
+    actual: Tensor, reference: Callable[..., Tensor], *inputs: Tensor, slack: float = 2.0
+) -> None:
     """Check that `actual` is within twice torch's own error of the fp64 reference, plus a rounding floor.
 
     Args:

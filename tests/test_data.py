@@ -9,7 +9,11 @@ import pytest
 
 from pymape.data import load_ids, load_records, read_table, split_forget, validate_labels
 
-ROWS = [{"id": "a", "text": "one, two", "label": 0}, {"id": "b", "text": 'say "x"', "label": 1}, {"id": "c", "text": "ü", "label": 0}]
+ROWS = [
+    {"id": "a", "text": "one, two", "label": 0},
+    {"id": "b", "text": 'say "x"', "label": 1},
+    {"id": "c", "text": "ü", "label": 0},
+]
 
 
 def _write(path: Path, rows: list[dict] = ROWS) -> Path:
@@ -29,10 +33,8 @@ def _write(path: Path, rows: list[dict] = ROWS) -> Path:
             writer.writeheader()
             writer.writerows(rows)
     else:
-        pyarrow = pytest.importorskip("pyarrow")
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.table({name: [row[name] for row in rows] for name in names}), path)
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.table({name: [row[name] for row in rows] for name in names}), path)
     return path
 
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import FLOATS
+from conftest import FLOATS, threads
 from cuda_tools import compile_cu, requires_nvcc
 from torch import Tensor
 
@@ -198,13 +198,9 @@ def test_no_single_exchange_improves_the_result() -> None:
 def test_does_not_depend_on_the_number_of_threads(mode: str) -> None:
     forget, retain = torch.randn(33, 5, 129), torch.randn(17, 5, 129)
     mask = selection(5, 129)
-    threads = torch.get_num_threads()
-    result = greedy_swap(forget, retain, mask, mode=mode)
-    torch.set_num_threads(1)
-    try:
-        assert_same(greedy_swap(forget, retain, mask, mode=mode), result)
-    finally:
-        torch.set_num_threads(threads)
+    with threads(3):
+        three = greedy_swap(forget, retain, mask, mode=mode)
+    assert_same(greedy_swap(forget, retain, mask, mode=mode), three)
 
 
 @pytest.mark.parametrize("full", [False, True])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FLOATS, assert_as_good_as_torch
+from conftest import FLOATS, assert_as_good_as_torch, threads
 from cuda_tools import compile_cu, requires_nvcc
 from torch import Tensor
 from triton_tools import compile_kernel, interpreted, requires_triton
@@ -151,14 +151,10 @@ class TestGateHeads:
 
     def test_does_not_depend_on_the_number_of_threads(self) -> None:
         inputs = torch.randn(3, 300, 7, 33), make_gate(3, 7), torch.randn(3, 300, 7, 33)
-        threads = torch.get_num_threads()
-        two = with_gradients(gate_heads)(*inputs)
-        torch.set_num_threads(1)
-        try:
-            one = with_gradients(gate_heads)(*inputs)
-        finally:
-            torch.set_num_threads(threads)
-        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+        with threads(3):
+            three = with_gradients(gate_heads)(*inputs)
+        one = with_gradients(gate_heads)(*inputs)
+        assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
 
     @pytest.mark.parametrize("shape", [(3,), (2, 3)])
     def test_gradcheck(self, shape: tuple[int, ...]) -> None:

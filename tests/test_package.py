@@ -22,10 +22,14 @@ def fresh(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
+def loaded_by(packages: str) -> str:
+    return fresh(f"import sys, json, {packages}; print(json.dumps([m for m in {HEAVY} if m in sys.modules]))")
+
+
 def test_import_loads_nothing_heavy() -> None:
-    loaded = json.loads(fresh(f"import sys, json, pymape; print(json.dumps([m for m in {HEAVY} if m in sys.modules]))"))
+    loaded = json.loads(loaded_by("torch, pymape"))
     # torch itself may import some of these; what counts is what pymape adds.
-    torchs_own = json.loads(fresh(f"import sys, json, torch; print(json.dumps([m for m in {HEAVY} if m in sys.modules]))"))
+    torchs_own = json.loads(loaded_by("torch"))
     assert set(loaded) <= set(torchs_own)
 
 
@@ -62,7 +66,8 @@ def test_one_openmp_runtime() -> None:
     code = (
         "import torch, pymape; from pymape.backends import native; native()\n"
         "x = torch.ones(4, 64, 64); from pymape.ops import module_scores; module_scores(x, x); x @ x\n"
-        "print('\\n'.join(sorted({line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line or 'iomp' in line or '/libomp' in line})))"
+        "maps = {line.split()[-1] for line in open('/proc/self/maps')}\n"
+        "print('\\n'.join(path for path in maps if 'gomp' in path or 'iomp' in path or '/libomp' in path))"
     )
     if not Path("/proc/self/maps").exists():
         pytest.skip("needs /proc")

@@ -25,10 +25,15 @@ def test_folder_appears_when_the_run_is_complete(tmp_path: Path) -> None:
     assert target.stat().st_mode & 0o055  # readable as the umask says, not 0700 as temporary folders are
 
 
-def test_nothing_is_left_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="half way"), run_folder(tmp_path / "runs" / "one") as folder:
+def _broken_run(target: Path) -> None:
+    with run_folder(target) as folder:
         (folder / "half").write_text("x")
         raise RuntimeError("half way")
+
+
+def test_nothing_is_left_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="half way"):
+        _broken_run(tmp_path / "runs" / "one")
     assert not _content(tmp_path)
 
 
@@ -37,8 +42,8 @@ def test_an_earlier_run_is_replaced_only_when_the_new_one_is_complete(tmp_path: 
     with run_folder(target) as folder:
         write_summary(folder, {"versions": {"pymape": "1"}})
         (folder / "old").write_text("x")
-    with pytest.raises(RuntimeError), run_folder(target):
-        raise RuntimeError
+    with pytest.raises(RuntimeError, match="half way"):
+        _broken_run(target)
     assert _content(target) == {"summary.json", "old"}
     with run_folder(target) as folder:
         write_summary(folder, {"versions": {"pymape": "1"}})
@@ -49,7 +54,10 @@ def test_an_earlier_run_is_replaced_only_when_the_new_one_is_complete(tmp_path: 
 @pytest.mark.parametrize("other", ["notes.txt", "summary.json"])
 def test_a_folder_of_something_else_is_not_touched(tmp_path: Path, other: str) -> None:
     (tmp_path / other).write_text("[1]")
-    with pytest.raises(ValueError, match="output must be a new or empty folder or an earlier run's"), run_folder(tmp_path):
+    with (
+        pytest.raises(ValueError, match="output must be a new or empty folder or an earlier run's"),
+        run_folder(tmp_path),
+    ):
         pass
     assert _content(tmp_path) == {other}
 

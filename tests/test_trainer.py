@@ -27,16 +27,6 @@ from pymape.pairing import PairSampler
 from pymape.sophia import Sophia
 from pymape.trainer import UnlearnTrainer
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Models this small only lose by sharing their work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 NAMES = ["dpo", "ft", "ga", "gd", "idk", "influence", "kl", "npo", "rl", "rmu", "simnpo", "so", "ssd"]
 OPTIONS: dict[str, dict[str, Any]] = {"rmu": {"layer": 1}, "ssd": {"selection": 1.5}}
 

@@ -13,7 +13,7 @@ from pymape.backends import native, resolve_backend
 __all__ = ["ACTIVATIONS", "masked_activation", "masked_activation_reference"]
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
-SUPPORTED = ("cpu", "cuda", "triton", "reference")
+_SUPPORTED = ("cpu", "cuda", "triton", "reference")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -50,7 +50,7 @@ def masked_activation(
     Source: filter masks of MAPE-Unlearn (arXiv 2508.17233) and of Kwon et al. 2022 (arXiv 2204.09656).
     """
     _check_activation(pre, gate, bias, up, up_bias, activation)
-    chosen = resolve_backend("masked_activation", backend, pre.device, supported=SUPPORTED)
+    chosen = resolve_ffn_backend("masked_activation", backend, pre)
     if chosen == "reference":
         return masked_activation_reference(pre, gate, bias=bias, up=up, up_bias=up_bias, activation=activation)
     return run_activation(pre, gate, bias, up, up_bias, activation, chosen)
@@ -92,6 +92,16 @@ def apply_gate(hidden: Tensor, gate: Tensor | None) -> Tensor:
     return (hidden * gate).to(hidden.dtype)
 
 
+def resolve_ffn_backend(op: str, backend: str, x: Tensor) -> str:
+    """Choose as `resolve_backend` does, minding that the Triton kernels have no fp64."""
+    chosen = resolve_backend(op, backend, x.device, supported=_SUPPORTED)
+    if chosen == "triton" and x.dtype == torch.float64:
+        if backend == "triton":
+            raise RuntimeError(f"backend 'triton' of {op} cannot run: it needs fp32, bf16 or fp16, got {x.dtype}")
+        return "cuda"
+    return chosen
+
+
 def run_activation(
     pre: Tensor,
     gate: Tensor | None,
@@ -114,12 +124,12 @@ def token_rows(x: Tensor, gate: Tensor | None) -> Tensor:
     return x if x.dim() == 3 else x.reshape(x.shape[0], x.shape[1:-1].numel(), x.shape[-1])
 
 
-def _inner_contiguous(x: Tensor) -> Tensor:
+def inner_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def _per_sample(gate: Tensor | None, batch: int) -> Tensor | None:
-    return None if gate is None else _inner_contiguous(gate.expand(batch, -1))
+def per_sample(gate: Tensor | None, batch: int) -> Tensor | None:
+    return None if gate is None else inner_contiguous(gate.expand(batch, -1))
 
 
 torch.library.define(
@@ -145,6 +155,8 @@ def _activation_forward(
     backend: str,
 ) -> Tensor:
     result = pre.new_empty(pre.shape)
+    if result.numel() == 0:
+        return result
     inputs = _kernel_inputs(pre, bias, up, up_bias, gate)
     if backend == "cpu":
         native().masked_activation(*inputs, ACTIVATIONS.index(activation), result, torch.get_num_threads())
@@ -172,9 +184,12 @@ def _activation_backward(
     batch, tokens, filters = pre.shape
     outputs = _empty_gradients(pre, gate, need_pre, need_up, need_gate)
     d_pre, d_up, d_gate = outputs
+    if pre.numel() == 0:
+        d_gate.zero_()
+        return outputs
     scores = d_gate.view(-1, filters) if need_gate else None
     wanted = (d_pre if need_pre else None, d_up if need_up else None, scores)
-    grad = _inner_contiguous(grad.detach())
+    grad = inner_contiguous(grad.detach())
     inputs = _kernel_inputs(pre, bias, up, up_bias, gate)
     code = ACTIVATIONS.index(activation)
     if backend == "cpu":
@@ -202,8 +217,8 @@ def _empty_gradients(
 def _kernel_inputs(
     pre: Tensor, bias: Tensor | None, up: Tensor | None, up_bias: Tensor | None, gate: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    tensors = (pre, bias, up, up_bias, _per_sample(gate, pre.shape[0]))
-    return tuple(None if x is None else _inner_contiguous(x.detach()) for x in tensors)
+    tensors = (pre, bias, up, up_bias, per_sample(gate, pre.shape[0]))
+    return tuple(None if x is None else inner_contiguous(x.detach()) for x in tensors)
 
 
 def _kernels() -> Any:

@@ -8,16 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pymape.backends import resolve_backend
 from pymape.ops.masked_activation import (
     ACTIVATIONS,
-    SUPPORTED,
     apply_activation,
     apply_gate,
     check_dtypes_and_devices,
     check_vectors,
+    inner_contiguous,
     masked_activation,
     masked_activation_reference,
+    per_sample,
+    resolve_ffn_backend,
     run_activation,
     sum_tokens,
     token_rows,
@@ -64,7 +65,7 @@ def masked_ffn(
     Source: filter masks of MAPE-Unlearn (arXiv 2508.17233) and of Kwon et al. 2022 (arXiv 2204.09656).
     """
     _check_ffn(x, weight, bias, gate, up_weight, up_bias, activation)
-    chosen = resolve_backend("masked_ffn", backend, x.device, supported=SUPPORTED)
+    chosen = resolve_ffn_backend("masked_ffn", backend, x)
     if chosen == "reference":
         return masked_ffn_reference(x, weight, bias, gate, up_weight=up_weight, up_bias=up_bias, activation=activation)
     if chosen == "triton":
@@ -137,8 +138,15 @@ def _ffn_forward(
     import pymape.kernels.masked_ffn as kernels
 
     outputs = _ffn_fake(x, weight, bias, up_weight, up_bias, gate, activation, keep_pre, may_skip)
-    inputs = (None if v is None else v.detach() for v in (x, weight, bias, up_weight, up_bias, gate))
-    kernels.masked_ffn_forward(*inputs, activation, keep_pre, may_skip, *outputs)
+    if outputs[0].numel() == 0:
+        return outputs
+    vectors = (
+        None if v is None else inner_contiguous(v.detach()) for v in (bias, up_bias, per_sample(gate, x.shape[0]))
+    )
+    bias, up_bias, gate = vectors
+    x, weight = x.detach(), weight.detach()
+    up_weight = None if up_weight is None else up_weight.detach()
+    kernels.masked_ffn_forward(x, weight, bias, up_weight, up_bias, gate, activation, keep_pre, may_skip, *outputs)
     return outputs
 
 
@@ -164,7 +172,10 @@ def _setup_ffn(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, 
     _, pre, up = output
     ctx.mark_non_differentiable(pre, up)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, bias, up_weight, up_bias, gate, pre, None if up_weight is None else up)
+    weights_learn = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+    ctx.save_for_backward(
+        x if weights_learn else None, weight, bias, up_weight, up_bias, gate, pre, None if up_weight is None else up
+    )
 
 
 def _backward_ffn(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

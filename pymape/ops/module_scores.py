@@ -19,8 +19,8 @@ def module_scores(output: Tensor, grad: Tensor, *, backend: str = "auto") -> Ten
     scores[b, m] = sum over t, d of output[b, t, m, d] * grad[b, t, m, d]
 
     Args:
-        output: module outputs, [B, T, M, D] (heads: D is the head size) or [B, T, M] (filters); fp64, fp32, bf16 or fp16, any
-            strides. It is read once, without a copy, when the modules of a token lie in memory as rows of D.
+        output: module outputs, [B, T, M, D] (heads: D is the head size) or [B, T, M] (filters); fp64, fp32, bf16 or
+            fp16, any strides. It is read once, without a copy, when a token's modules lie in memory as rows of D.
         grad: gradient of the summed losses with respect to `output`, same shape and dtype.
         backend: `auto`, `cpu`, `cuda` or `reference`.
 
@@ -76,7 +76,8 @@ def _forward(output: Tensor, grad: Tensor, backend: str) -> Tensor:
     if backend == "cpu":
         native().module_scores(output, grad, scores, torch.get_num_threads())
     else:
-        workspace = output.new_empty((batch, _splits(batch, tokens, modules * width), modules * width), dtype=accumulator)
+        lanes = modules * width
+        workspace = output.new_empty((batch, _splits(batch, tokens, lanes), lanes), dtype=accumulator)
         stream = torch.cuda.current_stream(output.device).cuda_stream
         native().module_scores_cuda(output, grad, scores, workspace, stream)
     return scores

@@ -32,29 +32,35 @@ def histograms(panels: Mapping[str, Mapping[str, Tensor]], label: str, *, log: b
     Args:
         panels: title of a panel to {name of a distribution: [N] values}.
         label: name of the horizontal axis.
-        log: whether the horizontal axis is logarithmic (values below 1e-6 then count as 1e-6).
+        log: draw the horizontal axis logarithmic where the values span two decades (those below 1e-6 count as 1e-6).
         columns: number of bins.
 
     Returns:
         SVG markup.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     drawn = {title: {name: _clean(values, log) for name, values in series.items()} for title, series in panels.items()}
     everything = np.concatenate([values for series in drawn.values() for values in series.values()])
-    low, high = float(everything.min()), float(everything.max())
+    low, high = (float(everything.min()), float(everything.max())) if len(everything) else (1.0, 1.0)
+    log = log and high >= 100 * low  # within two decades a linear axis is easier to read
     if not high > low:
-        low, high = (low / 2, low * 2) if log else (low - 0.5, low + 0.5)
+        low, high = low - 0.5, low + 0.5
     edges = np.geomspace(low, high, columns + 1) if log else np.linspace(low, high, columns + 1)
     with _style():
         figure = Figure(figsize=(10.5, 2.9), layout="constrained")
         axes = np.atleast_1d(figure.subplots(1, len(drawn), sharey=True))
         for axis, (title, series) in zip(axes, drawn.items(), strict=True):
             for color, (name, values) in zip(_COLORS, series.items(), strict=False):
-                weights = np.full(len(values), 100 / len(values))
+                weights = np.full(len(values), 100 / max(len(values), 1))
                 axis.hist(values, edges, weights=weights, color=color, alpha=0.3)
                 axis.hist(values, edges, weights=weights, color=color, histtype="step", linewidth=1.6, label=name)
             axis.set(title=title, xlabel=label, xscale="log" if log else "linear")
+            if log:
+                # Fractions of a decade get no label of their own: they would run into each other.
+                axis.xaxis.set_major_locator(LogLocator(numticks=7))
+                axis.xaxis.set_minor_formatter(NullFormatter())
             axis.legend(frameon=False, fontsize="small")
         axes[0].set_ylabel("% of records")
         return _svg(figure)

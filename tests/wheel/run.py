@@ -1,7 +1,7 @@
 """Build the wheel with build isolation and try it in an empty environment: no source tree, no compiler.
 
-Run by `make wheel-test`. The empty environment takes torch and the rest from the environment that runs this script, so that
-only pymape itself is new there.
+Run by `make wheel-test`. The empty environment takes torch and the rest from the environment that runs this script, so
+that only pymape itself is new there.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         source = base / "source"  # a copy without build products: what a user's `pip install .` sees
-        shutil.copytree(
-            ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", "build", "dist", "runs", "*.so", "*.egg-info")
-        )
-        run([sys.executable, "-m", "build", "--outdir", str(base / "dist"), str(source)])  # sdist, then the wheel from the sdist
+        products = (".git", ".venv", "build", "dist", "runs", "*.so", "*.egg-info")
+        shutil.copytree(ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(*products))
+        # The sdist, then the wheel from the sdist.
+        run([sys.executable, "-m", "build", "--outdir", str(base / "dist"), str(source)])
         (wheel,) = (base / "dist").glob("*.whl")
         print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.2f} MB")
         needed = subprocess.run(["unzip", "-l", str(wheel)], capture_output=True, text=True, check=False).stdout
@@ -64,7 +64,7 @@ def main() -> None:
         link.write_text("\n".join(site.getsitepackages()) + "\n")
         clean = {"PATH": "/nonexistent", "HOME": os.environ.get("HOME", "/"), "HF_HUB_OFFLINE": "1"}
         subprocess.run([str(python), "-c", CHECK], check=True, cwd=base, env=clean)
-        subprocess.run([str(python), "-m", "pymape.cli", "--version"], check=True, cwd=base, env=clean)
+        subprocess.run([str(python), "-m", "pymape", "--version"], check=True, cwd=base, env=clean)
 
 
 def run(command: list[str]) -> None:

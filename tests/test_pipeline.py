@@ -1,0 +1,288 @@
+"""`pymape unlearn` on a small model and data set of files, and every bad input it must refuse."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from model_zoo import tiny_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from pymape.cli import main
+from pymape.masks import ModuleMasks
+
+WORDS = [f"w{number}" for number in range(40)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with models, tokenizers, records and ids."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("files")
+    vocabulary = {word: row for row, word in enumerate(["[PAD]", "[BOS]", "[EOS]", "[UNK]", *WORDS])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    for name, family, task in (
+        ("classifier", "bert", "sequence_classification"),
+        ("encoder", "bert", "base"),
+        ("language-model", "gpt2", "causal_lm"),
+    ):
+        tiny_model(family, task).save_pretrained(folder / name)
+        fast.save_pretrained(folder / name)
+    draw = random.Random(0)
+    for name, count in (("train", 24), ("test", 10)):
+        rows = [(f"{name}-{row}", " ".join(draw.choices(WORDS, k=draw.randint(3, 8))), row % 3) for row in range(count)]
+        with (folder / f"{name}.csv").open("w", newline="") as stream:
+            csv.writer(stream).writerows([("id", "text", "label"), *rows])
+    (folder / "forget.txt").write_text("train-1\ntrain-5\ntrain-9\n")
+    return folder
+
+
+def _config(files: Path, output: Path, **changes: Any) -> list[str]:
+    config: dict[str, Any] = {
+        "model": str(files / "classifier"),
+        "output": str(output),
+        "lr": 1e-2,
+        "epochs": 1,
+        "batch_size": 4,
+        "masks": {"budget": 0.5},
+        "data": {
+            "path": str(files / "train.csv"),
+            "forget": str(files / "forget.txt"),
+            "test": str(files / "test.csv"),
+        },
+    }
+    for name, value in changes.items():
+        section, _, option = name.partition("__")
+        if option:
+            config.setdefault(section, {})[option] = value
+        else:
+            config[name] = value
+    path = output.parent / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return ["unlearn", str(path)]
+
+
+def _run(arguments: list[str], output: Path) -> dict[str, Any]:
+    assert main(arguments) == 0
+    return json.loads((output / "summary.json").read_text())
+
+
+def test_main_job_changes_the_selected_modules_only(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "runs" / "one"
+    output.parent.mkdir()
+    summary = _run([*_config(files, output), "--objective", "ga"], output)
+    assert {path.name for path in output.iterdir()} == {"model", "masks.safetensors", "report.html", "summary.json"}
+    assert summary["config"]["objective"] == "ga"  # a flag after the file overrides it
+    assert summary["records"] == {"forget": 3, "retain": 21, "test": 10}
+    assert {"UA", "RA", "TA", "MIA", "forget_loss"} <= summary["models"]["unlearned"].keys()
+    assert summary["models"]["unlearned"]["forget_loss"] > summary["models"]["original"]["forget_loss"]
+    assert summary["masks"]["cost"] <= 0.5
+    assert {"importance", "search", "unlearn"} <= summary["seconds"].keys()
+    assert "forget loss" in capsys.readouterr().out
+
+    masks = ModuleMasks.load(
+        output / "masks.safetensors", AutoModelForSequenceClassification.from_pretrained(output / "model")
+    )
+    before, after = (load_file(folder / "model.safetensors") for folder in (files / "classifier", output / "model"))
+    assert before.keys() == after.keys()
+    filters = "bert.encoder.layer.{}.intermediate.dense.weight"
+    for layer, chosen in enumerate(masks.filters):
+        name = filters.format(layer)
+        changed = (before[name] != after[name]).any(1)
+        assert torch.equal(changed, chosen)
+    for name in before:
+        if ".layer." not in name:
+            assert torch.equal(before[name], after[name]), name
+
+
+def test_same_seed_gives_the_same_model(files: Path, tmp_path: Path) -> None:
+    outputs = [tmp_path / name for name in ("one", "two")]
+    for output in outputs:
+        _run(_config(files, output, objective="npo"), output)
+    first, second = (load_file(output / "model" / "model.safetensors") for output in outputs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_encoder_is_fine_tuned_first_and_compared_with_retraining(files: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    train = {"epochs": 1, "lr": 1e-3, "batch_size": 8}
+    options = {"train_first": True, "compare_retrain": True, "train": train, "masks__objective": "everything"}
+    summary = _run(_config(files, output, model=str(files / "encoder"), **options), output)
+    models = summary["models"]
+    assert models["retrained"]["gap"] == 0
+    assert models["unlearned"]["gap"] >= 0
+    assert summary["masks"] is None
+    assert not (output / "masks.safetensors").exists()
+    saved = AutoModelForSequenceClassification.from_pretrained(output / "model")
+    assert saved.config.num_labels == 3
+
+
+def test_a_language_model_forgets_texts(files: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    options = {"model": str(files / "language-model"), "objective": "gd", "lr": 1e-2, "epochs": 2}
+    summary = _run(_config(files, output, **options), output)
+    assert summary["task"] == "causal language model"
+    models = summary["models"]
+    assert models["unlearned"]["forget_loss"] > models["original"]["forget_loss"]
+    AutoModelForCausalLM.from_pretrained(output / "model")
+
+
+@pytest.mark.parametrize("objective", ["kl", "ft", "rl", "influence"])
+def test_every_objective_changes_the_model(files: Path, tmp_path: Path, objective: str) -> None:
+    output = tmp_path / "run"
+    _run(_config(files, output, objective=objective), output)
+    before, after = (load_file(folder / "model.safetensors") for folder in (files / "classifier", output / "model"))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_masks_of_an_earlier_run_are_used_again(files: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    _run(_config(files, first), first)
+    summary = _run(_config(files, second, masks__file=str(first / "masks.safetensors")), second)
+    assert "importance" not in summary["seconds"]
+    masks = [ModuleMasks.load(folder / "masks.safetensors") for folder in (first, second)]
+    assert torch.equal(masks[0].filters, masks[1].filters)
+
+
+def test_without_a_test_set_there_is_no_attack(files: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    row = _run(_config(files, output, data__test=None), output)["models"]["unlearned"]
+    assert {"UA", "RA"} <= row.keys()
+    assert not {"TA", "MIA"} & row.keys()
+
+
+def _refused(arguments: list[str], output: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a command that must fail with one line and leave nothing; returns that line."""
+    before = {path.name for path in output.parent.iterdir()}
+    capsys.readouterr()
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("pymape: error: ")
+    assert {path.name for path in output.parent.iterdir()} == before
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ("train-1\nnobody\n", "data.forget|forget must name ids of the data, got 'nobody' not among 24 records"),
+        ("train-1\ntrain-1\n", "must not repeat an id, got 'train-1' more than once"),
+        ("\n", "data.forget must name at least one id, got none"),
+        ("\n".join(f"train-{row}" for row in range(24)), "retain must keep at least one record"),
+    ],
+)
+def test_bad_forget_ids(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ids: str, message: str
+) -> None:
+    (tmp_path / "ids.txt").write_text(ids)
+    output = tmp_path / "run"
+    line = _refused(_config(files, output, data__forget=str(tmp_path / "ids.txt")), output, capsys)
+    assert any(part in line for part in message.split("|"))
+
+
+@pytest.mark.parametrize(
+    ("retain", "message"),
+    [
+        ("train-0\ntrain-5\n", "forget and retain must not overlap, got 'train-5' in both"),
+        ("", "data.retain must name at least one id, got none"),
+    ],
+)
+def test_bad_retain_ids(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], retain: str, message: str
+) -> None:
+    (tmp_path / "retain.txt").write_text(retain)
+    output = tmp_path / "run"
+    arguments = _config(files, output, data__retain=str(tmp_path / "retain.txt"))
+    assert message in _refused(arguments, output, capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"masks__budget": 0}, "masks.budget must be in (0, 1], got 0"),
+        ({"masks__budget": 1.5}, "masks.budget must be in (0, 1], got 1.5"),
+        ({"masks__budget": float("nan")}, "masks.budget must be in (0, 1], got nan"),
+        ({"lr": -1.0}, "lr must be positive and finite, got -1.0"),
+        ({"lr": 1e30, "objective": "ga", "epochs": 3}, "must stay finite, got "),
+        ({"compare_retrain": True}, "compare_retrain must come with train_first: true"),
+        ({"data__label_column": "text"}, "text of data.path must be in [0, 3), got 'w"),
+        (
+            {"data__text_column": "sentence"},
+            "data.text_column must be one of ['id', 'label', 'text'] in data.path, got",
+        ),
+        ({"model": "nowhere"}, "model must be a Hugging Face model folder with a config.json, got 'nowhere'"),
+        ({"masks__file": "nowhere.safetensors"}, "nowhere.safetensors"),
+        ({"objective": "nothing"}, "objective"),
+        ({"masks__bugdet": 0.1}, "bugdet"),
+    ],
+)
+def test_bad_options(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    output = tmp_path / "run"
+    assert message in _refused(_config(files, output, **changes), output, capsys)
+
+
+def test_an_encoder_without_a_head_is_explained(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    line = _refused(_config(files, output, model=str(files / "encoder")), output, capsys)
+    assert "must have a sequence-classification or causal-LM head, got BertModel" in line
+    assert "train_first: true" in line
+
+
+def test_labels_out_of_range(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (files / "train.csv").read_text().replace(",2", ",7")
+    (tmp_path / "train.csv").write_text(text)
+    output = tmp_path / "run"
+    line = _refused(_config(files, output, data__path=str(tmp_path / "train.csv")), output, capsys)
+    assert "label of data.path must be in [0, 3), got '7' in data row 3" in line
+
+
+def test_masks_of_another_model_and_cut_off_masks(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, output = tmp_path / "first", tmp_path / "run"
+    _run(_config(files, first), first)
+    masks = first / "masks.safetensors"
+    language_model = str(files / "language-model")
+    line = _refused(_config(files, output, model=language_model, masks__file=str(masks)), output, capsys)
+    assert "masks must fit the model, got masks of bert" in line
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(masks.read_bytes()[:-5])
+    assert "cut.safetensors" in _refused(_config(files, output, masks__file=str(cut)), output, capsys)
+
+
+def test_an_output_folder_that_cannot_be_written_is_found_before_any_work(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    arguments = [*_config(files, tmp_path / "run", model="nowhere"), "--output", str(tmp_path / "file" / "run")]
+    assert "output must be a writable folder" in _refused(arguments, tmp_path / "run", capsys)
+
+
+def test_a_failed_run_leaves_the_earlier_one(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "run"
+    _run(_config(files, output), output)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    _refused(_config(files, output, lr=1e30, objective="ga", epochs=3), output, capsys)
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    shutil.rmtree(output)
