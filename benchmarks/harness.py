@@ -98,7 +98,7 @@ def measure(
 ) -> dict[str, np.ndarray]:
     """Time the contenders in alternation, so that drift of the machine hits all alike.
 
-    A short call is timed right after an untimed one of its own: it finds its own data in the caches, not its neighbour's.
+    A short call is timed right after an untimed one of its own, and finds its own data in the caches.
 
     Args:
         contenders: name -> call to time.
