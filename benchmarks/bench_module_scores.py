@@ -9,7 +9,12 @@ import torch
 from benchmarks.harness import Case, Report, alternate, gigabytes_per_second
 from pymape.ops import module_scores, module_scores_reference
 
-SHAPES = {"BERT-base FFN": (32, 128, 3072), "BERT-base heads": (32, 128, 12, 64), "ViT-B/16 FFN": (16, 197, 3072)}
+SHAPES = {
+    "BERT-base FFN": (32, 128, 3072),
+    "BERT-base heads": (32, 128, 12, 64),
+    "ViT-B/16 FFN": (16, 197, 3072),
+    "beyond the caches": (64, 256, 3072),
+}
 
 
 def run(device: str, arguments: Sequence[str] = ()) -> Report:

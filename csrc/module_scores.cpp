@@ -15,15 +15,17 @@ constexpr std::int64_t kTokenBlock = 64;    // products summed in one run before
 // total[lane] = sum over tokens of a[t, lane] * b[t, lane], summed block by block. Two tokens at a time, whole rows of them:
 // each accumulator moves once for two products, and four long streams are what the prefetchers follow best.
 #define PYMAPE_SUM_TOKENS(NAME, T, ACC)                                                                              \
-  PYMAPE_MULTIVERSION void NAME(const T* a, const T* b, std::int64_t stride_a, std::int64_t stride_b,                \
-                                std::int64_t tokens, std::int64_t lanes, ACC* block, ACC* total) {                   \
+  PYMAPE_MULTIVERSION void NAME(const T* __restrict__ a, const T* __restrict__ b, std::int64_t stride_a,             \
+                                std::int64_t stride_b, std::int64_t tokens, std::int64_t lanes,                      \
+                                ACC* __restrict__ block, ACC* __restrict__ total) {                                  \
     for (std::int64_t lane = 0; lane < lanes; ++lane) total[lane] = 0;                                               \
     for (std::int64_t first = 0; first < tokens; first += kTokenBlock) {                                             \
       const std::int64_t last = std::min(tokens, first + kTokenBlock);                                               \
       for (std::int64_t lane = 0; lane < lanes; ++lane) block[lane] = 0;                                             \
       std::int64_t t = first;                                                                                        \
       for (; t + 2 <= last; t += 2) {                                                                                \
-        const T *a0 = a + t * stride_a, *a1 = a0 + stride_a, *b0 = b + t * stride_b, *b1 = b0 + stride_b;            \
+        const T *__restrict__ a0 = a + t * stride_a, *__restrict__ a1 = a0 + stride_a;                               \
+        const T *__restrict__ b0 = b + t * stride_b, *__restrict__ b1 = b0 + stride_b;                               \
         for (std::int64_t lane = 0; lane < lanes; ++lane)                                                            \
           block[lane] += ACC(a0[lane]) * ACC(b0[lane]) + ACC(a1[lane]) * ACC(b1[lane]);                              \
       }                                                                                                              \

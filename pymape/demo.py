@@ -26,6 +26,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -129,7 +130,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     """
     _check(config)
     started = time.perf_counter()
-    with run_folder(config.output) as folder, quiet_transformers():
+    with run_folder(config.output) as folder, quiet_transformers(), _one_thread():
         runs: list[dict[str, Any]] = []
         evidence: list[Evidence] = []
         models = 1 + len(config.settings) * (1 + 2 * len(config.objectives) * len(config.lrs))
@@ -151,6 +152,21 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         write_summary(folder, summary)
     print(summary_text(summary))
     return summary
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Run on one thread.
+
+    The model is too small to gain from more, and on a busy machine threads that wait for each other made the demo a
+    hundred times slower.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _run_seed(config: DemoConfig, seed: int, folder: Path, bar: tqdm) -> Iterator[tuple[dict[str, Any], Evidence]]:
