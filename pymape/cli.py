@@ -15,8 +15,8 @@ from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from . import __version__
-from .config import DemoConfig, UnlearnConfig
+from pymape import __version__
+from pymape.config import DemoConfig, UnlearnConfig
 
 __all__ = ["main"]
 
@@ -76,19 +76,19 @@ def _terminable() -> Iterator[None]:
 
 def _run(options: Namespace) -> None:
     if options.subcommand == "demo":
-        from .demo import run_demo
+        from pymape.demo import run_demo
 
         run_demo(_built(DemoConfig, options.demo))
     elif options.subcommand == "unlearn":
         _unlearn(_built(UnlearnConfig, options.unlearn))
     elif options.subcommand == "session":
-        from .session import UnlearnSession
+        from pymape.session import UnlearnSession
 
         session = UnlearnSession(options.session.show.folder, read_only=True)
         session.verify()
         print(session.summary())
     else:
-        from .masks import ModuleMasks
+        from pymape.masks import ModuleMasks
 
         show = options.masks.show
         masks = ModuleMasks.load(show.file)
@@ -99,11 +99,11 @@ def _run(options: Namespace) -> None:
 
 def _unlearn(config: UnlearnConfig) -> None:
     if config.session is None and config.request_id is None:
-        from .pipeline import run_unlearn
+        from pymape.pipeline import run_unlearn
 
         run_unlearn(config)
     else:
-        from .session import run_request
+        from pymape.session import run_request
 
         run_request(config)
 
@@ -116,7 +116,7 @@ def _with_session(words: list[str]) -> list[str]:
     given = [word.removeprefix("--session=") for word in words if word.startswith("--session=")]
     given += [value for word, value in pairwise(words) if word == "--session"]
     if given:
-        from .session import stored_options
+        from pymape.session import stored_options
 
         options = stored_options(given[-1])
         if options is not None:

@@ -36,15 +36,15 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, ViTConfig, ViTForImageClassification
 
-from .config import DemoConfig
-from .demo_page import Evidence, summary_text, write_page
-from .importance import importance
-from .masks import ModuleMasks
-from .metrics import Predictions, mean_gap, predict, summarise
-from .results import aggregate, paired_differences
-from .runs import environment, quiet_transformers, run_folder, write_summary
-from .search import search
-from .trainer import UnlearnTrainer
+from pymape.config import DemoConfig
+from pymape.demo_page import Evidence, summary_text, write_page
+from pymape.importance import importance
+from pymape.masks import ModuleMasks
+from pymape.metrics import Predictions, mean_gap, predict, summarise
+from pymape.results import aggregate, paired_differences
+from pymape.runs import environment, quiet_transformers, run_folder, write_summary
+from pymape.search import search
+from pymape.trainer import UnlearnTrainer
 
 __all__ = ["run_demo"]
 

@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .metrics import METRICS, Predictions
-from .report import (
+from pymape.metrics import METRICS, Predictions
+from pymape.report import (
     Figure,
     Report,
     Row,
@@ -23,7 +23,7 @@ from .report import (
 )
 
 if TYPE_CHECKING:
-    from .masks import ModuleMasks
+    from pymape.masks import ModuleMasks
 
 __all__ = ["Evidence", "summary_text", "write_page"]
 
@@ -122,7 +122,7 @@ def _comparison(summary: Mapping[str, Any]) -> Section:
     table = Table(_PAIRED_COLUMNS, [Row(cells) for cells in _paired_cells(summary)], labels=2, note=note)
     figures = []
     if find_spec("matplotlib") is not None:
-        from .report.plots import bars
+        from pymape.report.plots import bars
 
         groups = {
             f"{row['objective']}\n{row['setting']}": {

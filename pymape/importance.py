@@ -259,7 +259,7 @@ def importance(
             _check_unique(names)
         hidden = True if rank() else None if progress is None else not progress
         bar = tqdm(total=count, desc="importance", unit="record", disable=hidden)
-        with torch.inference_mode(False), torch.enable_grad(), _prepared(model, backend, device), gates(model), bar:
+        with torch.inference_mode(False), torch.enable_grad(), prepared(model, backend, device), gates(model), bar:
             heads = torch.empty(count, shape.layers, shape.heads, dtype=dtype)
             filters = torch.empty(count, shape.layers, shape.filters, dtype=dtype)
             run = _Pass(model, shape, loss, autocast)
@@ -362,7 +362,7 @@ class _Pass:
 
 
 @contextmanager
-def _prepared(model: nn.Module, backend: str, device: torch.device | str | None) -> Iterator[None]:
+def prepared(model: nn.Module, backend: str, device: torch.device | str | None) -> Iterator[None]:
     """Instrument, freeze and set to eval mode; afterwards everything is as before, whatever happened."""
     from pymape.modules import instrument, is_instrumented, restore
 

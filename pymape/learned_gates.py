@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pymape.architectures import layout
-from pymape.importance import _prepared
+from pymape.importance import prepared
 from pymape.losses import per_sample_loss
 from pymape.masks import ModuleMasks, versions
 from pymape.modules import gates
@@ -64,7 +64,7 @@ def evaluate_candidates(
     for mask in masks:
         mask.check_model(shape)
     losses = []
-    with torch.no_grad(), _prepared(model, backend, None):
+    with torch.no_grad(), prepared(model, backend, None):
         run = _Forward(model, loss)
         for start in range(0, len(masks), chunk_size or len(masks)):
             chunk = masks[start : start + (chunk_size or len(masks))]
@@ -143,7 +143,7 @@ def learn_gates(
             raise ValueError(f"{name} must be finite and > 0, got {value}")
     shape = layout(model)
     batches = zip(_endless("forget", forget), _endless("retain", retain))
-    with torch.enable_grad(), _prepared(model, backend, None):
+    with torch.enable_grad(), prepared(model, backend, None):
         run = _Forward(model, loss)
         # Every module starts out selected with probability `budget`: the constraint holds, and nothing is decided.
         start = math.log(budget / (1 - budget)) if budget < 1 else 4.0

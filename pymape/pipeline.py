@@ -28,16 +28,16 @@ from transformers import (
     set_seed,
 )
 
-from .batching import ALTERNATIVE, PaddingCollator
-from .config import TrainConfig, UnlearnConfig
-from .data import Records, load_ids, load_records, read_table, split_forget, validate_labels
-from .importance import Importance, importance
-from .masks import ModuleMasks
-from .metrics import Predictions, mean_gap, predict, summarise
-from .runs import environment, quiet_transformers, run_folder, write_summary
-from .search import search
-from .trainer import UnlearnTrainer
-from .unlearn_page import summary_text, write_page
+from pymape.batching import ALTERNATIVE, PaddingCollator
+from pymape.config import TrainConfig, UnlearnConfig
+from pymape.data import Records, load_ids, load_records, read_table, split_forget, validate_labels
+from pymape.importance import Importance, importance
+from pymape.masks import ModuleMasks
+from pymape.metrics import Predictions, mean_gap, predict, summarise
+from pymape.runs import environment, quiet_transformers, run_folder, write_summary
+from pymape.search import search
+from pymape.trainer import UnlearnTrainer
+from pymape.unlearn_page import summary_text, write_page
 
 __all__ = ["run_unlearn"]
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .metrics import METRICS
+from pymape.metrics import METRICS
 
 __all__ = ["aggregate", "paired_differences"]
 

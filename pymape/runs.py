@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from . import __version__
-from .files import atomic_write
+from pymape import __version__
+from pymape.files import atomic_write
 
 __all__ = ["SUMMARY", "environment", "quiet_transformers", "run_folder", "write_summary"]
 

@@ -13,10 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from .config import UnlearnConfig
-from .data import Records, load_ids, load_records, split_forget
-from .runs import environment, write_summary
-from .store import FIRST, STATE, FolderStore
+from pymape.config import UnlearnConfig
+from pymape.data import Records, load_ids, load_records, split_forget
+from pymape.runs import environment, write_summary
+from pymape.store import FIRST, STATE, FolderStore
 
 __all__ = ["UnlearnSession", "run_request", "stored_options", "weights_hash"]
 
@@ -71,7 +71,7 @@ class UnlearnSession:
             ValueError: a folder in use, an option out of range, a model or data that cannot be used.
         """
         _check(config)
-        from .session_request import start  # loads transformers
+        from pymape.session_request import start  # loads transformers
 
         store = FolderStore(folder, KIND, "create")
         try:
@@ -162,7 +162,7 @@ class UnlearnSession:
         if config.model != self.config.model:
             raise ValueError(f"model must be the session's, {self.config.model!r}, got {config.model!r}")
         records, retain = self._records(forget, config)
-        from .session_request import meet  # loads transformers
+        from pymape.session_request import meet  # loads transformers
 
         number = len(self._store.content["requests"]) + 1
         last, name = f"step-{number - 1:04d}", f"step-{number:04d}"
@@ -195,7 +195,7 @@ class UnlearnSession:
 
     def summary(self) -> str:
         """The session as plain text: a line for every request."""
-        from .report import aligned
+        from pymape.report import aligned
 
         content = self._store.content
         rows = [["request", "finished", "records", "UA", "RA", "TA", "weights"]]
@@ -302,7 +302,7 @@ def weights_hash(folder: str | os.PathLike[str]) -> str:
 
 
 def _check(config: UnlearnConfig) -> None:
-    from .pipeline import check_config
+    from pymape.pipeline import check_config
 
     check_config(config)
     if config.compare_retrain:

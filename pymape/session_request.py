@@ -10,13 +10,13 @@ from typing import Any
 
 from transformers import set_seed
 
-from .config import UnlearnConfig
-from .data import Records, read_table
-from .importance import Importance
-from .pipeline import Clock, Data, Encoder, fine_tune, judge, learn_masks, load_model, model_figures, unlearn
-from .runs import quiet_transformers
-from .session import IMPORTANCE, MODEL
-from .store import file_hash
+from pymape.config import UnlearnConfig
+from pymape.data import Records, read_table
+from pymape.importance import Importance
+from pymape.pipeline import Clock, Data, Encoder, fine_tune, judge, learn_masks, load_model, model_figures, unlearn
+from pymape.runs import quiet_transformers
+from pymape.session import IMPORTANCE, MODEL
+from pymape.store import file_hash
 
 __all__ = ["meet", "start"]
 

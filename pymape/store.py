@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .files import atomic_write, sync_tree
+from pymape.files import atomic_write, sync_tree
 
 __all__ = ["FIRST", "STATE", "FolderStore", "Step", "file_hash"]
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .metrics import METRICS, Predictions
-from .report import Report, Row, Section, Table, aligned, evidence_section, flat_settings, run_facts, write_report
+from pymape.metrics import METRICS, Predictions
+from pymape.report import Report, Row, Section, Table, aligned, evidence_section, flat_settings, run_facts, write_report
 
 if TYPE_CHECKING:
-    from .masks import ModuleMasks
+    from pymape.masks import ModuleMasks
 
 __all__ = ["summary_text", "write_page"]
 

@@ -1,8 +1,8 @@
 """How close an unlearned model is to one retrained without the forget set."""
 
-from .classification import Predictions, accuracy, confidences, entropies, predict
-from .evaluation import METRICS, evaluate, mean_gap, summarise
-from .membership import MembershipAttack, membership_attack
+from pymape.metrics.classification import Predictions, accuracy, confidences, entropies, predict
+from pymape.metrics.evaluation import METRICS, evaluate, mean_gap, summarise
+from pymape.metrics.membership import MembershipAttack, membership_attack
 
 __all__ = [
     "METRICS",

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from .classification import Predictions, predict
-from .membership import membership_attack
+from pymape.metrics.classification import Predictions, predict
+from pymape.metrics.membership import membership_attack
 
 __all__ = ["METRICS", "evaluate", "mean_gap", "summarise"]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from .html import Figure, Section
+from pymape.report.html import Figure, Section
 
 if TYPE_CHECKING:
     from pymape.masks import ModuleMasks
@@ -32,7 +32,7 @@ def evidence_section(
     """
     if find_spec("matplotlib") is None:
         return Section(title, f"{text} The pictures need matplotlib: pip install 'pymape[plot]'.")
-    from .plots import histograms, mask_picture
+    from pymape.report.plots import histograms, mask_picture
 
     losses = {
         f"{name} set": {model: sets[name].loss for model, sets in models.items()} for name in ("forget", "retain")
