@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import venv
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,8 +51,7 @@ def main() -> None:
         run([sys.executable, "-m", "build", "--outdir", str(base / "dist"), str(source)])
         (wheel,) = (base / "dist").glob("*.whl")
         print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.2f} MB")
-        needed = subprocess.run(["unzip", "-l", str(wheel)], capture_output=True, text=True, check=False).stdout
-        if " kernels/" in needed:
+        if any(name.startswith("kernels/") for name in zipfile.ZipFile(wheel).namelist()):
             raise SystemExit("the wheel installs a top-level package `kernels`")
 
         environment = base / "empty"
