@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
+from pymape.batching import PaddingCollator
 from pymape.frozen_prefix import FrozenPrefix
 from pymape.losses import check_labels, task_of
 from pymape.masks import ModuleMasks
@@ -106,6 +107,9 @@ class UnlearnTrainer(Trainer):
         if self.objective.optimizer is not None:
             options = {"lr": args.learning_rate, **self.objective.optimizer_options}
             trainer_options["optimizer_cls_and_kwargs"] = (self.objective.optimizer, options)
+        if trainer_options.get("data_collator") is None and trainer_options.get("processing_class") is None:
+            # Records as `importance` takes them: of any length, without a tokenizer.
+            trainer_options["data_collator"] = PaddingCollator(getattr(model.config, "pad_token_id", None) or 0)
         task_of(model)
         use_cache = getattr(model.config, "use_cache", None)
         partial = PartialParameters(model, masks, train_task_head=train_task_head)

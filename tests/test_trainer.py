@@ -561,3 +561,16 @@ def test_nothing_is_reported_or_written_by_default(tmp_path, monkeypatch):
     trainer = build(tmp_path, args=None, objective="ga", data_collator=collate)
     assert json.dumps(trainer.args.to_dict()["report_to"]) in ("[]", '"none"')
     assert trainer.args.optim == "adamw_torch_fused"
+
+
+def test_records_of_any_length_need_no_collator(tmp_path: Path) -> None:
+    sets = [
+        [{"id": f"{name}{n}", "input_ids": list(range(1, 4 + n)), "labels": n % 2} for n in range(4)] for name in "fr"
+    ]
+    arguments = TrainingArguments(
+        tmp_path, max_steps=2, per_device_train_batch_size=4, save_strategy="no", report_to=[]
+    )
+    trainer = UnlearnTrainer(
+        tiny_model("bert"), arguments, forget_dataset=sets[0], retain_dataset=sets[1], objective="gd"
+    )
+    assert trainer.train().global_step == 2
