@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_write", "sync_tree"]
+__all__ = ["atomic_write", "sync_tree", "umask"]
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         _sync(temporary)
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(0o666 & ~umask())
         temporary.replace(target)
         _sync(target.parent)
     finally:
@@ -52,7 +52,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """Return the process's file mode creation mask, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pymape import __version__
-from pymape.files import atomic_write
+from pymape.files import atomic_write, umask
 
 __all__ = ["SUMMARY", "environment", "quiet_transformers", "run_folder", "write_summary"]
 
@@ -49,7 +49,7 @@ def run_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
         raise ValueError(f"output must be a writable folder, got {str(output)!r}: {error.strerror}") from error
     try:
         yield stage
-        stage.chmod(0o777 & ~_umask())
+        stage.chmod(0o777 & ~umask())
         _put_in_place(stage, target)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -167,9 +167,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip() or None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
