@@ -1,0 +1,82 @@
+"""The options of an S3T system. They are fixed when it is made: every stage depends on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+__all__ = ["LoraConfig", "S3TConfig", "SequenceMethod", "StageConfig"]
+
+SequenceMethod = Literal["chain-cover", "cyclic", "matching", "conditional", "random"]
+
+
+@dataclass
+class LoraConfig:
+    """The adapters of every slice.
+
+    Args:
+        r: rank.
+        alpha: the update is scaled by alpha / r, or alpha / sqrt(r) with rslora.
+        rslora: rank-stabilised scaling.
+        targets: "qv" (query and value projections), "attention" (all four) or "all" (those of the feed-forward network too).
+        dropout: on the input of the adapters, in training.
+    """
+
+    r: int = 16
+    alpha: float = 16.0
+    rslora: bool = False
+    targets: Literal["qv", "attention", "all"] = "qv"
+    dropout: float = 0.0
+
+
+@dataclass
+class StageConfig:
+    """How a stage is trained; a part of what the stage is.
+
+    Args:
+        epochs: passes over the records of the stage's slices.
+        lr: peak learning rate of AdamW; it rises over the first tenth of the steps and falls linearly to zero.
+        batch_size: records a step; every batch has this many rows, the last one filled up with rows that do not count.
+        max_length: tokens that every text is padded or cut to, so that batches have one shape.
+        weight_decay: of AdamW.
+        max_grad_norm: gradients are clipped to this norm.
+        threads: of every operation. Bits depend on it, so it is recorded and set.
+    """
+
+    epochs: int = 3
+    lr: float = 1e-3
+    batch_size: int = 32
+    max_length: int = 64
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    threads: int = 1
+
+
+@dataclass
+class S3TConfig:
+    """An S3T system.
+
+    Args:
+        model: Hugging Face model folder of the frozen base, with its task head.
+        shards: m, number of parts of the data that train models of their own.
+        slices: L, number of parts of a shard that are switched off one by one.
+        sequences: B, number of slice orders that every shard trains; default: as many as a chain cover has,
+            L choose L / 2.
+        method: how the orders are chosen.
+        prior: probability that a request falls into each slice of a shard, L values; default: uniform.
+        layers_per_slice: g, layers that a slice's adapters cover; default: all layers divided by L, rounded down.
+        lora: the adapters.
+        stage: the training of one stage.
+        seed: master seed.
+    """
+
+    model: str
+    shards: int = 3
+    slices: int = 4
+    sequences: int | None = None
+    method: SequenceMethod = "chain-cover"
+    prior: list[float] | None = None
+    layers_per_slice: int | None = None
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
+    seed: int = 0
