@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["exchange", "rank", "require_equal", "share_rows", "together", "world_size"]
+__all__ = ["add_up", "exchange", "rank", "require_equal", "share_rows", "together", "world_size"]
 
 _ROWS = 1024  # rows sent at a time: bounds the memory of a message
 
@@ -94,6 +94,13 @@ def share_rows(tensors: Sequence[Tensor], rows: Sequence[Sequence[int]]) -> None
                 dist.broadcast(message, source)
                 if source != rank():
                     tensor[part] = message.cpu().view(tensor.dtype)
+
+
+def add_up(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors by their sums over the processes, of which all get the same bits."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
 
 
 def _exchange(value: Any, error: str | None = None) -> list[tuple[Any, str | None]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,12 +17,13 @@ from pymape.batching import PaddingCollator
 from pymape.frozen_prefix import FrozenPrefix
 from pymape.losses import check_labels, task_of
 from pymape.masks import ModuleMasks
-from pymape.objectives import Objective, OneShot, Step, UnlearnBatch, get_objective
+from pymape.objectives import Objective, OneShot, RecordGradients, Step, UnlearnBatch, get_objective
 from pymape.objectives.step import LABELS, count_tokens
 from pymape.original import OriginalModel, evaluating
 from pymape.pairing import PairCollator, PairDataset, PairSampler, alternative_answer, checked_sets
 from pymape.partial import PartialParameters
 from pymape.prefix_cache import PrefixCache
+from pymape.processes import rank, world_size
 from pymape.reference_cache import ReferenceCache, weights_digest
 from pymape.sophia import Sophia, gauss_newton_bartlett
 from pymape.stopping import StopWhenForgotten
@@ -342,23 +343,27 @@ class UnlearnTrainer(Trainer):
             estimate = [self.accelerator.reduce(entries, "mean") for entries in estimate]
         optimizer.update_hessian(estimate)
 
-    def _gradients(self, side: str, parameters: list[nn.Parameter]) -> Iterator[Sequence[Tensor]]:
-        """The gradient of every record's own loss, one record at a time."""
-        for record in self._in_order(self.data[side], self._ids[side], batch_size=1):
-            with self.accelerator.autocast():
-                loss = record.loss()
-            self._require_finite([loss], "loss")
-            yield torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    def _record_gradients(self, side: str, parameters: list[nn.Parameter]) -> RecordGradients:
+        """The gradients of the records' own losses; each process computes those of every n-th record."""
+        ids = self._ids.get(side, [])
+        rows = range(rank(), len(ids), world_size())
+
+        def own() -> Iterator[Sequence[Tensor]]:
+            for record in self._in_order(self.data.get(side), ids, rows=rows, batch_size=1):
+                with self.accelerator.autocast():
+                    loss = record.loss()
+                self._require_finite([loss], "loss")
+                yield torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+
+        return RecordGradients(parameters, own, len(ids))
 
     def _train_once(self) -> TrainOutput:
         start = time.time()
         self.model.eval()
         parameters = list(self.partial.parameters())
-        gradients: dict[str, Iterable[Sequence[Tensor]]] = {
-            side: _Gradients(self._gradients, side, parameters) if side in self.data else () for side in _SIDES
-        }
+        forget, retain = (self._record_gradients(side, parameters) for side in _SIDES)
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
-        step = OneShot(parameters, gradients["forget"], gradients["retain"], self.gamma)
+        step = OneShot(parameters, forget, retain, self.gamma)
         updates = self.objective.function(step)
         self._require_finite(updates, "update")
         with torch.no_grad():
@@ -386,16 +391,6 @@ def _frozen_prefix(model: nn.Module, partial: PartialParameters, cache: Any) -> 
     if not partial.lowest_layer:
         raise ValueError(f"prefix_cache needs masks that leave layer 0 alone, got lowest layer {partial.lowest_layer}")
     return FrozenPrefix(model, partial.lowest_layer, cache if isinstance(cache, PrefixCache) else PrefixCache(cache))
-
-
-class _Gradients:
-    """An iterable that computes anew each time it is gone through."""
-
-    def __init__(self, start: Callable[..., Iterator[Any]], *arguments: Any) -> None:
-        self._start, self._arguments = start, arguments
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._start(*self._arguments)
 
 
 def _reject_ignored(

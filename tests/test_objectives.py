@@ -9,7 +9,7 @@ import pytest
 import torch
 from model_zoo import tiny_batch, tiny_model
 
-from pymape.objectives import OneShot, Step, UnlearnBatch, get_objective, objective, objective_names
+from pymape.objectives import OneShot, RecordGradients, Step, UnlearnBatch, get_objective, objective, objective_names
 from pymape.objectives.registry import _OBJECTIVES
 from pymape.sophia import Sophia
 
@@ -262,15 +262,21 @@ def test_random_labels_belong_to_the_record_and_are_uniform():
     assert not torch.equal(other.with_random_labels().inputs["labels"], drawn)
 
 
+def one_shot(parameters: list[torch.nn.Parameter], forget: list, retain: list, gamma: float) -> OneShot:
+    """A step of records with these gradients."""
+    sides = (RecordGradients(parameters, lambda rows=rows: rows, len(rows)) for rows in (forget, retain))
+    return OneShot(parameters, *sides, gamma)
+
+
 def test_influence():
     parameters = [torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))]
     forget = [[torch.tensor([1.0, 2.0])], [torch.tensor([3.0, -1.0])]]
     retain = [[torch.tensor([1.0, 0.0])], [torch.tensor([2.0, 0.0])], [torch.tensor([2.0, 3.0])]]
-    (update,) = get_objective("influence").function(OneShot(parameters, forget, retain, gamma=0.5))
+    (update,) = get_objective("influence").function(one_shot(parameters, forget, retain, gamma=0.5))
     fisher = [(1 + 4 + 4) / 3, 9 / 3]
     assert update.tolist() == pytest.approx([(4 / 3) / (fisher[0] + 0.5), (1 / 3) / (fisher[1] + 0.5)], rel=1e-14)
     with pytest.raises(ValueError, match="gamma must be > 0, got 0"):
-        get_objective("influence").function(OneShot(parameters, forget, retain, gamma=0))
+        get_objective("influence").function(one_shot(parameters, forget, retain, gamma=0))
 
 
 def rows_of(count: int, size: int, seed: int) -> list[list[torch.Tensor]]:
@@ -286,7 +292,7 @@ def test_influence_with_conjugate_gradients_equals_a_dense_solve():
     expected = torch.linalg.solve(r.T @ r / 5 + 0.1 * torch.eye(7, dtype=torch.float64), g.sum(0) / 5)
 
     def run(**options):
-        step = OneShot(parameters, forget, retain, gamma=0.1)
+        step = one_shot(parameters, forget, retain, gamma=0.1)
         return torch.cat(get_objective("influence").with_options(options).function(step)), step.metrics
 
     exact, metrics = run(cg_steps=50, cg_tolerance=1e-13)
@@ -304,7 +310,7 @@ def test_ssd():
     parameters = [torch.nn.Parameter(torch.tensor([2.0, -4.0, 6.0], dtype=torch.float64))]
     forget = [[torch.tensor([3.0, 1.0, 0.0])], [torch.tensor([1.0, 1.0, 0.0])]]
     retain = [[torch.tensor([0.0, 2.0, 1.0])], [torch.tensor([1.0, 0.0, 1.0])]]
-    step = OneShot(parameters, forget, retain, gamma=1.0)
+    step = one_shot(parameters, forget, retain, gamma=1.0)
     # I_f = [5, 1, 0], I_D = [(9 + 1 + 0 + 1) / 4, (1 + 1 + 4) / 4, 1/2] = [2.75, 1.5, 0.5]
     ssd = get_objective("ssd")
     (update,) = ssd.with_options({"selection": 1.5, "dampening": 0.5}).function(step)

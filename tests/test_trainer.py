@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -184,43 +185,70 @@ def test_accumulating_4_x_2_equals_a_batch_of_8(name, family, masked, tmp_path):
     assert max(float((whole[key] - start[key]).abs().max()) for key in start) > 1e-4
 
 
-DISTRIBUTED = ("kl", "dpo", "rmu")
+DISTRIBUTED: dict[str, dict[str, Any]] = {
+    "kl": {"objective": "kl"},
+    "dpo": {"objective": "dpo"},
+    "rmu": {"objective": "rmu"},
+    "ssd": {"objective": "ssd", "forget": 5, "retain": 7},
+    "influence": {"objective": "influence", "forget": 5, "retain": 7},
+    "conjugate gradients": {"objective": "influence", "objective_options": {"cg_steps": 5}, "forget": 1, "retain": 7},
+}
 TWO_PROCESSES = """
-import sys, torch
+import json, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
 sys.path.insert(0, sys.argv[1])
 import test_trainer
 folder = Path(sys.argv[2])
+rank = None
+found = {}
 for name in test_trainer.DISTRIBUTED:
-    model = test_trainer.train_in_batches_of(2, folder, name)
-    if torch.distributed.get_rank() == 0:
-        save_file(model.state_dict(), folder / f"{name}.safetensors")
+    trainer, found[name] = test_trainer.train_in_batches_of(2, folder, name)
+    rank = torch.distributed.get_rank()
+    save_file(trainer.merge().state_dict(), folder / f"{name}-{rank}.safetensors")
+trainer = test_trainer.make("llama", folder, objective="influence")
+trainer.data["retain"][3]["labels"] = trainer.data["retain"][3]["labels"] + 1000
+try:
+    trainer.train()
+except ValueError as error:
+    found["error"] = str(error)
+(folder / f"found-{rank}.json").write_text(json.dumps(found))
 torch.distributed.destroy_process_group()
 """
 
 
-def train_in_batches_of(size: int, path: Path, name: str) -> torch.nn.Module:
-    options: dict[str, Any] = {"optim": "sgd", "lr_scheduler_type": "constant"}
+def train_in_batches_of(size: int, path: Path, name: str) -> tuple[UnlearnTrainer, int]:
+    """The trainer, and how often its model ran."""
+    args = arguments(path, per_device_train_batch_size=size, optim="sgd", lr_scheduler_type="constant")
     model = tiny_model("llama", dtype=torch.float64)
-    trainer = make(
-        "llama", path, model=model, objective=name, args=arguments(path, per_device_train_batch_size=size, **options)
-    )
+    trainer = make("llama", path, model=model, args=args, **DISTRIBUTED[name])
+    runs: list[None] = []
+    model.register_forward_pre_hook(lambda *_: runs.append(None))
     trainer.train()
-    return trainer.merge()
+    return trainer, len(runs)
 
 
 def test_two_processes_give_the_model_of_one(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    subprocess.run([*command, str(Path(__file__).parent), str(tmp_path)], check=True, capture_output=True, timeout=300)
+    done = subprocess.run(
+        [*command, str(Path(__file__).parent), str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in range(2)]
     for name in DISTRIBUTED:
-        one = train_in_batches_of(4, tmp_path, name).state_dict()
-        two = load_file(tmp_path / f"{name}.safetensors")
+        trainer, runs = train_in_batches_of(4, tmp_path, name)
+        one = trainer.merge().state_dict()
+        two, other = (load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in range(2))
         assert two.keys() == one.keys()
         for key, value in one.items():
             torch.testing.assert_close(two[key], value, rtol=1e-10, atol=1e-12)
+            assert torch.equal(two[key], other[key])
+        if trainer.objective.one_shot:
+            assert found[0][name] + found[1][name] == runs  # each record is gone through by one process only
+    assert re.search("labels must .* got 1", found[1]["error"])
+    assert "every process must succeed, got from process 1: ValueError: labels must" in found[0]["error"]
 
 
 @pytest.mark.parametrize("name", ["kl", "npo"])

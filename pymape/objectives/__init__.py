@@ -17,7 +17,17 @@ from pymape.objectives import (  # noqa: F401  (each registers itself)
     so,
     ssd,
 )
+from pymape.objectives.one_shot import OneShot, RecordGradients
 from pymape.objectives.registry import Objective, get_objective, objective, objective_names
-from pymape.objectives.step import OneShot, Step, UnlearnBatch
+from pymape.objectives.step import Step, UnlearnBatch
 
-__all__ = ["Objective", "OneShot", "Step", "UnlearnBatch", "get_objective", "objective", "objective_names"]
+__all__ = [
+    "Objective",
+    "OneShot",
+    "RecordGradients",
+    "Step",
+    "UnlearnBatch",
+    "get_objective",
+    "objective",
+    "objective_names",
+]

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pymape.objectives.one_shot import OneShot, fisher_diagonal
 from pymape.objectives.registry import objective
-from pymape.objectives.step import OneShot, fisher_diagonal
 
 
 @objective("influence", retain="required", one_shot=True)
@@ -34,13 +34,8 @@ def influence(step: OneShot, *, cg_steps: int = 0, cg_tolerance: float = 1e-6) -
         raise ValueError(f"gamma must be > 0, got {step.gamma}")
     if cg_steps < 0:
         raise ValueError(f"cg_steps must be >= 0, got {cg_steps}")
-    fisher, size = fisher_diagonal(step.retain_gradients, step.parameters)
-    totals = [torch.zeros_like(entries) for entries in fisher]
-    for gradients in step.forget_gradients:
-        for total, gradient in zip(totals, gradients, strict=True):
-            total += gradient
-    b = [total / size for total in totals]
-    diagonal = [entries + step.gamma for entries in fisher]
+    diagonal = [entries + step.gamma for entries in fisher_diagonal(step.retain_gradients)]
+    b = [total / len(step.retain_gradients) for total in step.forget_gradients.sum(lambda gradients: gradients)]
     if cg_steps == 0:
         return [entries / scale for entries, scale in zip(b, diagonal, strict=True)]
     return _conjugate_gradients(step, b, diagonal, cg_steps, cg_tolerance)
@@ -73,14 +68,13 @@ def _conjugate_gradients(
 
 def _fisher_product(step: OneShot, vector: list[Tensor]) -> list[Tensor]:
     """(F_r + gamma I) v."""
-    product = [torch.zeros_like(entries) for entries in vector]
-    size = 0
-    for gradients in step.retain_gradients:
-        size += 1
+
+    def along(gradients: Sequence[Tensor]) -> list[Tensor]:
         share = _dot(gradients, vector)
-        for total, gradient in zip(product, gradients, strict=True):
-            total.add_(gradient, alpha=share)
-    return [total / size + step.gamma * entries for total, entries in zip(product, vector, strict=True)]
+        return [gradient.double() * share for gradient in gradients]
+
+    totals, size = step.retain_gradients.sum(along), len(step.retain_gradients)
+    return [total / size + step.gamma * entries for total, entries in zip(totals, vector, strict=True)]
 
 
 def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:

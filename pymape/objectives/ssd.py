@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pymape.objectives.one_shot import OneShot, fisher_diagonal
 from pymape.objectives.registry import objective
-from pymape.objectives.step import OneShot, fisher_diagonal
 
 
 @objective("ssd", retain="required", one_shot=True)
@@ -29,8 +29,8 @@ def ssd(step: OneShot, *, selection: float = 10.0, dampening: float = 1.0) -> li
         raise ValueError(f"selection must be > 0, got {selection}")
     if not dampening >= 0:
         raise ValueError(f"dampening must be >= 0, got {dampening}")
-    forget, forget_size = fisher_diagonal(step.forget_gradients, step.parameters)
-    retain, retain_size = fisher_diagonal(step.retain_gradients, step.parameters)
+    forget, retain = fisher_diagonal(step.forget_gradients), fisher_diagonal(step.retain_gradients)
+    forget_size, retain_size = len(step.forget_gradients), len(step.retain_gradients)
     updates, chosen = [], 0
     for parameter, of_forget, of_retain in zip(step.parameters, forget, retain, strict=True):
         of_all = (of_forget * forget_size + of_retain * retain_size) / (forget_size + retain_size)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pymape.losses import IGNORED_LABEL, per_sample_loss, task_of
 
-__all__ = ["LABELS", "OneShot", "Step", "UnlearnBatch", "fisher_diagonal"]
+__all__ = ["LABELS", "Step", "UnlearnBatch"]
 
 # Inputs that are answers, which the model is not to see.
 LABELS = ("labels", "start_positions", "end_positions")
@@ -182,38 +182,6 @@ class Step:
         if self.retain is None:
             return 0.0
         return self.alpha * (self.retain.kl() if self.retain_term == "kl" else self.retain.loss())
-
-
-@dataclass(frozen=True)
-class OneShot:
-    """The whole forget and retain sets, for an objective that is computed once.
-
-    Args:
-        parameters: the trained parameters.
-        forget_gradients, retain_gradients: for every record, the gradient of its own loss for each of `parameters`;
-            computed anew each time they are gone through.
-        gamma: damping.
-        metrics: figures that the objective wants logged.
-    """
-
-    parameters: list[nn.Parameter]
-    forget_gradients: Iterable[Sequence[Tensor]]
-    retain_gradients: Iterable[Sequence[Tensor]]
-    gamma: float
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-def fisher_diagonal(
-    gradients: Iterable[Sequence[Tensor]], parameters: Sequence[nn.Parameter]
-) -> tuple[list[Tensor], int]:
-    """Diagonal of the empirical Fisher, (1 / N) sum_n g_n^2 in fp64 for each parameter, and the number of records N."""
-    totals = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]
-    size = 0
-    for of_record in gradients:
-        size += 1
-        for total, gradient in zip(totals, of_record, strict=True):
-            total += gradient.double().square()
-    return [total / size for total in totals], size
 
 
 def count_tokens(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
