@@ -11,8 +11,17 @@ from torch import Tensor, nn
 
 from pymape.batching import PaddingCollator, bare_record
 from pymape.losses import IGNORED_LABEL
+from pymape.metrics.forward import eval_mode
 
-__all__ = ["Predictions", "accuracy", "confidences", "entropies", "predict"]
+__all__ = [
+    "Predictions",
+    "accuracy",
+    "confidences",
+    "entropies",
+    "modified_entropies",
+    "predict",
+    "scaled_confidences",
+]
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,47 @@ def entropies(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1)
 
 
+def modified_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """Entropy that knows the label, -(1 - p_y) log p_y - sum_{c != y} p_c log(1 - p_c), in nats.
+
+    Unlike the entropy it is 0 only for a certain right answer, and infinite for a certain wrong one.
+
+    Args:
+        logits: [N, C].
+        labels: [N] in [0, C).
+
+    Returns:
+        [N] fp64.
+
+    Source:
+        Song and Mittal 2021, arXiv 2003.10595, equation 8.
+    """
+    _check(logits, labels)
+    log_p = logits.double().log_softmax(-1)
+    log_rest = _log_of_rest(log_p)
+    true = torch.zeros_like(log_p, dtype=torch.bool).scatter_(-1, labels[:, None], True)
+    terms = torch.where(true, log_rest.exp() * log_p, log_p.exp() * log_rest)
+    return -terms.sum(-1)
+
+
+def scaled_confidences(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logit-scaled probability of the true class, log(p_y / (1 - p_y)); about normal over models for one record.
+
+    Args:
+        logits: [N, C].
+        labels: [N] in [0, C).
+
+    Returns:
+        [N] fp64.
+
+    Source:
+        Carlini et al. 2022, "Membership Inference Attacks From First Principles", arXiv 2112.03570.
+    """
+    _check(logits, labels)
+    log_p = logits.double().log_softmax(-1)
+    return (log_p - _log_of_rest(log_p)).gather(-1, labels[:, None]).squeeze(-1)
+
+
 @torch.no_grad()
 def predict(
     model: nn.Module,
@@ -118,19 +168,14 @@ def predict(
     pad = getattr(getattr(model, "config", None), "pad_token_id", None)
     collate = collate_fn or PaddingCollator(0 if pad is None else pad)
     device = device or next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
     parts = []
-    try:
-        model.eval()
+    with eval_mode(model):
         for start in range(0, len(data), batch_size):
             rows = [data[row] for row in range(start, min(start + batch_size, len(data)))]
             batch = collate([bare_record(row) for row in rows])
             inputs = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
             labels = inputs.pop("labels")
             parts.append(_reduce(model(**inputs).logits, labels))
-    finally:
-        for module, training in modes:
-            module.training = training
     return Predictions(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
 
@@ -152,6 +197,13 @@ def _reduce(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "logits and labels must have shapes ([B, C], [B]) or ([B, T, V], [B, T]), "
         f"got {tuple(logits.shape)} and {tuple(labels.shape)}"
     )
+
+
+def _log_of_rest(log_p: Tensor) -> Tensor:
+    """[N, C] log(1 - p_c), of the likeliest class summed over the others, so that p_c near 1 keeps its digits."""
+    top = log_p.argmax(-1, keepdim=True)
+    rest_of_top = log_p.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.log(-torch.expm1(log_p)).scatter(-1, top, rest_of_top)
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:

@@ -1,0 +1,127 @@
+"""Questions with answers as records of a causal language model, and what the model answers by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from pymape.losses import IGNORED_LABEL
+from pymape.metrics.forward import eval_mode
+
+__all__ = ["TEMPLATE", "answer_records", "answer_text", "generate_answers"]
+
+TEMPLATE = "Question: {question}\nAnswer: {answer}"
+
+
+def answer_records(
+    tokenizer: Any,
+    questions: Sequence[str],
+    answers: Sequence[str],
+    *,
+    ids: Sequence[str],
+    template: str = TEMPLATE,
+    max_length: int = 512,
+) -> list[dict[str, Any]]:
+    """Records of which only the answer, and an end-of-text token that the tokenizer puts behind it, is labelled.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        questions: [N] texts.
+        answers: [N] texts.
+        ids: [N] ids of the records.
+        template: text of a record, with {question} before {answer}; the one that the model was trained with.
+        max_length: tokens a text is cut to.
+
+    Returns:
+        [N] dicts with id, input_ids, attention_mask and labels. A token that the answer shares with the text before it
+        (its leading space, say) is labelled.
+
+    Raises:
+        ValueError: a template without its fields, a slow tokenizer, or an answer beyond `max_length`.
+    """
+    before, field, after = template.partition("{answer}")
+    if not field or "{question}" not in before:
+        raise ValueError(f"template must hold {{question}} before {{answer}}, got {template!r}")
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"tokenizer must be a fast one, which tells where tokens are, got {type(tokenizer).__name__}")
+    prompts = [before.replace("{question}", question) for question in questions]
+    texts = [prompt + answer + after for prompt, answer in zip(prompts, answers, strict=True)]
+    encoded = tokenizer(texts, truncation=True, max_length=max_length, return_offsets_mapping=True)
+    records = []
+    for row, (name, prompt) in enumerate(zip(ids, prompts, strict=True)):
+        tokens, places = encoded["input_ids"][row], encoded["offset_mapping"][row]
+        start = next((place for place, (_, end) in enumerate(places) if end > len(prompt)), None)
+        if not start:
+            raise ValueError(f"answers must begin within max_length {max_length} and after a token, got id {name!r}")
+        labels = [IGNORED_LABEL] * start + tokens[start:]
+        mask = encoded["attention_mask"][row]
+        records.append({"id": name, "input_ids": tokens, "attention_mask": mask, "labels": labels})
+    return records
+
+
+def answer_text(tokenizer: Any, record: dict[str, Any]) -> str:
+    """Text of a record's labelled tokens."""
+    tokens = [token for token in record["labels"] if token != IGNORED_LABEL]
+    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+
+@torch.no_grad()
+def generate_answers(
+    model: nn.Module,
+    tokenizer: Any,
+    records: Sequence[dict[str, Any]],
+    *,
+    max_new_tokens: int = 200,
+    batch_size: int = 32,
+) -> list[str]:
+    """Continue every record from where its labels begin, by greedy decoding in eval mode.
+
+    Args:
+        model: causal language model.
+        tokenizer: its tokenizer.
+        records: with `input_ids` and `labels`, at least one token before the first label.
+        max_new_tokens: most tokens of an answer; open-unlearning's is 200.
+        batch_size: records at a time.
+
+    Returns:
+        [N] texts without special tokens.
+
+    Raises:
+        ValueError: a record without a prompt.
+    """
+    prompts = [record["input_ids"][: _first_label(record)] for record in records]
+    if not all(prompts):
+        raise ValueError("records must have a token before the first label, got one whose first token is labelled")
+    device = next(model.parameters()).device
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    fill = next((token for token in (pad, end) if token is not None), 0)
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))  # little padding
+    answers = [""] * len(prompts)
+    generate: Any = model.generate
+    with eval_mode(model):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            width = len(prompts[rows[0]])
+            padding = [width - len(prompts[row]) for row in rows]  # on the left: a text goes on at its end
+            tokens = [[fill] * missing + list(prompts[row]) for row, missing in zip(rows, padding, strict=True)]
+            mask = [[0] * missing + [1] * (width - missing) for missing in padding]
+            output = generate(
+                input_ids=torch.tensor(tokens, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=end,
+                pad_token_id=fill,
+            )
+            texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+            for row, text in zip(rows, texts, strict=True):
+                answers[row] = text.strip()
+    return answers
+
+
+def _first_label(record: dict[str, Any]) -> int:
+    return next(place for place, label in enumerate(record["labels"]) if label != IGNORED_LABEL)
