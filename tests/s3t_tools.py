@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ import torch
 from model_zoo import VISION, tiny_batch, tiny_model
 from torch import Tensor
 
+from pymape.s3t.adapters import base_hash
 from pymape.s3t.config import LoraConfig, S3TConfig, StageConfig
+from pymape.s3t.stages import Provenance, StageKey, encode_row, row_digest, slice_digest
+from pymape.s3t.training import StageJob, config_digest, stage_seed, train_stage
 
 LENGTH = 8  # tokens of a text, padding included
 
@@ -67,3 +71,46 @@ def same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool
 def parts(records: Sequence[Mapping[str, Any]], slices: int = 4) -> list[list[Mapping[str, Any]]]:
     """Records dealt out to slices in turn."""
     return [list(records[part::slices]) for part in range(slices)]
+
+
+def make_job(
+    config: S3TConfig,
+    key: StageKey,
+    slices: Sequence[Sequence[Mapping[str, Any]]],
+    parents: Sequence[bytes] = (),
+    *,
+    base: str | None = None,
+    cache: Path | None = None,
+) -> StageJob:
+    """A job for a stage on the slices' records, whose ids serve as their names."""
+    rows = tuple(tuple((str(record["id"]), encode_row(record)) for record in slices[part]) for part in key.prefix)
+    provenance = Provenance(
+        key=key,
+        base=base or base_hash(config.model, config.labels),
+        config=config_digest(config),
+        seed=stage_seed(config.seed, key),
+        parent=hashlib.sha256(parents[-1]).hexdigest() if parents else None,
+        records={
+            part: slice_digest((name, row_digest(row)) for name, row in own)
+            for part, own in zip(key.prefix, rows, strict=True)
+        },
+    )
+    return StageJob(config, provenance, tuple(parents), rows, None if cache is None else str(cache))
+
+
+def train_chain(
+    config: S3TConfig,
+    sequence: Sequence[int],
+    slices: Sequence[Sequence[Mapping[str, Any]]],
+    *,
+    shard: int = 0,
+    generation: int = 0,
+    cache: Path | None = None,
+    parents: Sequence[bytes] = (),
+) -> list[bytes]:
+    """Files of all stages of a sequence, root first, as they follow upon `parents`."""
+    base, files = base_hash(config.model, config.labels), list(parents)
+    for depth in range(len(files) + 1, len(sequence) + 1):
+        key = StageKey(shard, tuple(sequence[:depth]), generation)
+        files.append(train_stage(make_job(config, key, slices, files, base=base, cache=cache)))
+    return files
