@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["DataConfig", "DemoConfig", "MaskConfig", "TrainConfig", "UnlearnConfig"]
+__all__ = ["DataConfig", "DemoConfig", "MaskConfig", "TrainConfig", "UnlearnConfig", "check_config"]
 
 UnlearnObjective = Literal["ga", "gd", "kl", "npo", "simnpo", "dpo", "idk", "rmu", "ft", "rl", "so", "influence", "ssd"]
 # Those that need neither options nor alternative answers.
@@ -79,12 +80,14 @@ class TrainConfig:
         epochs: passes over the data.
         batch_size: records a step.
         weight_decay: of AdamW.
+        group_by_length: put records of about one length into a batch, which saves padding.
     """
 
     lr: float = 5e-5
     epochs: float = 3.0
     batch_size: int = 32
     weight_decay: float = 0.01
+    group_by_length: bool = False
 
 
 @dataclass
@@ -106,6 +109,11 @@ class UnlearnConfig:
         weight_decay: of AdamW, on the selected parameters.
         train_task_head: also train the task head, which no mask selects.
         masks: how the masks are learned.
+        stop_when_forgotten: file of records the model has never seen, with the columns of data.path: the unlearning
+            ends once the loss on the forget records has reached that on these, looked at every ten steps. Better not
+            data.test, which judges.
+        prefix_cache: folder for the hidden states below the lowest layer that the masks select (not layer 0), so that
+            they are computed once for every record; those of the forget records are erased when these are forgotten.
         train_first: fine-tune the model on all data before unlearning; this is how a plain encoder gets its task head.
         train: settings of that fine-tuning.
         compare_retrain: also retrain from the same start without the forget set and report the gap (needs train_first).
@@ -131,6 +139,8 @@ class UnlearnConfig:
     weight_decay: float = 0.0
     train_task_head: bool = False
     masks: MaskConfig = field(default_factory=MaskConfig)
+    stop_when_forgotten: str | None = None
+    prefix_cache: str | None = None
     train_first: bool = False
     train: TrainConfig = field(default_factory=TrainConfig)
     compare_retrain: bool = False
@@ -176,3 +186,45 @@ class DemoConfig:
     steps: int = 30
     batch_size: int = 32
     train_epochs: int = 40
+
+
+def check_config(config: UnlearnConfig) -> None:
+    """Refuse options out of range.
+
+    Raises:
+        ValueError: naming the first one.
+    """
+    from pymape.objectives import get_objective  # loads torch
+
+    ranges = {
+        "masks.budget": (config.masks.budget, 0 < config.masks.budget <= 1, "in (0, 1]"),
+        "masks.lam": (config.masks.lam, 0 <= config.masks.lam < math.inf, "finite and not negative"),
+        "masks.max_swaps": (config.masks.max_swaps, config.masks.max_swaps >= 0, "not negative"),
+        "lr": (config.lr, 0 < config.lr < math.inf, "positive and finite"),
+        "epochs": (config.epochs, 0 < config.epochs < math.inf, "positive and finite"),
+        "batch_size": (config.batch_size, config.batch_size >= 1, "at least 1"),
+        "eval_batch_size": (config.eval_batch_size, config.eval_batch_size >= 1, "at least 1"),
+        "alpha": (config.alpha, 0 <= config.alpha < math.inf, "finite and not negative"),
+        "beta": (config.beta, 0 < config.beta < math.inf, "positive and finite"),
+        "train.lr": (config.train.lr, 0 < config.train.lr < math.inf, "positive and finite"),
+        "train.epochs": (config.train.epochs, 0 < config.train.epochs < math.inf, "positive and finite"),
+        "train.batch_size": (config.train.batch_size, config.train.batch_size >= 1, "at least 1"),
+        "data.max_length": (config.data.max_length, config.data.max_length >= 2, "at least 2"),
+        "data.importance_samples": (
+            config.data.importance_samples,
+            config.data.importance_samples >= 0,
+            "not negative",
+        ),
+    }
+    for name, (value, valid, expected) in ranges.items():
+        if not valid:
+            raise ValueError(f"{name} must be {expected}, got {value}")
+    if config.compare_retrain and not config.train_first:
+        raise ValueError(
+            "compare_retrain must come with train_first: true, so that both models start from the same weights, "
+            "got train_first: false"
+        )
+    for name in ("stop_when_forgotten", "prefix_cache"):
+        value = getattr(config, name)
+        if value is not None and get_objective(config.objective).one_shot:
+            raise ValueError(f"{name} must be left out with {config.objective!r}, which takes no steps, got {value!r}")

@@ -120,6 +120,7 @@ class FrozenPrefix:
         if stamp != self._stamp:
             hasher = hashlib.sha256()
             config = {**self.model.config.to_dict(), "attention": self.model.config._attn_implementation}
+            config.pop("_name_or_path", None)  # where the weights were loaded from
             facts = [config, str(autocast), device.type, len(self._layers), torch.__version__, version("transformers")]
             hasher.update(json.dumps(facts, sort_keys=True, default=str).encode())
             for number, module in enumerate(self._modules):

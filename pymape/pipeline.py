@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import resource
 import sys
 import tempfile
@@ -29,13 +28,15 @@ from transformers import (
 )
 
 from pymape.batching import ALTERNATIVE, PaddingCollator
-from pymape.config import TrainConfig, UnlearnConfig
+from pymape.config import TrainConfig, UnlearnConfig, check_config
 from pymape.data import Records, load_ids, load_records, read_table, split_forget, validate_labels
 from pymape.importance import Importance, importance
 from pymape.masks import ModuleMasks
 from pymape.metrics import Predictions, mean_gap, predict, summarise
+from pymape.prefix_cache import PrefixCache
 from pymape.runs import environment, quiet_transformers, run_folder, write_summary
 from pymape.search import search
+from pymape.stopping import StopWhenForgotten
 from pymape.trainer import UnlearnTrainer
 from pymape.unlearn_page import summary_text, write_page
 
@@ -49,15 +50,17 @@ Record = dict[str, Any]
 
 @dataclass
 class Clock:
-    """Wall time of each phase, in seconds."""
+    """Wall time of each phase, and the processor time of all threads, in seconds."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+        self.cpu_seconds[name] = self.cpu_seconds.get(name, 0.0) + time.process_time() - worked
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Data:
     forget: list[Record]
     retain: list[Record]
     test: list[Record]
+    unseen: list[Record]  # what the forget loss is held against
 
     @property
     def sets(self) -> dict[str, list[Record]]:
@@ -101,8 +105,7 @@ def run_unlearn(config: UnlearnConfig) -> dict[str, Any]:
         model, tokenizer = load_model(config, source)
         encode = Encoder(config, model, tokenizer)
         records = encode(source.columns, "data.path", source.ids)
-        test = [] if config.data.test is None else encode(read_table(config.data.test, "data.test"), "data.test")
-        data = Data([records[row] for row in split.forget], [records[row] for row in split.retain], test)
+        data = Data([records[row] for row in split.forget], [records[row] for row in split.retain], *encode.others())
 
         start = copy.deepcopy(model) if config.compare_retrain else None
         if config.train_first:
@@ -111,7 +114,7 @@ def run_unlearn(config: UnlearnConfig) -> dict[str, Any]:
         models = {"original": judge(model, data, config, encode.collate)}
         masks, _ = learn_masks(config, model, data, encode.collate, clock)
         with clock.phase("unlearn"):
-            unlearn(config, model, data, masks, encode.collate, scratch)
+            stopped = unlearn(config, model, data, masks, encode.collate, scratch)
         models["unlearned"] = judge(model, data, config, encode.collate)
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
@@ -133,7 +136,9 @@ def run_unlearn(config: UnlearnConfig) -> dict[str, Any]:
             "data_fingerprint": source.fingerprint(),
             "models": model_figures(models, config.seed),
             "masks": None if masks is None else {"cost": masks.cost(), **masks.provenance},
+            "stopped": stopped,
             "seconds": clock.seconds,
+            "cpu_seconds": clock.cpu_seconds,
             "peak_memory_mib": _peak_memory(),
         }
         write_page(folder / "report.html", summary, masks, models)
@@ -147,6 +152,7 @@ class Encoder:
 
     def __init__(self, config: UnlearnConfig, model: PreTrainedModel, tokenizer: Any) -> None:
         self.data, self.tokenizer, self.model = config.data, tokenizer, model
+        self._others = {"data.test": config.data.test, "stop_when_forgotten": config.stop_when_forgotten}
         self.task = _task_of(type(model).__name__)
         pad = model.config.pad_token_id if model.config.pad_token_id is not None else tokenizer.pad_token_id
         self.collate = PaddingCollator(0 if pad is None else pad)
@@ -172,6 +178,10 @@ class Encoder:
             | {ALTERNATIVE + key: value for key, value in others.get(row, {}).items()}
             for row in range(len(texts))
         ]
+
+    def others(self) -> list[list[Record]]:
+        """The test records and the unseen ones that end the unlearning; none where the options name no file."""
+        return [[] if path is None else self(read_table(path, name), name) for name, path in self._others.items()]
 
     def _alternatives(self, table: Records) -> dict[int, Record]:
         """The alternative answers of the rows that have one."""
@@ -232,7 +242,12 @@ def fine_tune(
     collate: PaddingCollator,
     scratch: str,
 ) -> None:
-    options = {"learning_rate": config.lr, "num_train_epochs": config.epochs, "weight_decay": config.weight_decay}
+    options: dict[str, Any] = {
+        "learning_rate": config.lr,
+        "num_train_epochs": config.epochs,
+        "weight_decay": config.weight_decay,
+        "train_sampling_strategy": "group_by_length" if config.group_by_length else "random",
+    }
     arguments = _arguments(scratch, seed, per_device_train_batch_size=config.batch_size, **options)
     trainer = Trainer(model, arguments, train_dataset=records, data_collator=collate)
     trainer.remove_callback(PrinterCallback)
@@ -282,7 +297,10 @@ def learn_masks(
 def unlearn(
     config: UnlearnConfig, model: PreTrainedModel, data: Data, masks: ModuleMasks | None, collate: PaddingCollator,
     scratch: str,
-) -> None:  # fmt: skip
+) -> str | None:  # fmt: skip
+    """Unlearn in place; why that ended early, if it did."""
+    cache = None if config.prefix_cache is None else PrefixCache(config.prefix_cache)
+    stop = StopWhenForgotten(data.unseen) if data.unseen else None
     options = {"learning_rate": config.lr, "num_train_epochs": config.epochs, "weight_decay": config.weight_decay}
     trainer = UnlearnTrainer(
         model,
@@ -296,11 +314,16 @@ def unlearn(
         alpha=config.alpha,
         retain=config.retain,
         beta=config.beta,
+        prefix_cache=cache,
         data_collator=collate,
+        callbacks=[stop] if stop else None,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.merge()
+    if cache is not None:
+        cache.erase(record["id"] for record in data.forget)
+    return None if stop is None else stop.reason
 
 
 def _arguments(scratch: str, seed: int, **options: Any) -> TrainingArguments:
@@ -355,34 +378,3 @@ def _peak_memory() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def check_config(config: UnlearnConfig) -> None:
-    ranges = {
-        "masks.budget": (config.masks.budget, 0 < config.masks.budget <= 1, "in (0, 1]"),
-        "masks.lam": (config.masks.lam, 0 <= config.masks.lam < math.inf, "finite and not negative"),
-        "masks.max_swaps": (config.masks.max_swaps, config.masks.max_swaps >= 0, "not negative"),
-        "lr": (config.lr, 0 < config.lr < math.inf, "positive and finite"),
-        "epochs": (config.epochs, 0 < config.epochs < math.inf, "positive and finite"),
-        "batch_size": (config.batch_size, config.batch_size >= 1, "at least 1"),
-        "eval_batch_size": (config.eval_batch_size, config.eval_batch_size >= 1, "at least 1"),
-        "alpha": (config.alpha, 0 <= config.alpha < math.inf, "finite and not negative"),
-        "beta": (config.beta, 0 < config.beta < math.inf, "positive and finite"),
-        "train.lr": (config.train.lr, 0 < config.train.lr < math.inf, "positive and finite"),
-        "train.epochs": (config.train.epochs, 0 < config.train.epochs < math.inf, "positive and finite"),
-        "train.batch_size": (config.train.batch_size, config.train.batch_size >= 1, "at least 1"),
-        "data.max_length": (config.data.max_length, config.data.max_length >= 2, "at least 2"),
-        "data.importance_samples": (
-            config.data.importance_samples,
-            config.data.importance_samples >= 0,
-            "not negative",
-        ),
-    }
-    for name, (value, valid, expected) in ranges.items():
-        if not valid:
-            raise ValueError(f"{name} must be {expected}, got {value}")
-    if config.compare_retrain and not config.train_first:
-        raise ValueError(
-            "compare_retrain must come with train_first: true, so that both models start from the same weights, "
-            "got train_first: false"
-        )

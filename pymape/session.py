@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from pymape.config import UnlearnConfig
+from pymape.config import UnlearnConfig, check_config
 from pymape.data import Records, load_ids, load_records, split_forget
 from pymape.runs import environment, write_summary
 from pymape.store import FIRST, STATE, FolderStore
@@ -302,8 +302,6 @@ def weights_hash(folder: str | os.PathLike[str]) -> str:
 
 
 def _check(config: UnlearnConfig) -> None:
-    from pymape.pipeline import check_config
-
     check_config(config)
     if config.compare_retrain:
         raise ValueError("compare_retrain must be false in a session, got true")

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import set_seed
 
 from pymape.config import UnlearnConfig
-from pymape.data import Records, read_table
+from pymape.data import Records
 from pymape.importance import Importance
 from pymape.pipeline import Clock, Data, Encoder, fine_tune, judge, learn_masks, load_model, model_figures, unlearn
 from pymape.runs import quiet_transformers
@@ -56,30 +56,32 @@ def meet(
         retain: ids of records to keep.
 
     Returns:
-        Number of records, masks, metrics before and after, and seconds by phase, for the receipt.
+        For the receipt: number of records, masks, why the unlearning ended early if it did, metrics before and after,
+        wall and processor seconds by phase.
     """
     clock = Clock()
     config = dataclasses.replace(config, model=str(last / MODEL), train_first=False)
     with quiet_transformers(), tempfile.TemporaryDirectory(prefix="pymape-") as scratch:
         set_seed(config.seed)
-        model, tokenizer = load_model(config, records)
-        encode = Encoder(config, model, tokenizer)
-        rows = {row["id"]: row for row in encode(records.columns, "data.path", records.ids)}
-        test = [] if config.data.test is None else encode(read_table(config.data.test, "data.test"), "data.test")
-        data = Data([rows[name] for name in forget], [rows[name] for name in retain], test)
+        with clock.phase("load"):
+            model, tokenizer = load_model(config, records)
+            encode = Encoder(config, model, tokenizer)
+            rows = {row["id"]: row for row in encode(records.columns, "data.path", records.ids)}
+            data = Data([rows[name] for name in forget], [rows[name] for name in retain], *encode.others())
         with clock.phase("evaluate"):
             before = judge(model, data, config, encode.collate)
         stored = Importance.load(last / IMPORTANCE) if (last / IMPORTANCE).exists() else None
         masks, learned = learn_masks(config, model, data, encode.collate, clock, _rows(stored, set(retain)))
         kept = _rows(stored, rows.keys() - set(forget)) or learned
         with clock.phase("unlearn"):
-            unlearn(config, model, data, masks, encode.collate, scratch)
+            stopped = unlearn(config, model, data, masks, encode.collate, scratch)
         with clock.phase("evaluate"):
             after = judge(model, data, config, encode.collate)
-        model.save_pretrained(new / MODEL)
-        tokenizer.save_pretrained(new / MODEL)
-        if kept is not None:
-            kept.save(new / IMPORTANCE)
+        with clock.phase("save"):
+            model.save_pretrained(new / MODEL)
+            tokenizer.save_pretrained(new / MODEL)
+            if kept is not None:
+                kept.save(new / IMPORTANCE)
         described = None
         if masks is not None:
             if config.receipt_ids == "keyed":
@@ -91,8 +93,10 @@ def meet(
         return {
             "records": {name: len(part) for name, part in data.sets.items()},
             "masks": described,
+            "stopped": stopped,
             "metrics": model_figures({"before": before, "after": after}, config.seed),
             "seconds": clock.seconds,
+            "cpu_seconds": clock.cpu_seconds,
         }
 
 

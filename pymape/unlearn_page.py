@@ -21,6 +21,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     """The table of a finished run as plain text."""
     columns, rows = _table(summary)
     seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in summary["seconds"].items())
+    seconds += f"; stopped early: {summary['stopped']}" if summary["stopped"] else ""
     written = "the unlearned model, summary.json, report.html" + (" and masks.safetensors" if summary["masks"] else "")
     return "\n".join([*aligned([columns, *rows]), "", seconds, f"Wrote {written} to {summary['config']['output']}."])
 

@@ -7,9 +7,12 @@ import random
 from pathlib import Path
 from typing import Any
 
+import torch
 from model_zoo import tiny_model
 
+from pymape.architectures import layout
 from pymape.config import DataConfig, MaskConfig, UnlearnConfig
+from pymape.masks import ModuleMasks
 
 WORDS = [f"w{number}" for number in range(40)]
 REQUESTS = {"first": ["r1", "r5", "r9"], "second": ["r2", "r6"], "third": ["r0", "r23"]}
@@ -34,6 +37,14 @@ def write_files(folder: Path, family: str = "bert", records: int = 24) -> None:
         rows = [(f"r{row}", " ".join(draw.choices(WORDS, k=draw.randint(3, 8))), row % 3) for row in range(count)]
         with (folder / f"{name}.csv").open("w", newline="") as stream:
             csv.writer(stream).writerows([("id", "text", "label"), *rows])
+
+
+def upper_masks() -> ModuleMasks:
+    """Some modules of the model's upper layer."""
+    shape = layout(tiny_model("bert"))
+    heads, filters = (torch.zeros(shape.layers, width, dtype=torch.bool) for width in (shape.heads, shape.filters))
+    heads[1, ::2] = filters[1, ::3] = True
+    return ModuleMasks(heads, filters, shape)
 
 
 def options(files: Path, **changes: Any) -> UnlearnConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,15 @@ import torch
 import yaml
 from model_zoo import tiny_model
 from safetensors.torch import load_file
+from session_tools import upper_masks
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from pymape.batching import PaddingCollator
 from pymape.cli import main
+from pymape.config import TrainConfig
 from pymape.masks import ModuleMasks
+from pymape.pipeline import fine_tune
+from pymape.prefix_cache import PrefixCache
 
 WORDS = [f"w{number}" for number in range(40)]
 
@@ -160,6 +166,58 @@ def test_masks_of_an_earlier_run_are_used_again(files: Path, tmp_path: Path) -> 
     assert torch.equal(masks[0].filters, masks[1].filters)
 
 
+def test_a_prefix_cache_changes_no_weight_and_keeps_nothing_of_the_forget_records(files: Path, tmp_path: Path) -> None:
+    masks, folder = tmp_path / "masks.safetensors", tmp_path / "cache"
+    upper_masks().save(masks)
+    outputs = [tmp_path / name for name in ("without", "with", "again")]
+    for output in outputs:
+        changes = {} if output.name == "without" else {"prefix_cache": str(folder)}
+        _run(_config(files, output, masks__file=str(masks), epochs=2, **changes), output)
+    before, plain, *cached = (
+        load_file(model / "model.safetensors") for model in (files / "classifier", *(out / "model" for out in outputs))
+    )
+    assert any(not torch.equal(plain[name], before[name]) for name in plain)
+    for found in cached:
+        for name, value in plain.items():
+            if not name.endswith("key.bias"):  # it has no gradient but rounding, which AdamW scales up
+                torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+    cache = PrefixCache(folder)
+    assert cache.erase(["train-1", "train-5", "train-9"]) == 0
+    assert cache.erase(f"train-{row}" for row in range(24)) == 21
+
+
+def test_unlearning_ends_once_the_records_are_forgotten(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    changes = {"objective": "ga", "epochs": 60, "lr": 1e-3, "stop_when_forgotten": str(files / "test.csv")}
+    summary = _run(_config(files, output, **changes), output)
+    assert re.fullmatch(
+        r"forget loss [\d.]+ reached the loss on unseen data, [\d.]+, at step [1-5]0", summary["stopped"]
+    )
+    assert summary["stopped"] in capsys.readouterr().out
+    whole = _run(_config(files, tmp_path / "whole", **changes | {"stop_when_forgotten": None}), tmp_path / "whole")
+    assert whole["stopped"] is None
+    losses = [run["models"]["unlearned"]["forget_loss"] for run in (summary, whole)]
+    assert losses[0] < losses[1]
+
+
+def test_records_of_one_length_share_a_batch(tmp_path: Path) -> None:
+    records = [{"input_ids": [5] * (3 if row % 2 else 30), "labels": row % 3} for row in range(160)]
+    tokens = {}
+    for grouped in (False, True):
+        tokens[grouped] = 0
+
+        def collate(rows: list[dict[str, Any]], grouped: bool = grouped) -> dict[str, torch.Tensor]:
+            batch = PaddingCollator(0)(rows)
+            tokens[grouped] += batch["input_ids"].numel()
+            return batch
+
+        train = TrainConfig(lr=1e-3, epochs=1, batch_size=4, group_by_length=grouped)
+        fine_tune(tiny_model("bert"), records, train, 0, collate, str(tmp_path))
+    assert tokens[True] < 0.75 * tokens[False]
+
+
 def test_without_a_test_set_there_is_no_attack(files: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     row = _run(_config(files, output, data__test=None), output)["models"]["unlearned"]
@@ -229,6 +287,13 @@ def test_bad_retain_ids(
         ),
         ({"model": "nowhere"}, "model must be a Hugging Face model folder with a config.json, got 'nowhere'"),
         ({"masks__file": "nowhere.safetensors"}, "nowhere.safetensors"),
+        ({"prefix_cache": "cache"}, "prefix_cache needs masks that leave layer 0 alone, got lowest layer 0"),
+        (
+            {"prefix_cache": "cache", "objective": "ssd"},
+            "prefix_cache must be left out with 'ssd', which takes no steps",
+        ),
+        ({"stop_when_forgotten": "x.csv", "objective": "influence"}, "stop_when_forgotten must be left out with"),
+        ({"stop_when_forgotten": "nowhere.csv"}, "nowhere.csv"),
         ({"objective": "nothing"}, "objective"),
         ({"masks__bugdet": 0.1}, "bugdet"),
     ],

@@ -306,6 +306,7 @@ def test_erase_leaves_no_bytes_of_a_record(tmp_path: Path) -> None:
 def test_several_models_and_copies_share_a_folder(tmp_path: Path) -> None:
     model, batch = deep_model("gpt2"), tiny_batch("gpt2")
     other = copy.deepcopy(model)
+    other.config.name_or_path = "elsewhere"
     prefix_of(model, tmp_path).run(ids(3), batch)
     twin = prefix_of(other, tmp_path)
     assert torch.equal(twin.run(ids(3), batch).logits, model(**batch).logits)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from session_tools import REQUESTS, options, write_files
+from session_tools import REQUESTS, options, upper_masks, write_files
 from transformers import AutoModelForSequenceClassification
 
 from pymape import pipeline, session_request
@@ -26,8 +26,11 @@ from pymape.cli import main
 from pymape.config import DataConfig, MaskConfig
 from pymape.importance import Importance
 from pymape.masks import ModuleMasks
+from pymape.prefix_cache import PrefixCache
 from pymape.session import UnlearnSession, weights_hash
 from pymape.store import FolderStore
+
+PHASES = {"load", "evaluate", "importance", "search", "unlearn", "save"}
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +89,10 @@ def test_a_request_continues_from_the_last_weights(files: Path) -> None:
     for receipt in receipts:
         assert receipt["metrics"]["after"] != receipt["metrics"]["before"]
         assert {"torch", "pymape"} <= receipt["versions"].keys()
+        assert receipt["seconds"].keys() == receipt["cpu_seconds"].keys() == PHASES
         assert receipt["seconds"]["unlearn"] > 0
+        assert receipt["cpu_seconds"]["unlearn"] > 0
+        assert receipt["stopped"] is None
         assert receipt["config"]["lr"] == 1e-2
     AutoModelForSequenceClassification.from_pretrained(session.model_folder)
 
@@ -153,6 +159,23 @@ def test_a_session_without_masks_keeps_the_importance_it_has(done: Path) -> None
         config = dataclasses.replace(session.config, masks=MaskConfig(objective="everything"))
         assert session.request("all", [before[0]], config)["masks"] is None
     assert Importance.load(done / "step-0004" / "importance.safetensors").ids == before[1:]
+
+
+def test_a_request_erases_its_records_from_the_prefix_cache_and_tells_why_it_ended(
+    new: Path, files: Path, tmp_path: Path
+) -> None:
+    masks, cache = tmp_path / "masks.safetensors", PrefixCache(tmp_path / "cache")
+    upper_masks().save(masks)
+    config = options(
+        files, masks=MaskConfig(file=str(masks)), prefix_cache=str(cache.path), epochs=10.0,
+        stop_when_forgotten=str(files / "test.csv"),
+    )  # fmt: skip
+    with UnlearnSession(new) as session:
+        receipts = [session.request(request, ids, config) for request, ids in REQUESTS.items()]
+    assert "reached the loss on unseen data" in receipts[0]["stopped"]
+    kept = {f"r{row}" for row in range(24)} - {name for ids in REQUESTS.values() for name in ids}
+    assert cache.erase(name for ids in REQUESTS.values() for name in ids) == 0
+    assert cache.erase(kept) == len(kept)
 
 
 def test_a_list_of_records_to_retain_loses_what_is_forgotten(new: Path, tmp_path: Path) -> None:
