@@ -1,0 +1,374 @@
+"""Where stages are trained: in this process or in worker processes of this machine; `engine_ray` adds Ray clusters."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from typing import Literal, Protocol
+
+from pymape.s3t.training import StageJob, train_stage
+
+__all__ = [
+    "RETRIES",
+    "Engine",
+    "InlineEngine",
+    "LocalEngine",
+    "Task",
+    "Work",
+    "WorkerLostError",
+    "make_engine",
+    "require_open",
+    "require_pending",
+    "run",
+    "serve",
+]
+
+RETRIES = 3  # times that a stage is begun again after its worker died
+Work = Callable[[StageJob], bytes]
+_WATCH_SECONDS = 0.5
+
+# Not multiprocessing.Process, which imports the caller's main module again: a script without `if __name__ ==
+# "__main__"` would start over in every worker. Ctrl-C goes to the whole terminal; what becomes of workers is decided by
+# the process that owns them.
+_WORKER = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from multiprocessing.connection import Connection
+connection = Connection(int(sys.argv[1]))
+sys.path[:] = connection.recv()
+from pymape.s3t.engine import serve
+serve(connection, parent=int(sys.argv[2]))
+"""
+
+
+class WorkerLostError(RuntimeError):
+    """Every worker that was given a stage died."""
+
+
+class Engine(Protocol):
+    """Trains stages. A stage is a pure function, so its bits depend neither on the engine nor on the order.
+
+    Every submitted stage is returned by `wait` exactly once, whatever becomes of the workers in between.
+
+    Attributes:
+        workers: stages trained at the same time.
+        pending: stages submitted and not yet returned.
+        reaches_cache: whether a prefix cache in a folder of this machine is the same folder for all workers.
+    """
+
+    reaches_cache: bool
+
+    @property
+    def workers(self) -> int: ...
+
+    @property
+    def pending(self) -> int: ...
+
+    def submit(self, job: StageJob) -> None:
+        """Take a stage; returns at once. It is sent to a worker when one is free."""
+
+    def wait(self) -> tuple[StageJob, bytes | BaseException]:
+        """The next finished stage, in no particular order.
+
+        Returns:
+            The job as submitted, and the stage file, or what the training raised, or `WorkerLostError` where more than
+            `RETRIES` workers in a row died on it. Nothing else is retried: an error would come again.
+
+        Raises:
+            RuntimeError: nothing is pending.
+        """
+
+    def close(self) -> None:
+        """End all workers and drop what is pending."""
+
+    def __enter__(self) -> Engine: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+class InlineEngine:
+    """Trains one stage after the other in this process, each when it is waited for.
+
+    Args:
+        work: what trains a stage.
+    """
+
+    reaches_cache = True
+    workers = 1
+
+    def __init__(self, work: Work = train_stage) -> None:
+        self._work = work
+        self._queue: deque[StageJob] = deque()
+
+    def __enter__(self) -> InlineEngine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def pending(self) -> int:
+        return len(self._queue)
+
+    def submit(self, job: StageJob) -> None:
+        self._queue.append(job)
+
+    def wait(self) -> tuple[StageJob, bytes | BaseException]:
+        require_pending(self)
+        job = self._queue.popleft()
+        try:
+            return job, self._work(job)
+        except Exception as error:
+            return job, error
+
+    def close(self) -> None:
+        self._queue.clear()
+
+
+@dataclass
+class Task:
+    """A job on its way, with the number of workers that died on it."""
+
+    job: StageJob
+    losses: int = 0
+
+    def lose(self, how: str) -> WorkerLostError | None:
+        """Count a dead worker; the error that ends the task if there were too many."""
+        self.losses += 1
+        if self.losses <= RETRIES:
+            return None
+        name = self.job.provenance.key.name
+        return WorkerLostError(f"stage {name} must leave its worker alive, got {self.losses} lost, the last one {how}")
+
+
+class LocalEngine:
+    """Worker processes on this machine, each training one stage at a time and keeping the base model loaded.
+
+    A worker that dies is replaced, and its stage trained again. No worker outlives this process, not even one that was
+    killed. Methods are to be called from one thread at a time.
+
+    Args:
+        workers: number of processes.
+        work: what trains a stage; a function that workers can import.
+
+    Raises:
+        ValueError: no workers.
+
+    Example:
+        with LocalEngine(workers=2) as engine:
+            for job in jobs:
+                engine.submit(job)
+            while engine.pending:
+                job, stage = engine.wait()
+    """
+
+    reaches_cache = True
+
+    def __init__(self, workers: int = 1, work: Work = train_stage) -> None:
+        if workers < 1:
+            raise ValueError(f"workers must be at least 1, got {workers}")
+        self.workers = workers
+        self._work = work
+        self._queue: deque[Task] = deque()
+        self._started: list[_Worker] = []
+        self._closed = False
+
+    def __enter__(self) -> LocalEngine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def pending(self) -> int:
+        return len(self._queue) + sum(worker.task is not None for worker in self._started)
+
+    def submit(self, job: StageJob) -> None:
+        require_open(self._closed)
+        self._queue.append(Task(job))
+        self._distribute()
+
+    def wait(self) -> tuple[StageJob, bytes | BaseException]:
+        require_pending(self)
+        while True:
+            busy = {worker.connection: worker for worker in self._started if worker.task is not None}
+            worker = busy[wait(list(busy))[0]]  # type: ignore[index]
+            task = worker.task
+            assert task is not None
+            try:
+                result = worker.receive()
+            except (EOFError, OSError):
+                self._started.remove(worker)
+                result = task.lose(worker.end())
+                if result is None:
+                    self._queue.appendleft(task)
+            self._distribute()
+            if result is not None:
+                return task.job, result
+
+    def close(self) -> None:
+        self._closed = True
+        self._queue.clear()
+        for worker in self._started:
+            worker.kill()
+        while self._started:
+            self._started.pop().end()
+
+    def _distribute(self) -> None:
+        """Give queued tasks to idle workers, starting those that are missing."""
+        while self._queue:
+            worker = next((worker for worker in self._started if worker.task is None), None)
+            if worker is None:
+                if len(self._started) == self.workers:
+                    return
+                worker = _Worker(self._work)
+                self._started.append(worker)
+            worker.give(self._queue.popleft())
+
+
+class _Worker:
+    """A process that runs `serve`, and the task that it has."""
+
+    def __init__(self, work: Work) -> None:
+        self.task: Task | None = None
+        self._ready = False
+        self.connection, other = Pipe()
+        with other:
+            command = [sys.executable, "-c", _WORKER, str(other.fileno()), str(os.getpid())]
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[other.fileno()])
+        self._send(sys.path)
+        self._send(work)
+
+    def give(self, task: Task) -> None:
+        """Send a task, or keep it until the process has started: nobody should have to wait for that."""
+        self.task = task
+        if self._ready:
+            self._send(task.job)
+
+    def receive(self) -> bytes | BaseException | None:
+        """The result of the task; None where the process had only just started.
+
+        Raises:
+            EOFError, OSError: the process is dead.
+        """
+        result = self.connection.recv()
+        if self._ready:
+            self.task = None
+        elif self.task is not None:
+            self._ready = True
+            self._send(self.task.job)
+        return result
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def end(self) -> str:
+        """Make sure that the process is gone; how it ended."""
+        self.connection.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=1)  # a pipe closes a little before its process is gone
+        self.kill()
+        code = self._process.wait()
+        return f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+
+    def _send(self, value: object) -> None:
+        with contextlib.suppress(OSError):  # the process is dead: `receive` finds out
+            self.connection.send(value)
+
+
+def serve(connection: Connection, parent: int) -> None:
+    """Body of a worker process: receive the work, say so, and turn jobs into results until the other end closes.
+
+    Args:
+        connection: to the process that owns the worker.
+        parent: its process id. When it is gone the worker exits, also in the middle of a stage.
+    """
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    with contextlib.suppress(EOFError, OSError):
+        work = connection.recv()
+        connection.send(None)
+        while True:
+            connection.send(run(work, connection.recv()))
+
+
+def run(work: Work, job: StageJob) -> bytes | BaseException:
+    """What the work returns, or what it raises, in a form that can be sent to another process."""
+    try:
+        return work(job)
+    except BaseException as error:
+        where = "".join(traceback.format_exception(error))
+        sent: BaseException = error
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            sent = RuntimeError(f"{type(error).__name__}: {error}")
+        sent.add_note(f"In the worker:\n{where}")
+        return sent
+
+
+def require_open(closed: bool) -> None:
+    """Refuse a stage for workers that have ended.
+
+    Raises:
+        RuntimeError: the engine is closed.
+    """
+    if closed:
+        raise RuntimeError("submit must come before close, got a closed engine")
+
+
+def require_pending(engine: Engine) -> None:
+    """Refuse to wait for nothing.
+
+    Raises:
+        RuntimeError: no stage is pending.
+    """
+    if not engine.pending:
+        raise RuntimeError("wait must come after submit, got no pending stage")
+
+
+def make_engine(
+    name: Literal["local", "inline", "ray"], workers: int | None = None, address: str | None = None
+) -> Engine:
+    """The engine of a name.
+
+    Args:
+        name: "local" (worker processes), "inline" (this process) or "ray".
+        workers: stages trained at the same time; default: as many as there are CPUs.
+        address: of a Ray cluster; default: a Ray started on this machine for as long as the engine is open.
+
+    Raises:
+        ValueError: another name, no workers, or an address for an engine that has none.
+        ImportError: Ray is not installed.
+    """
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    if address is not None and name != "ray":
+        raise ValueError(f"address must be given with the engine 'ray' only, got {address!r} with {name!r}")
+    if name == "inline":
+        return InlineEngine()
+    if name == "local":
+        return LocalEngine(workers or len(os.sched_getaffinity(0)))
+    if name == "ray":
+        from pymape.s3t.engine_ray import RayEngine
+
+        return RayEngine(workers, address)
+    raise ValueError(f"engine must be 'local', 'inline' or 'ray', got {name!r}")
+
+
+def _watch(parent: int) -> None:
+    """Exit when the parent is gone: then nobody waits for the result."""
+    while os.getppid() == parent:
+        time.sleep(_WATCH_SECONDS)
+    os._exit(1)
