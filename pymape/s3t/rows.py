@@ -88,9 +88,8 @@ def _padded(model: Any, row: Mapping[str, Tensor], max_length: int) -> dict[str,
     if tokens.dim() != 1 or len(tokens) == 0 or tokens.is_floating_point():
         raise ValueError(f"input_ids must be a list of at least one token, got {tokens.dtype} of {tuple(tokens.shape)}")
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
-        raise ValueError(
-            f"input_ids must lie in [0, {config.vocab_size}), got {int(tokens.min())} ... {int(tokens.max())}"
-        )
+        low, high = int(tokens.min()), int(tokens.max())
+        raise ValueError(f"input_ids must lie in [0, {config.vocab_size}), got values from {low} to {high}")
     longest = _longest(config)
     if longest is not None and max_length > longest:
         raise ValueError(f"max_length must be at most {longest} for this model, got {max_length}")
