@@ -47,6 +47,8 @@ class StageJob:
         rows: (record name, encoded record) of every record of each slice of the prefix, slices in the prefix's order
             and records in the order in which they were ingested.
         cache: folder of a `PrefixCache`, or None. It changes the time, not the bits.
+        begin: for SISA: file of a stage of the same depth whose values training starts from, instead of fresh ones. The
+            provenance names it as the parent. No stage of an S3T system has one.
     """
 
     config: S3TConfig
@@ -54,6 +56,7 @@ class StageJob:
     parents: tuple[bytes, ...]
     rows: tuple[Rows, ...]
     cache: str | None = None
+    begin: bytes | None = None
 
 
 def stage_seed(master: int, key: StageKey) -> int:
@@ -128,6 +131,11 @@ def _train(adapters: SlicedAdapters, job: StageJob, progress: Callable[[int, int
     stage, key = job.config.stage, job.provenance.key
     generator = torch.Generator().manual_seed(job.provenance.seed)
     trained = adapters.grow(generator)
+    if job.begin is not None:
+        begin, _ = unpack_stage(job.begin, name=f"beginning of stage {key.name}")
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(begin[name])
     frozen = adapters.frozen_hash(key.depth)
     torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))  # dropout draws from the global generator
 
@@ -206,7 +214,7 @@ def _checked_parents(job: StageJob) -> list[dict[str, Tensor]]:
     for part, rows in zip(key.prefix, job.rows, strict=True):
         if slice_digest((name, row_digest(row)) for name, row in rows) != expected.records[part]:
             raise ValueError(f"rows of slice {part} of stage {key.name} must be those of its provenance, got others")
-    chain, before = [], None
+    chain, before = [], None if job.begin is None else hashlib.sha256(job.begin).hexdigest()
     for depth, content in enumerate(job.parents, start=1):
         name = f"parent {depth} of stage {key.name}"
         tensors, found = unpack_stage(content, name=name)
