@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ __all__ = ["FIRST", "STATE", "FolderStore", "Step", "file_hash"]
 
 STATE, FIRST = "state.json", "step-0000"
 _LOCK, _STAGE = ".lock", ".stage"
+# A child that a killed writer had just forked, to run git for instance, holds the lock until it executes its program.
+_PATIENCE = 1.0  # seconds
 _OURS = re.compile(rf"\.stage|step-\d{{4,}}|\.{re.escape(STATE)}\..*")
 
 
@@ -199,14 +202,19 @@ class FolderStore:
 
     def _take_lock(self) -> None:
         descriptor = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise ValueError(
-                f"{self.kind} must have one writer at a time, got {str(self.folder)!r}, which another process writes"
-            ) from error
-        self._lock = descriptor
+        deadline = time.monotonic() + _PATIENCE
+        while self._lock is None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._lock = descriptor
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    os.close(descriptor)
+                    raise ValueError(
+                        f"{self.kind} must have one writer at a time, got {str(self.folder)!r}, which another process "
+                        "writes"
+                    ) from error
+                time.sleep(0.01)
 
 
 def file_hash(path: Path) -> str:

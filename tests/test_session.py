@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -276,7 +277,9 @@ def test_one_writer_at_a_time(new: Path, files: Path) -> None:
         assert reader.receipts == []
         with pytest.raises(ValueError, match="session must be open for writing"):
             reader.request("first", ["r1"])
-    UnlearnSession(new).close()
+    writer = UnlearnSession(new)
+    threading.Timer(0.2, writer.close).start()
+    UnlearnSession(new).close()  # a writer that is just ending is waited for
     before = snapshot(new)
     with pytest.raises(ValueError, match=r"session must be a new or empty folder, got .* with 'state.json'"):
         UnlearnSession.create(new, options(files))
