@@ -1,12 +1,15 @@
 // The only PYBIND11_MODULE: checks what memory safety needs, releases the GIL, calls the kernel.
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "tensor_caster.h"
 
 #include "greedy_swap.h"
 #include "masked_attention.h"
 #include "masked_ffn.h"
 #include "module_scores.h"
+#include "simulate_deletions.h"
 
 namespace py = pybind11;
 using pymape::DType;
@@ -308,6 +311,45 @@ void bind_masked_ffn(py::module_& m) {
 #endif
 }
 
+bool all_in_range(const TensorView& x, std::int64_t end) {
+  const auto* values = x.as<std::int64_t>();
+  return std::all_of(values, values + x.numel(), [end](std::int64_t value) { return 0 <= value && value < end; });
+}
+
+void check_simulate_deletions(const pymape::DeletionSystem& system, const pymape::DeletionRuns& runs) {
+  for (const TensorView* x : {&system.sequences, &system.alias, &system.threshold, &runs.first_dead, &runs.all_dead,
+                              &runs.distinct, &runs.depth, &runs.live})
+    require(x->dtype == DType::i64 && x->device == kCpu && x->is_contiguous(), "simulate_deletions takes contiguous int64");
+  const TensorView& sequences = system.sequences;
+  require(sequences.ndim == 3 && sequences.numel() > 0 && all_in_range(sequences, sequences.shape[2]),
+          "sequences must be an [m, B, L] tensor of slices");
+  const std::int64_t cells = sequences.shape[0] * sequences.shape[2];
+  for (const TensorView* table : {&system.alias, &system.threshold})
+    require(table->ndim == 1 && table->shape[0] == cells, "alias and threshold must be [m * L] tensors");
+  require(all_in_range(system.alias, cells), "alias must hold cells");
+  for (const TensorView* per_run : {&runs.first_dead, &runs.all_dead, &runs.distinct})
+    require(per_run->ndim == 1 && same_shape(*per_run, runs.all_dead), "outputs of every run must be [R] tensors");
+  require(runs.depth.ndim == 1 && runs.depth.shape[0] >= 1 && same_shape(runs.depth, runs.live),
+          "depth and live must be [C + 1] tensors");
+}
+
+void bind_simulate_deletions(py::module_& m) {
+  m.def(
+      "simulate_deletions",
+      [](const TensorView& sequences, const TensorView& alias, const TensorView& threshold, std::int64_t max_requests,
+         std::uint64_t seed, const TensorView& first_dead, const TensorView& all_dead, const TensorView& distinct,
+         const TensorView& depth, const TensorView& live, int num_threads) {
+        const pymape::DeletionSystem system{sequences, alias, threshold};
+        const pymape::DeletionRuns runs{first_dead, all_dead, distinct, depth, live};
+        check_simulate_deletions(system, runs);
+        py::gil_scoped_release release;
+        pymape::simulate_deletions(system, max_requests, seed, runs, num_threads);
+      },
+      py::arg("sequences"), py::arg("alias"), py::arg("threshold"), py::arg("max_requests"), py::arg("seed"),
+      py::arg("first_dead"), py::arg("all_dead"), py::arg("distinct"), py::arg("depth"), py::arg("live"),
+      py::arg("num_threads"));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -321,4 +363,5 @@ PYBIND11_MODULE(_C, m) {
   bind_masked_attention(m);
   bind_masked_ffn(m);
   bind_module_scores(m);
+  bind_simulate_deletions(m);
 }

@@ -6,8 +6,10 @@ from pymape.ops.masked_ffn import masked_activation, masked_activation_reference
 from pymape.ops.module_scores import module_scores, module_scores_reference
 from pymape.ops.segmented_lora import segmented_lora, segmented_lora_reference
 from pymape.ops.selected_weight_grad import selected_weight_grad, selected_weight_grad_reference
+from pymape.ops.simulate_deletions import DeletionRuns, simulate_deletions, simulate_deletions_reference
 
 __all__ = [
+    "DeletionRuns",
     "GreedySwapResult",
     "gate_heads",
     "gate_heads_reference",
@@ -25,4 +27,6 @@ __all__ = [
     "segmented_lora_reference",
     "selected_weight_grad",
     "selected_weight_grad_reference",
+    "simulate_deletions",
+    "simulate_deletions_reference",
 ]
