@@ -250,8 +250,9 @@ def test_prefixes_stand_behind_what_they_extend() -> None:
         (lambda: matching_sequences(2, 2, [1, math.nan]), "prior must be finite and at least 0, got nan"),
         (lambda: conditional_sequences(2, 2, [0, 0]), r"prior must have a weight above 0, got \[0, 0\]"),
         (lambda: matching_sequences(2, 2, requests=0), "requests must be at least 1, got 0"),
-        (lambda: worst_depth([(0, 2)]), r"sequences must be orders of the slices 0 to 1, got \(0, 2\)"),
-        (lambda: worst_depth([]), "sequences must be of 1 to 20 slices, got 0"),
+        (lambda: worst_depth([(0, 2)]), r"sequences must be orders of 0 to 1, got \(0, 2\)"),
+        (lambda: depth_table([tuple(range(21))]), "sequences must be of at most 20 slices, got 21"),
+        (lambda: worst_depth([]), "sequences must not be empty, got none"),
     ],
 )
 def test_bad_input(call, message: str) -> None:

@@ -19,10 +19,12 @@ __all__ = [
     "chain_cover",
     "choose_sequences",
     "conditional_sequences",
+    "count_slices",
     "cyclic_sequences",
     "depth_table",
     "expected_depth",
     "matching_sequences",
+    "members",
     "prefixes",
     "random_sequences",
     "sequence_methods",
@@ -59,7 +61,7 @@ def choose_sequences(
     Raises:
         ValueError: an unknown method, a budget out of range, or a prior that is none.
 
-    Source: S3T (arXiv 2406.16257), section 3.3 and appendix, for all but `chain-cover`.
+    Source: S3T (arXiv 2406.16257), training under a budget, for all but `chain-cover`.
     """
     if method not in _METHODS:
         raise ValueError(f"method must be one of {', '.join(_METHODS)}, got {method!r}")
@@ -298,6 +300,17 @@ def best_depth(sequences: Sequence[_Order], deleted: Collection[int]) -> int:
     return max((next((i for i, s in enumerate(order) if s in gone), len(order)) for order in sequences), default=0)
 
 
+def count_slices(sequences: Sequence[_Order]) -> int:
+    """L, of sequences that are orders of 0 .. L - 1; ValueError where they are not."""
+    if not sequences:
+        raise ValueError("sequences must not be empty, got none")
+    slices = len(sequences[0])
+    for order in sequences:
+        if not order or sorted(order) != list(range(slices)):
+            raise ValueError(f"sequences must be orders of 0 to {slices - 1}, got {tuple(order)}")
+    return slices
+
+
 def depth_table(sequences: Sequence[_Order]) -> np.ndarray:
     """The best depth for every set of surviving slices.
 
@@ -308,15 +321,13 @@ def depth_table(sequences: Sequence[_Order]) -> np.ndarray:
         [2^L] int8: entry sum_s 2^s is for the surviving slices s.
 
     Raises:
-        ValueError: no sequences, or one that is not an order of the slices.
+        ValueError: no sequences, one that is not an order of the slices, or too many slices.
     """
-    slices = len(sequences[0]) if len(sequences) else 0
-    if not 1 <= slices <= _MOST_SLICES:
-        raise ValueError(f"sequences must be of 1 to {_MOST_SLICES} slices, got {slices}")
+    slices = count_slices(sequences)
+    if slices > _MOST_SLICES:
+        raise ValueError(f"sequences must be of at most {_MOST_SLICES} slices, got {slices}")
     table = np.zeros(2**slices, np.int8)
     for order in sequences:
-        if sorted(order) != list(range(slices)):
-            raise ValueError(f"sequences must be orders of the slices 0 to {slices - 1}, got {tuple(order)}")
         table[np.cumsum(2 ** np.array(order))] = np.arange(1, slices + 1)
     # A set keeps what any of its subsets keeps: pass the depths on, one slice at a time.
     for s in range(slices):
@@ -327,9 +338,9 @@ def depth_table(sequences: Sequence[_Order]) -> np.ndarray:
 
 def worst_depth(sequences: Sequence[_Order]) -> list[int]:
     """The best depth that is left when the worst d slices are deleted, for d = 0 .. L."""
-    depths = depth_table(sequences)
-    sizes = _members(len(sequences[0])).sum(axis=1)
-    return [int(depths[sizes == left].min()) for left in range(len(sequences[0]), -1, -1)]
+    depths, slices = depth_table(sequences), count_slices(sequences)
+    sizes = members(slices).sum(axis=1)
+    return [int(depths[sizes == left].min()) for left in range(slices, -1, -1)]
 
 
 def expected_depth(sequences: Sequence[_Order], prior: Sequence[float] | None = None) -> list[float]:
@@ -338,27 +349,27 @@ def expected_depth(sequences: Sequence[_Order], prior: Sequence[float] | None = 
     The deleted slices are drawn one after the other, without replacement, in proportion to the prior: they are the
     first d distinct slices that independent requests hit.
     """
-    slices = len(sequences[0]) if len(sequences) else 0
+    slices = count_slices(sequences)
     values = depth_table(sequences) * _survivors(slices, prior)
-    sizes = _members(slices).sum(axis=1)
+    sizes = members(slices).sum(axis=1)
     return [float(values[sizes == left].sum()) for left in range(slices, -1, -1)]
 
 
-def _members(slices: int) -> np.ndarray:
-    """[2^L, L] int8: 1 where the slice is in the set."""
+def members(slices: int) -> np.ndarray:
+    """[2^L, L] int8: 1 where set sum_s 2^s holds slice s."""
     return (np.arange(2**slices)[:, None] >> np.arange(slices) & 1).astype(np.int8)
 
 
 def _survivors(slices: int, prior: Sequence[float] | None) -> np.ndarray:
     """[2^L] Probability that these slices survive when as many as are missing have been deleted."""
     masses = np.array([float(mass) for mass in _exact_prior(slices, prior)])
-    members = _members(slices)
-    sizes, held = members.sum(axis=1), members @ masses  # [2^L]
+    holds = members(slices)
+    sizes, held = holds.sum(axis=1), holds @ masses  # [2^L]
     probability = np.zeros(2**slices)
     probability[-1] = 1.0
     for left in range(slices, 0, -1):
         for s in range(slices):
-            here = np.flatnonzero((sizes == left) & (members[:, s] == 1))
+            here = np.flatnonzero((sizes == left) & (holds[:, s] == 1))
             # Where no survivor is ever requested, any of them may be the next.
             share = np.divide(masses[s], held[here], out=np.full(len(here), 1 / left), where=held[here] > 0)
             probability[here - 2**s] += probability[here] * share
