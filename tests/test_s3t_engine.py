@@ -19,7 +19,7 @@ from pymape.s3t.engine import RETRIES, Engine, InlineEngine, LocalEngine, Worker
 from pymape.s3t.stages import Provenance, StageKey
 from pymape.s3t.training import StageJob
 
-SECONDS = 60.0
+SECONDS = 120.0
 # Stages of a shard whose sequences share beginnings.
 PREFIXES = [(0,), (0, 1), (0, 1, 2), (0, 2), (3,), (3, 2)]
 
