@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0, 2 after bad input (reported in one line on stderr), 130 after an interruption (Ctrl-C or SIGTERM).
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = _with_lists(list(sys.argv[1:] if arguments is None else arguments))
     # `pymape unlearn CONFIG.yaml` is short for `pymape unlearn --config CONFIG.yaml`.
     if len(words) > 1 and words[0] in ("demo", "unlearn") and not words[1].startswith("-"):
         words.insert(1, "--config")
@@ -106,6 +106,21 @@ def _unlearn(config: UnlearnConfig) -> None:
         from pymape.session import run_request
 
         run_request(config)
+
+
+def _with_lists(words: list[str]) -> list[str]:
+    """The command line with the lists of the demo, `--lrs 1e-3,2e-3` or `--settings class`, in brackets."""
+    if words[:1] != ["demo"]:
+        return words
+    lists = {f"--{name}" for name, kind in get_type_hints(DemoConfig).items() if get_origin(kind) is list}
+    found, rest = [], iter(words)
+    for word in rest:
+        name, sign, value = word.partition("=")
+        if name in lists:
+            value = value if sign else next(rest, "")
+            word = f"{name}={value if value.startswith('[') else f'[{value}]'}"
+        found.append(word)
+    return found
 
 
 def _with_session(words: list[str]) -> list[str]:

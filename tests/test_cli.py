@@ -87,6 +87,19 @@ def test_flags_alone_are_enough(received: list) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--settings", "class"], DemoConfig(settings=["class"])),
+        (["--objectives=gd,npo", "--lrs", "1e-3,2e-3"], DemoConfig(objectives=["gd", "npo"], lrs=[1e-3, 2e-3])),
+        (["--lrs=0.1", "--seeds", "2"], DemoConfig(lrs=[0.1], seeds=2)),
+    ],
+)
+def test_lists_need_no_brackets(received: list, words: list[str], expected: DemoConfig) -> None:
+    assert main(["demo", *words]) == 0
+    assert received == [expected]
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "subcommand"),
@@ -97,6 +110,7 @@ def test_flags_alone_are_enough(received: list) -> None:
         (["unlearn", *REQUIRED, "--objective", "xx"], "--objective"),
         (["unlearn", "nowhere.yaml"], "nowhere.yaml"),
         (["demo", "--seeds", "one"], "--seeds"),
+        (["demo", "--settings", "nothing"], "--settings"),
         (["masks", "show"], "masks.show.file"),
     ],
 )
