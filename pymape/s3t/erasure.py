@@ -1,0 +1,90 @@
+"""Removing files so that their content is gone, not only their names."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pymape.files import sync_tree
+from pymape.s3t import faults
+from pymape.store import file_hash
+
+__all__ = ["erase_files", "revoke_export"]
+
+_BLOCK = bytes(1 << 20)
+
+
+def erase_files(paths: Iterable[Path]) -> int:
+    """Overwrite files with zeros, wait for the disk, and delete them.
+
+    Where a file system writes in place on a magnetic disk, nothing is left. A copy-on-write file system (Btrfs, ZFS, a
+    snapshot) and flash storage write the zeros elsewhere and may keep the old blocks for a while: there the promise is
+    that nobody reads the content through the file system again, and only an encrypted disk promises more.
+
+    Args:
+        paths: of the files; those that do not exist are left out.
+
+    Returns:
+        Bytes overwritten.
+
+    Raises:
+        OSError: a file cannot be overwritten or deleted. Those before it are gone; calling again does the rest.
+    """
+    erased, folders = 0, set()
+    for path in paths:
+        try:
+            with open(path, "r+b", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                for start in range(0, size, len(_BLOCK)):
+                    file.write(_BLOCK[: size - start])
+                os.fsync(file.fileno())
+            faults.checkpoint("erase: overwritten")
+            path.unlink()
+            faults.checkpoint("erase: deleted")
+        except FileNotFoundError:
+            continue
+        erased += size
+        folders.add(path.parent)
+    for folder in folders:
+        sync_tree(folder, deep=False)
+    faults.checkpoint("erase: folders synced")
+    return erased
+
+
+def revoke_export(folder: Path, files: Mapping[str, str]) -> dict[str, Any]:
+    """Erase the files of an export that are still what was written.
+
+    Args:
+        folder: the export.
+        files: path inside the folder -> sha256 of the file.
+
+    Returns:
+        {"path", "erased": files erased, "changed": files with another content, left alone, "missing": files that are
+        not there (or were erased before a crash), "failed": file -> why it could not be erased}.
+    """
+    outcome: dict[str, Any] = {"path": str(folder), "erased": [], "changed": [], "missing": [], "failed": {}}
+    for name, sha256 in sorted(files.items()):
+        path = folder / name
+        # A file that a crash left half overwritten has another sha256, so it is known by a name of its own.
+        ours = path.with_name(f".{path.name}.revoked")
+        try:
+            if not ours.exists():
+                if file_hash(path) != sha256:
+                    outcome["changed"].append(name)
+                    continue
+                path.rename(ours)
+            erase_files([ours])
+            outcome["erased"].append(name)
+        except FileNotFoundError:
+            outcome["missing"].append(name)
+        except OSError as error:
+            outcome["failed"][name] = error.strerror
+    inside = sorted({parent for name in files for parent in Path(name).parents}, key=lambda part: -len(part.parts))
+    for part in inside:  # folders that held nothing else; "." comes last
+        with contextlib.suppress(OSError):
+            (folder / part).rmdir()
+    faults.checkpoint("export: revoked")
+    return outcome

@@ -1,0 +1,386 @@
+"""The ledger of an S3T system: the one writer of its records, stages and requests."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import secrets
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal
+
+from pymape.files import atomic_write, sync_tree
+from pymape.s3t import faults
+from pymape.s3t.audit import AuditEntry, AuditLog, first_entry
+from pymape.s3t.database import Database, create_database, now
+from pymape.s3t.erasure import erase_files
+from pymape.s3t.ledger_records import FoundRecord, RecordRow
+from pymape.s3t.ledger_requests import LedgerRequests
+from pymape.s3t.ledger_stages import STAGES, StageRow
+
+__all__ = ["FoundRecord", "Ledger", "RecordRow", "StageRow"]
+
+_DATABASE, _KEY, _LOCK, _ANCHOR = "ledger.sqlite", "key", "lock", "audit.head"
+# Files that a crash leaves while one of these is written.
+_TEMPORARY = re.compile(rf"\.({re.escape(_DATABASE)}|{re.escape(_ANCHOR)}|{_KEY})\..*")
+
+
+class Ledger(LedgerRequests):
+    """Records, stages, requests and audit log of a system, in a folder that survives crashes.
+
+    One process writes at a time; its threads may share the ledger. Whatever kills it, the folder holds the state before
+    a change or after it, and what a request left to do is done when the ledger is opened for writing next. A read-only
+    ledger changes nothing (SQLite keeps an index of its log beside it), also while another process writes.
+
+    The folder holds `ledger.sqlite`, the secret `key`, `lock`, `audit.head` (the anchor of the audit log), `stages/`
+    and, if training uses one, the prefix cache `cache/`.
+
+    Args:
+        folder: the system's folder; `Ledger.create` makes one.
+        mode: "write" takes the lock, removes what a crash left and finishes all requests; "read" looks only.
+
+    Raises:
+        ValueError: no ledger there, another process writing it, a damaged or older database, a missing key.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], mode: Literal["write", "read"] = "write") -> None:
+        self.folder = Path(folder).absolute()
+        self._lock: int | None = None
+        if mode == "write":
+            if not (self.folder / _DATABASE).is_file():
+                raise ValueError(f"ledger must be a folder with a {_DATABASE}, got {str(folder)!r} without")
+            self._lock = _take_lock(self.folder)
+        try:
+            self._open(write=mode == "write")
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | os.PathLike[str],
+        settings: Mapping[str, Any],
+        base: str,
+        sequences: Sequence[Sequence[Sequence[int]]],
+    ) -> Ledger:
+        """Make a ledger.
+
+        Args:
+            folder: a new or empty folder, or what an interrupted creation left.
+            settings: JSON-able options of the system, which the ledger only keeps.
+            base: hash of the base model.
+            sequences: for every shard its orders of all slices.
+
+        Returns:
+            The ledger, open for writing.
+
+        Raises:
+            ValueError: a folder in use, or sequences that are not orders of the same slices.
+        """
+        orders = [[tuple(sequence) for sequence in shard] for shard in sequences]
+        _check_sequences(orders)
+        target = Path(folder).absolute()
+        _check_free(target)
+        lock = _take_lock(target)
+        try:
+            _check_free(target)  # now that nobody else can be making it
+            key = secrets.token_bytes(32)
+            _write_key(target / _KEY, key)
+            faults.checkpoint("create: key written")
+            (target / STAGES).mkdir(exist_ok=True)
+            entry = first_entry(key, target / _ANCHOR, "created", shards=len(orders), base=base)
+            faults.checkpoint("create: anchor written")
+            values = {"settings": json.dumps(dict(settings)), "base": base, "created": now()}
+            with atomic_write(target / _DATABASE) as path:
+                create_database(path, orders, values, (entry.seq, entry.time, entry.event, entry.detail, entry.mac))
+            faults.checkpoint("create: database written")
+        finally:
+            os.close(lock)
+        return cls(target)
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes write."""
+        if hasattr(self, "_db"):
+            self._db.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def snapshot(self) -> AbstractContextManager[None]:
+        """A block in which what is read fits together: no request is accepted meanwhile."""
+        return self._db.snapshot()
+
+    def finish(self) -> None:
+        """Take every accepted request to "verified", each state durable before the next.
+
+        Switched: every affected shard serves its deepest live chain. Erased: the files of tombstoned stages, the cached
+        states and contents of the records and the revoked exports are overwritten and deleted, in the database too.
+        Verified: what the affected shards still hold was made from the records that are left. All requests go together.
+        Other threads may use the ledger meanwhile; requests that they make then are left to the next call.
+
+        Raises:
+            ValueError: naming a stage that was not made from what is left, or another process has been reading the
+                database all the time.
+            OSError: a file cannot be erased. Calling again continues.
+        """
+        problems = self._finish()
+        if problems:
+            raise ValueError(problems[0])
+
+    def repair(self) -> int:
+        """Plan what deletions have ended anew, on the records that are left, as the next generation of each shard.
+
+        A stage needs a record to be trained on, so a sequence that begins with a slice that has lost all its records is
+        left out. Later in a sequence an empty slice adds a stage that is trained on the records before it. Trained
+        stages whose file is missing or damaged are replaced too, with all that build on them.
+
+        Returns:
+            Number of stages planned.
+        """
+        damaged = self._damaged()
+        with self._change("repair"):
+            self._end_stages(damaged)
+            live = {(row.key.shard, row.key.prefix): row.stage for row in self.stages()}
+            wanted = [place for place in self._plannable() if place not in live]
+            shards = sorted({shard for shard, _ in wanted})
+            self._db.run_all(
+                "UPDATE shards SET generation = generation + 1 WHERE shard = ?", [(shard,) for shard in shards]
+            )
+            planned = self._plan(wanted, live)
+            if planned or damaged:
+                names = sorted(row.key.name for row in damaged)
+                self._audit.append("repair planned", shards=shards, stages=planned, damaged=names)
+        with self._finishing:
+            self._erase([])
+        return planned
+
+    def verify(self) -> dict[str, Any]:
+        """Check everything that can be checked without training.
+
+        Returns:
+            {"ok": bool, "problems": [sentences that name what is wrong], "checked": {what: how many}}.
+        """
+        from pymape.s3t.ledger_verify import verify
+
+        return verify(self)
+
+    def audit_log(self) -> list[AuditEntry]:
+        """All rows of the audit log."""
+        return self._audit.entries()
+
+    def _open(self, *, write: bool) -> None:
+        self._db = Database(self.folder / _DATABASE, write=write)
+        values = dict(self._db.rows("SELECT name, value FROM system"))
+        self.settings: dict[str, Any] = json.loads(values["settings"])
+        self.base = values["base"]
+        self.sequences = [[] for _ in range(self._db.value("SELECT count(*) FROM shards"))]
+        for shard, slices in self._db.rows("SELECT shard, slices FROM sequences ORDER BY shard, number"):
+            self.sequences[shard].append(tuple(map(int, slices.split("."))))
+        try:
+            self.key = (self.folder / _KEY).read_bytes()
+        except OSError as error:
+            raise ValueError(
+                f"ledger must have a readable key, got {str(self.folder / _KEY)!r}: {error.strerror}"
+            ) from error
+        self._audit = AuditLog(self._db, self.key, self.folder / _ANCHOR)
+        self._finishing = threading.Lock()
+        self._start_records()
+        self._start_stages()
+        if write:
+            problems = self._audit.check_head()
+            if problems:
+                raise ValueError(f"ledger must be the latest one of its folder, got {problems[0]}")
+            self._recover()
+
+    def _recover(self) -> None:
+        """Remove what a crash left and finish all requests. What is wrong then is for `finish` and `verify` to say."""
+        (self.folder / STAGES).mkdir(exist_ok=True)
+        erase_files([self.folder / name for name in self._orphans()])
+        if self.deleted:
+            names = self._db.rows("SELECT name FROM records JOIN tombstones USING (record)")
+            self._erase_cached([name.hex() for (name,) in names])
+        self._finish()
+        self._audit.anchor()
+
+    def _orphans(self) -> list[str]:
+        """Files that nothing refers to, relative to the folder."""
+        with self._db.lock:
+            landing = ", ".join(map(str, self._landing)) or "NULL"
+            rows = self._stage_rows(f"s.state IN ('trained', 'tombstoned') OR s.stage IN ({landing})")
+            kept = {self.path(row.key).name for row in rows}
+            stages = {entry.name for entry in (self.folder / STAGES).iterdir() if entry.is_file()}
+        found = sorted(f"{STAGES}/{name}" for name in stages - kept)
+        return found + sorted(entry.name for entry in self.folder.iterdir() if _TEMPORARY.fullmatch(entry.name))
+
+    def _damaged(self) -> list[StageRow]:
+        """Trained stages that cannot be served."""
+        found = []
+        for row in self.stages():
+            if row.state == "trained":
+                try:
+                    self.read_stage(row)
+                except ValueError:
+                    found.append(row)
+        return found
+
+    def _end_stages(self, damaged: Sequence[StageRow]) -> None:
+        """Take damaged stages and all that build on them out of service, inside a transaction."""
+        for shard in sorted({row.key.shard for row in damaged}):
+            prefixes = [row.key.prefix for row in damaged if row.key.shard == shard]
+            ended = [row for row in self.stages(shard) if any(row.key.prefix[: len(p)] == p for p in prefixes)]
+            self._db.run_all(
+                "UPDATE stages SET state = ? WHERE stage = ?",
+                [("tombstoned" if row.state == "trained" else "cancelled", row.stage) for row in ended],
+            )
+            self._serve_deepest([shard])
+
+    def _finish(self) -> list[str]:
+        """Do what is left to do; what is wrong afterwards, in sentences."""
+        with self._finishing:
+            last = self._db.value("SELECT max(request) FROM requests") or 0
+            self._switch(self._waiting("switched IS NULL", last))
+            self._erase(self._waiting("switched NOTNULL AND erased IS NULL", last))
+            return self._verify_requests(self._waiting("erased NOTNULL", last))
+
+    def _waiting(self, condition: str, last: int) -> list[int]:
+        rows = self._db.rows(
+            f"SELECT request FROM requests WHERE verified IS NULL AND {condition} AND request <= ?", (last,)
+        )
+        return sorted(request for (request,) in rows)
+
+    def _switch(self, requests: Sequence[int]) -> None:
+        if requests:
+            with self._change("switch"):
+                depths = self._serve_deepest(self._shards_of(requests))
+                self._advance(requests, "switched", depths=depths)
+
+    def _erase(self, requests: Sequence[int]) -> None:
+        """Erase what requests have ended, and damaged stages."""
+        places = list(
+            self._db.rows_in(
+                "SELECT record, name FROM records JOIN tombstones USING (record) WHERE request IN ({})", requests
+            )
+        )
+        stages = self._stage_rows("s.state = 'tombstoned' AND s.request IS NULL")
+        # Those that an interrupted attempt has erased already are looked for again: it may not have reached the disk.
+        for (stage,) in self._db.rows_in(
+            "SELECT stage FROM stages WHERE state IN ('tombstoned', 'erased') AND request IN ({})", requests
+        ):
+            stages += self._stage_rows("s.stage = ?", (stage,))
+        if not requests and not stages:
+            return
+        self._await_landings()
+        erase_files(self.path(row.key) for row in stages)
+        self._erase_cached([name.hex() for _, name in places])
+        self._revoke(requests)
+        records, ended = [(record,) for record, _ in places], [(row.stage,) for row in stages]
+        with self._change("erase"):
+            for statement, rows in (
+                ("UPDATE contents SET content = zeroblob(length(content)) WHERE record = ?", records),
+                ("UPDATE records SET digest = zeroblob(32) WHERE record = ?", records),
+                ("UPDATE records SET subject = zeroblob(32) WHERE record = ? AND subject NOTNULL", records),
+                ("UPDATE files SET provenance = zeroblob(length(provenance)) WHERE stage = ?", ended),
+                ("UPDATE stages SET state = 'erased' WHERE stage = ?", ended),
+            ):
+                self._db.run_all(statement, rows)
+        self._db.truncate_log()
+        if requests:
+            with self._change("erased"):
+                exports = self._outcomes(requests)
+                self._advance(requests, "erased", records=len(records), stages=len(stages), exports=exports)
+
+    def _await_landings(self) -> None:
+        """Wait until no file of a stage that has ended is being written."""
+
+        def written() -> bool:
+            landing = self._db.rows_in("SELECT state FROM stages WHERE stage IN ({})", list(self._landing))
+            return all(state in ("planned", "trained") for (state,) in landing)
+
+        with self._landed:
+            self._landed.wait_for(written)
+
+    def _verify_requests(self, requests: Sequence[int]) -> list[str]:
+        if not requests:
+            return []
+        with self._change("verify"):
+            problems = [problem for shard in self._shards_of(requests) for problem in self._provenance_problems(shard)]
+            problems += self._traces(requests)
+            if not problems:
+                self._advance(requests, "verified")
+        return problems
+
+    def _advance(self, requests: Sequence[int], state: str, **detail: Any) -> None:
+        """Note a state of requests inside a transaction."""
+        time = now()
+        self._db.run_all(
+            f"UPDATE requests SET {state} = ? WHERE request = ?", [(time, request) for request in requests]
+        )
+        names = [name for (name,) in self._db.rows_in("SELECT name FROM requests WHERE request IN ({})", requests)]
+        self._audit.append(f"requests {state}", requests=names, **detail)
+
+    def _shards_of(self, requests: Sequence[int]) -> list[int]:
+        rows = self._db.rows_in(
+            "SELECT DISTINCT shard FROM tombstones JOIN records USING (record) WHERE request IN ({})", requests
+        )
+        return sorted({shard for (shard,) in rows})
+
+
+def _check_sequences(orders: Sequence[Sequence[tuple[int, ...]]]) -> None:
+    if not orders or not all(orders):
+        raise ValueError(f"sequences must hold at least one order for every shard, got {orders}")
+    slices = len(orders[0][0])
+    for shard, sequences in enumerate(orders):
+        for sequence in sequences:
+            if not slices or sorted(sequence) != list(range(slices)):
+                raise ValueError(
+                    f"sequences must be orders of the slices 0 to {slices - 1}, got {sequence} in shard {shard}"
+                )
+
+
+def _check_free(folder: Path) -> None:
+    """Make the folder, and refuse one that holds more than an interrupted creation."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {entry.name for entry in folder.iterdir() if not _TEMPORARY.fullmatch(entry.name)}
+        names |= {f"{STAGES}/{entry.name}" for entry in (folder / STAGES).iterdir()} if STAGES in names else set()
+    except OSError as error:
+        raise ValueError(f"ledger must be a writable folder, got {str(folder)!r}: {error.strerror}") from error
+    foreign = sorted(names - {_KEY, _LOCK, _ANCHOR, STAGES})
+    if foreign:
+        raise ValueError(f"ledger must be made in a new or empty folder, got {str(folder)!r} with {foreign[0]!r}")
+
+
+def _take_lock(folder: Path) -> int:
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise ValueError(
+            f"ledger must have one writer at a time, got {str(folder)!r}, which is open for writing elsewhere"
+        ) from error
+    return descriptor
+
+
+def _write_key(path: Path, key: bytes) -> None:
+    """Write the key so that nobody else can read it at any moment."""
+    temporary = path.with_name(f".{path.name}.new")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        os.write(descriptor, key)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    temporary.replace(path)
+    sync_tree(path.parent, deep=False)

@@ -1,0 +1,309 @@
+"""The requests of a ledger, accepted durably and at once, and the exports that they revoke."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pymape.s3t.database import now
+from pymape.s3t.erasure import revoke_export
+from pymape.s3t.ledger_records import FoundRecord
+from pymape.s3t.ledger_stages import LedgerStages, StageRow, deepest
+from pymape.s3t.stages import StageKey
+
+__all__ = ["STATES", "LedgerRequests", "names_digest"]
+
+FORMAT = "pymape.deletion.1"
+STATES = ("received", "switched", "erased", "verified")  # columns with the times; "received" is the state "tombstoned"
+
+
+class LedgerRequests(LedgerStages):
+    """The part of `Ledger` that holds requests and exports."""
+
+    def plan_deletion(self, names: Sequence[str]) -> dict[str, Any]:
+        """What `tombstone` would do, without doing it.
+
+        Args:
+            names: of the records.
+
+        Returns:
+            A receipt's "records", "shards", "stages", "cancelled", "bytes" and "exports".
+
+        Raises:
+            ValueError: as `tombstone`.
+        """
+        with self._db.snapshot():
+            return self._impact([self._checked(names)])[0][0]
+
+    def tombstone(self, requests: Sequence[tuple[str, Sequence[str]]]) -> list[dict[str, Any]]:
+        """Accept requests to delete records: when this returns they are durable, whatever happens next.
+
+        From here on no stage that was trained on the records is served, read or built upon. All requests of a call are
+        accepted in one commit, or none.
+
+        Args:
+            requests: (name of the request, names of the records).
+
+        Returns:
+            A receipt for each: "request", "received" (ISO time), "records" (how many), "shards" (for each affected one
+            its generation, depth before and after, names of the stages tombstoned and cancelled), "stages" and
+            "cancelled" (how many), "bytes" to erase (stage files and record contents), "exports" (paths) to revoke,
+            "state", and "audit" (number and MAC of the row in the audit log). A request that is known with the same
+            records gives the stored receipt.
+
+        Raises:
+            ValueError: a record that is unknown, repeated or deleted already, or a known request with other records.
+            OSError: the disk is full. Nothing has changed then, as after a ValueError.
+        """
+        new: list[tuple[str, list[FoundRecord]]] = []
+        with self._db.lock:
+            known = self._known_requests(requests)
+            for request, names in requests:
+                if request not in known:
+                    new.append((request, self._checked(names)))
+            _check_apart(new)
+            if new:
+                with self._change("tombstone"):
+                    self._commit_tombstones(new)
+        return [self.receipt(request) for request, _ in requests]
+
+    def receipt(self, request: str) -> dict[str, Any]:
+        """The receipt of a request, in its present state.
+
+        Raises:
+            ValueError: no such request.
+        """
+        found = self._receipts("WHERE q.name = ?", (request,))
+        if not found:
+            raise ValueError(f"request_id must be that of a request, got {request!r}, which is unknown")
+        return found[0]
+
+    def requests(self) -> list[dict[str, Any]]:
+        """Receipts of all requests, in the order in which they were received."""
+        return self._receipts()
+
+    def request_rate(self) -> float | None:
+        """Records deleted a day, from the first request to the last; None before there are two moments."""
+        first, last = self._db.rows("SELECT min(received), max(received) FROM requests")[0]
+        if first == last:
+            return None
+        later = self._db.value(
+            "SELECT count(*) FROM tombstones JOIN requests USING (request) WHERE received > ?", (first,)
+        )
+        return 86400 * later / (datetime.fromisoformat(last) - datetime.fromisoformat(first)).total_seconds()
+
+    def record_export(
+        self, folder: str | os.PathLike[str], files: Iterable[Mapping[str, str]], stages: Iterable[StageKey]
+    ) -> None:
+        """Remember files that were written elsewhere, so that a deletion revokes them.
+
+        Args:
+            folder: of the export; an earlier one in the same place is forgotten.
+            files: {"file": path inside the folder, "sha256": of the file} for each.
+            stages: that the files hold.
+
+        Raises:
+            ValueError: a stage that a request has tombstoned meanwhile: the files must be removed again.
+        """
+        path, contents = os.path.abspath(folder), {entry["file"]: entry["sha256"] for entry in files}
+        with self._change("export"):
+            trained = {row.key: row.stage for row in self.stages() if row.state == "trained"}
+            keys = list(stages)
+            for key in keys:
+                if key not in trained:
+                    raise ValueError(f"stages of an export must be live, got {key.name}")
+            for (old,) in self._db.rows("SELECT export FROM exports WHERE path = ? AND request IS NULL", (path,)):
+                self._db.run("DELETE FROM export_stages WHERE export = ?", (old,))
+                self._db.run("DELETE FROM exports WHERE export = ?", (old,))
+            export = self._db.insert(
+                "INSERT INTO exports (path, created, files) VALUES (?, ?, ?)", (path, now(), json.dumps(contents))
+            )
+            self._db.run_all("INSERT INTO export_stages VALUES (?, ?)", [(trained[key], export) for key in keys])
+            self._audit.append("exported", stages=len(keys), files=len(contents))
+
+    def exports(self) -> list[dict[str, Any]]:
+        """{"path", "created", "request": that revoked it or None, "outcome": see `erasure.revoke_export`} of each."""
+        rows = self._db.rows(
+            "SELECT path, created, q.name, outcome FROM exports e LEFT JOIN requests q USING (request) ORDER BY export"
+        )
+        return [
+            {"path": path, "created": created, "request": request, "outcome": outcome and json.loads(outcome)}
+            for path, created, request, outcome in rows
+        ]
+
+    def _checked(self, names: Sequence[str]) -> list[FoundRecord]:
+        if not names:
+            raise ValueError("ids must name at least one record, got none")
+        return self.require_live(names)
+
+    def _known_requests(self, requests: Sequence[tuple[str, Sequence[str]]]) -> set[str]:
+        """Requests that were accepted before, for the same records."""
+        ids = [request for request, _ in requests]
+        for request in ids:
+            if not isinstance(request, str) or not request or not request.isprintable():
+                raise ValueError(f"request_id must be a printable, non-empty string, got {request!r}")
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"request_id must be another one for every request, got {len(ids)} with repetitions")
+        known = {
+            name: row for name, row in self._db.rows_in("SELECT name, request FROM requests WHERE name IN ({})", ids)
+        }
+        for request, names in requests:
+            if request in known and names_digest(names) != names_digest(self._names_of(known[request])):
+                raise ValueError(f"request_id must be new for other records, got {request!r}, which is known")
+        return set(known)
+
+    def _names_of(self, request: int) -> list[str]:
+        rows = self._db.rows("SELECT name FROM records JOIN tombstones USING (record) WHERE request = ?", (request,))
+        return [name.hex() for (name,) in rows]
+
+    def _impact(self, requests: Sequence[list[FoundRecord]]) -> list[tuple[dict[str, Any], list[StageRow], list[int]]]:
+        """What requests do, one after the other: figures of the receipt, stages that end, exports that are revoked."""
+        live: dict[int, dict[tuple[int, ...], StageRow]] = {}
+        generations: dict[int, int] = {}
+        exports: dict[int, list[tuple[int, str]]] = {}
+        for stage, export, path in self._db.rows(
+            "SELECT stage, export, path FROM export_stages JOIN exports USING (export) WHERE request IS NULL"
+        ):
+            exports.setdefault(stage, []).append((export, path))
+        revoked: set[int] = set()
+        impacts = []
+        for records in requests:
+            ended: list[StageRow] = []
+            shards = []
+            for shard in sorted({record.shard for record in records}):
+                if shard not in live:
+                    live[shard] = {row.key.prefix: row for row in self.stages(shard)}
+                    generations[shard] = self.generation(shard)
+                slices = {record.slice for record in records if record.shard == shard}
+                before = self._depth(shard, live[shard])
+                hit = [row for prefix, row in live[shard].items() if not slices.isdisjoint(prefix)]
+                for row in hit:
+                    del live[shard][row.key.prefix]
+                ended += hit
+                shards.append(
+                    {
+                        "shard": shard,
+                        "generation": generations[shard],
+                        "depth_before": before,
+                        "depth_after": self._depth(shard, live[shard]) if hit else before,
+                        "stages": [row.key.name for row in hit if row.state == "trained"],
+                        "cancelled": [row.key.name for row in hit if row.state == "planned"],
+                    }
+                )
+            ours = {
+                export: path for row in ended for export, path in exports.get(row.stage, ()) if export not in revoked
+            }
+            revoked |= ours.keys()
+            figures = {
+                "records": len(records),
+                "shards": shards,
+                "stages": sum(row.state == "trained" for row in ended),
+                "cancelled": sum(row.state == "planned" for row in ended),
+                "bytes": sum(row.size for row in ended) + sum(record.size for record in records),
+                "exports": list(ours.values()),
+            }
+            impacts.append((figures, ended, list(ours)))
+        return impacts
+
+    def _depth(self, shard: int, live: Mapping[tuple[int, ...], StageRow]) -> int:
+        trained = {prefix for prefix, row in live.items() if row.state == "trained"}
+        return deepest(self.sequences[shard], trained)[1]
+
+    def _commit_tombstones(self, requests: Sequence[tuple[str, list[FoundRecord]]]) -> None:
+        received = now()
+        impacts = self._impact([records for _, records in requests])
+        for (request, records), (figures, ended, exports) in zip(requests, impacts, strict=True):
+            receipt = json.dumps({"format": FORMAT, "request": request, "received": received, **figures})
+            entry = self._audit.append(
+                "records deleted",
+                request=request,
+                records=len(records),
+                names=names_digest(record.name for record in records),
+                stages=figures["stages"],
+                receipt=hashlib.sha256(receipt.encode()).hexdigest(),
+            )
+            row = self._db.insert(
+                "INSERT INTO requests (name, receipt, audit, received) VALUES (?, ?, ?, ?)",
+                (request, receipt, entry.seq, received),
+            )
+            self._db.run_all("INSERT INTO tombstones VALUES (?, ?)", [(record.record, row) for record in records])
+            for record in records:
+                self._digests.pop((record.shard, record.slice), None)
+            self._db.run_all(
+                "UPDATE stages SET state = ?, request = ? WHERE stage = ?",
+                [("tombstoned" if stage.state == "trained" else "cancelled", row, stage.stage) for stage in ended],
+            )
+            self._db.run_all("UPDATE exports SET request = ? WHERE export = ?", [(row, export) for export in exports])
+
+    def _revoke(self, requests: Sequence[int]) -> None:
+        """Erase the exports that requests revoke."""
+        for export, path, files in list(
+            self._db.rows_in(
+                "SELECT export, path, files FROM exports WHERE outcome IS NULL AND request IN ({})", requests
+            )
+        ):
+            outcome = revoke_export(Path(path), json.loads(files))
+            with self._db.transaction("revoke"):
+                self._db.run("UPDATE exports SET outcome = ? WHERE export = ?", (json.dumps(outcome), export))
+
+    def _outcomes(self, requests: Sequence[int]) -> list[dict[str, Any]]:
+        """What became of the exports that requests revoked."""
+        rows = self._db.rows_in("SELECT outcome FROM exports WHERE request IN ({}) ORDER BY export", requests)
+        return [json.loads(outcome) for (outcome,) in rows]
+
+    def _traces(self, requests: Sequence[int]) -> list[str]:
+        """What is left of the records of erased requests."""
+        found = []
+        for (stage,) in self._db.rows_in("SELECT stage FROM stages WHERE request IN ({})", requests):
+            for row in self._stage_rows("s.stage = ? AND s.state != 'cancelled'", (stage,)):
+                if row.state != "erased" or self.path(row.key).exists():
+                    found.append(f"stage {row.key.name} must be erased, got one that is {row.state} or has a file")
+        for (name,) in self._db.rows_in(
+            "SELECT name FROM tombstones JOIN records USING (record) JOIN contents USING (record) "
+            "WHERE request IN ({}) AND (content != zeroblob(length(content)) OR digest != zeroblob(32))",
+            requests,
+        ):
+            found.append(f"record {name.hex()} must be erased, got one with a content")
+        return found
+
+    def _receipts(self, where: str = "", values: Sequence[Any] = ()) -> list[dict[str, Any]]:
+        outcomes: dict[int, list[Any]] = {}
+        for request, outcome in self._db.rows(
+            "SELECT request, outcome FROM exports WHERE outcome NOTNULL ORDER BY export"
+        ):
+            outcomes.setdefault(request, []).append(json.loads(outcome))
+        found = []
+        for row, text, seq, mac, *times in self._db.rows(
+            f"SELECT q.request, q.receipt, a.seq, a.mac, {', '.join(f'q.{state}' for state in STATES)} "
+            f"FROM requests q LEFT JOIN audit a ON a.seq = q.audit {where} ORDER BY q.request",
+            values,
+        ):
+            receipt: dict[str, Any] = json.loads(text)
+            reached = {state: time for state, time in zip(STATES, times) if time is not None}
+            state = [*reached][-1]
+            receipt |= {**reached, "state": "tombstoned" if state == "received" else state}
+            receipt |= {"revoked": outcomes.get(row, []), "audit": {"seq": seq, "mac": mac and mac.hex()}}
+            found.append(receipt)
+        return found
+
+
+def names_digest(names: Iterable[str]) -> str:
+    """sha256 over the names of records, whatever their order."""
+    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
+
+
+def _check_apart(requests: Sequence[tuple[str, list[FoundRecord]]]) -> None:
+    """Refuse requests of one call that share a record."""
+    by: dict[str, str] = {}
+    for request, records in requests:
+        for record in records:
+            if record.name in by:
+                raise ValueError(
+                    f"ids must not be in two requests, got {record.name!r} in {by[record.name]!r} and {request!r}"
+                )
+            by[record.name] = request

@@ -1,0 +1,153 @@
+"""Checking a ledger without training: everything that is wrong, by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from pymape.s3t.ledger_requests import names_digest
+from pymape.s3t.ledger_stages import deepest
+from pymape.s3t.stages import row_digest, unpack_stage
+
+if TYPE_CHECKING:
+    from pymape.s3t.ledger import Ledger
+
+__all__ = ["verify"]
+
+_PAGE = 1000  # records read at a time, so that a writer is not kept waiting
+_SETTLE_SECONDS = 1.0  # what lies around for longer is not just being written
+
+
+def verify(ledger: Ledger) -> dict[str, Any]:
+    """Check database, audit log, records, requests, stages and files.
+
+    Another process may write meanwhile: what it ends between two looks is no problem.
+
+    Args:
+        ledger: open in either mode.
+
+    Returns:
+        {"ok": bool, "problems": [sentences that name what is wrong], "checked": {what: how many}}.
+    """
+    checks: dict[str, Callable[[Ledger], tuple[int, list[str]]]] = {
+        "database_pages": _database,
+        "audit_rows": _audit,
+        "records": _records,
+        "requests": _requests,
+        "stages": _stages,
+        "files": _files,
+    }
+    problems: list[str] = []
+    checked = {}
+    for name, check in checks.items():
+        try:
+            checked[name], found = check(ledger)
+        except (ValueError, OSError) as error:
+            found = [str(error)]
+        problems += found
+    problems = list(dict.fromkeys(problems))
+    return {"ok": not problems, "problems": problems, "checked": checked}
+
+
+def _database(ledger: Ledger) -> tuple[int, list[str]]:
+    db = ledger._db
+    lines = [line for (line,) in db.rows("PRAGMA integrity_check(10)") if line != "ok"]
+    lines += [f"row {row} of {table} refers to nothing" for table, row, *_ in db.rows("PRAGMA foreign_key_check")]
+    return db.value("PRAGMA page_count"), [f"database {str(db.path)!r} is damaged: {line}" for line in lines]
+
+
+def _audit(ledger: Ledger) -> tuple[int, list[str]]:
+    return ledger._db.value("SELECT count(*) FROM audit"), ledger._audit.check_chain()
+
+
+def _records(ledger: Ledger) -> tuple[int, list[str]]:
+    """Live records hold what was added, erased ones nothing."""
+    count, last, problems = 0, 0, []
+    while rows := ledger._db.rows(
+        "SELECT record, r.name, digest, content, q.request, q.erased FROM records r LEFT JOIN contents USING (record) "
+        "LEFT JOIN tombstones USING (record) LEFT JOIN requests q USING (request) "
+        "WHERE record > ? ORDER BY record LIMIT ?",
+        (last, _PAGE),
+    ):
+        for _, name, digest, content, request, erased in rows:
+            if content is None or (request is None and row_digest(content) != digest.hex()):
+                problems.append(f"record {name.hex()} has another content than the one that was added")
+            elif erased and (any(content) or any(digest)):
+                problems.append(f"record {name.hex()} is erased, and its content is there")
+        count, last = count + len(rows), rows[-1][0]
+    return count, problems
+
+
+def _requests(ledger: Ledger) -> tuple[int, list[str]]:
+    """Requests are what the audit log says, with the same records, in the same state."""
+    problems = []
+    with ledger.snapshot():
+        logged: dict[str, dict[str, Any]] = {}
+        reached: dict[str, set[str]] = {}
+        for entry in ledger.audit_log():
+            detail = json.loads(entry.detail)
+            if entry.event == "records deleted":
+                logged[detail.get("request")] = detail
+            elif entry.event.startswith("requests "):
+                for name in detail.get("requests", []):
+                    reached.setdefault(name, set()).add(entry.event.removeprefix("requests "))
+        stored = {name: rest for name, *rest in ledger._db.rows(
+            "SELECT name, request, receipt, switched, erased, verified FROM requests"
+        )}  # fmt: skip
+        tombstones: dict[int, list[str]] = {}
+        for request, name in ledger._db.rows("SELECT request, name FROM tombstones JOIN records USING (record)"):
+            tombstones.setdefault(request, []).append(name.hex())
+    for name in logged.keys() - stored.keys():
+        problems.append(f"request {name!r} is in the audit log, and nowhere else")
+    for name, (request, receipt, *times) in stored.items():
+        detail = logged.get(name, {})
+        states = {state for state, at in zip(("switched", "erased", "verified"), times) if at}
+        if detail.get("receipt") != hashlib.sha256(receipt.encode()).hexdigest():
+            problems.append(f"request {name!r} has another receipt than the audit log says")
+        if detail.get("names") != names_digest(tombstones.get(request, [])):
+            problems.append(f"request {name!r} has other records than the audit log says")
+        if states != reached.get(name, set()):
+            problems.append(f"request {name!r} is in another state than the audit log says")
+    return len(stored), problems
+
+
+def _stages(ledger: Ledger) -> tuple[int, list[str]]:
+    """Every live stage has an intact file, made from live records, and a live parent; what is served is the deepest."""
+    problems, rows = [], ledger.stages()
+    for row in rows:
+        problem = None
+        if row.state == "trained":
+            try:
+                content, provenance = ledger.read_stage(row), ledger.provenance(row)
+                unpack_stage(content, row.sha256, provenance, name=f"stage {row.key.name}")
+                difference = ledger._difference(row, provenance)
+                problem = (
+                    difference and f"stage {row.key.name} was not made from what the ledger holds, got {difference}"
+                )
+            except ValueError as error:
+                problem = str(error)
+        chain = ledger.chain(row.key)
+        if not chain:
+            problem = f"stage {row.key.name} must have live parents, got none"
+        if problem and ledger._state(row) == row.state:  # no request has ended it meanwhile
+            problems.append(problem)
+    with ledger.snapshot():
+        waiting = ledger._db.value("SELECT count(*) FROM requests WHERE switched IS NULL")
+        for shard, chain in enumerate(ledger.serving()):
+            best = deepest(ledger.sequences[shard], ledger._trained(shard))[1]
+            if len(chain) != best and not waiting:
+                problems.append(f"shard {shard} must serve depth {best}, got {len(chain)}")
+    return len(rows), problems
+
+
+def _files(ledger: Ledger) -> tuple[int, list[str]]:
+    """No file is left over, and no stage of a met request has one."""
+    found = ledger._orphans()
+    if found:
+        time.sleep(_SETTLE_SECONDS)
+        found = [name for name in ledger._orphans() if name in found]
+    count = sum(row.state == "trained" for row in ledger.stages())
+    return count, [f"file {str(ledger.folder / name)!r} belongs to nothing" for name in found]
