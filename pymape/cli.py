@@ -17,9 +17,13 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from pymape import __version__
 from pymape.config import DemoConfig, UnlearnConfig
+from pymape.metrics.command import EvaluateConfig
+from pymape.s3t.commands import COMMANDS, run_command
+from pymape.s3t.config import S3TConfig, S3TDemoConfig
 
 __all__ = ["main"]
 
+_FOUND_WRONG = 1
 _FAILED = 2
 _INTERRUPTED = 130
 _SHORT = {"--forget-ids": "--data.forget", "--request-id": "--request_id"}
@@ -43,22 +47,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: command line without the program's name; default: that of the process.
 
     Returns:
-        Exit code: 0, 2 after bad input (reported in one line on stderr), 130 after an interruption (Ctrl-C or SIGTERM).
+        Exit code: 0, 1 where a check found something wrong, 2 after bad input (reported in one line on stderr), 130
+        after an interruption (Ctrl-C or SIGTERM).
     """
     words = _with_lists(list(sys.argv[1:] if arguments is None else arguments))
     # `pymape unlearn CONFIG.yaml` is short for `pymape unlearn --config CONFIG.yaml`.
-    if len(words) > 1 and words[0] in ("demo", "unlearn") and not words[1].startswith("-"):
+    if len(words) > 1 and words[0] in ("demo", "unlearn", "evaluate") and not words[1].startswith("-"):
         words.insert(1, "--config")
     try:
         with _terminable():
-            _run(_parser().parse_args(_with_session(words)))
+            return _run(_parser().parse_args(_with_session(words)))
     except (ArgumentError, ValueError, OSError, ImportError) as error:
         print(f"pymape: error: {_one_line(error)}", file=sys.stderr)
         return _FAILED
     except KeyboardInterrupt:
         print("pymape: interrupted", file=sys.stderr)
         return _INTERRUPTED
-    return 0
 
 
 @contextmanager
@@ -74,13 +78,19 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _run(options: Namespace) -> None:
+def _run(options: Namespace) -> int:
+    if options.subcommand == "s3t":
+        return _run_s3t(options.s3t)
     if options.subcommand == "demo":
         from pymape.demo import run_demo
 
         run_demo(_built(DemoConfig, options.demo))
     elif options.subcommand == "unlearn":
         _unlearn(_built(UnlearnConfig, options.unlearn))
+    elif options.subcommand == "evaluate":
+        from pymape.metrics.command import run_evaluate
+
+        run_evaluate(_built(EvaluateConfig, options.evaluate))
     elif options.subcommand == "session":
         from pymape.session import UnlearnSession
 
@@ -95,6 +105,21 @@ def _run(options: Namespace) -> None:
         print(masks.summary())
         if show.plot is not None:
             masks.plot(show.plot)
+    return 0
+
+
+def _run_s3t(options: Namespace) -> int:
+    name = options.subcommand
+    values = {key: value for key, value in vars(options[name]).items() if key != "config"}
+    as_json = values.pop("json")
+    if name == "demo":
+        from pymape.s3t.demo import run_s3t_demo
+
+        run_s3t_demo(S3TDemoConfig(**values), as_json=as_json)
+        return 0
+    if name == "init":
+        values = {"folder": values["folder"], "config": _built(S3TConfig, options[name])}
+    return 0 if run_command(name, values, as_json=as_json) else _FOUND_WRONG
 
 
 def _unlearn(config: UnlearnConfig) -> None:
@@ -124,7 +149,13 @@ def _with_lists(words: list[str]) -> list[str]:
 
 
 def _with_session(words: list[str]) -> list[str]:
-    """The command line with a session's short options written out and its stored options put first."""
+    """The command line with short options written out and a session's stored options put first."""
+    if words[:1] == ["s3t"]:
+        split = (word.partition("=") for word in words)
+        return [
+            (name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name) + sign + value
+            for name, sign, value in split
+        ]
     if not words or words[0] != "unlearn":
         return words
     words = [_SHORT.get(name, name) + sign + value for name, sign, value in (word.partition("=") for word in words)]
@@ -146,6 +177,7 @@ def _parser() -> ArgumentParser:
     for name, config, text in (
         ("demo", DemoConfig, "unlearn scikit-learn's digits and compare with retraining"),
         ("unlearn", UnlearnConfig, "unlearn records of your own data from your own model"),
+        ("evaluate", EvaluateConfig, "measure an unlearned model and keep every record's scores"),
     ):
         command = ArgumentParser(description=f"{text[0].upper()}{text[1:]}.", exit_on_error=False)
         command.add_argument("--config", action="config", help="YAML file of options; flags after it override it.")
@@ -162,7 +194,32 @@ def _parser() -> ArgumentParser:
     show = ArgumentParser(description="Check a session's files and list its requests.", exit_on_error=False)
     show.add_argument("folder", help="Folder given as --session to pymape unlearn.")
     session.add_subcommands(required=True).add_subcommand("show", show, help="check its files and list its requests")
+    s3t = ArgumentParser(description="Exact unlearning: train in slices, delete by switching off.", exit_on_error=False)
+    commands.add_subcommand("s3t", s3t, help="exact unlearning: train in slices, delete by switching off")
+    _add_s3t(s3t)
     return parser
+
+
+def _add_s3t(parser: ArgumentParser) -> None:
+    commands = parser.add_subcommands(required=True)
+    for name, function in COMMANDS.items():
+        text = (function.__doc__ or "").split("\n")[0]
+        command = ArgumentParser(description=text, exit_on_error=False)
+        command.add_argument("folder", help="The system's folder.")
+        if name == "init":
+            command.add_argument("--config", action="config", help="YAML file of options; flags after it override it.")
+            command.add_class_arguments(S3TConfig)
+        else:
+            command.add_function_arguments(function, skip={"folder", "replay"})
+        if name == "verify":
+            replay = "Also train one served stage again and compare bit by bit."
+            command.add_argument("--replay", action="store_true", help=replay)
+        command.add_argument("--json", action="store_true", help="Print JSON.")
+        commands.add_subcommand(name, command, help=text.rstrip(".").lower())
+    demo = ArgumentParser(description="Train, delete until a shard dies, compare with SISA.", exit_on_error=False)
+    demo.add_class_arguments(S3TDemoConfig)
+    demo.add_argument("--json", action="store_true", help="Print JSON.")
+    commands.add_subcommand("demo", demo, help="train, delete until a shard dies, compare with SISA")
 
 
 def _built(config: Any, options: Namespace) -> Any:

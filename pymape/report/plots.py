@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from pymape.masks import ModuleMasks
 
-__all__ = ["bars", "histograms", "mask_picture"]
+__all__ = ["bars", "histograms", "lines", "mask_picture"]
 
 _INK = "#010203"  # stands for the page's text colour until the markup exists
 _COLORS = ("#2f8fc4", "#e0812b", "#4aa564", "#b365b0")
@@ -101,6 +101,35 @@ def bars(groups: Mapping[str, Mapping[str, list[float]]], label: str) -> str:
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
         axis.legend(frameon=False, ncols=len(methods))
+        return _svg(figure)
+
+
+def lines(panels: Mapping[str, Mapping[str, Sequence[float | None]]], label: str, *, steps: bool = False) -> str:
+    """Side-by-side curves over a common axis that counts from 0.
+
+    Args:
+        panels: name of a vertical axis to {name of a curve: values at 0, 1, 2, ...; None where it has ended}.
+        label: name of the horizontal axis.
+        steps: draw steps instead of straight lines between the values.
+
+    Returns:
+        SVG markup.
+    """
+    from matplotlib.figure import Figure
+
+    with _style():
+        figure = Figure(figsize=(10.5, 3.2), layout="constrained")
+        axes = np.atleast_1d(figure.subplots(1, len(panels)))
+        for axis, (title, curves) in zip(axes, panels.items(), strict=True):
+            for color, (name, values) in zip(_COLORS, curves.items(), strict=False):
+                places = [place for place, value in enumerate(values) if value is not None]
+                kept = [value for value in values if value is not None]
+                axis.plot(places, kept, color=color, linewidth=1.8, drawstyle="steps-post" if steps else "default")
+                if places:
+                    axis.plot(places[-1:], kept[-1:], "o", color=color, markersize=5, label=name)
+            axis.set(title=title, xlabel=label)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        axes[0].legend(frameon=False, fontsize="small")
         return _svg(figure)
 
 

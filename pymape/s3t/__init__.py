@@ -1,4 +1,4 @@
-"""S3T: exact unlearning by construction. A deletion switches adapters off; nothing that learned from the record is left."""
+"""S3T: exact unlearning by construction. A deletion switches off every adapter that learned from the record."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,10 @@ class SlicedAdapters:
         self._names_in_layer = [names[module].removeprefix(f"{top}.") for module in modules[-1]]
         self._fan_in_fan_out = any(hasattr(module, "nf") for module in modules[-1])  # GPT-2's Conv1D
         everything = [name for group in self._targets for name in group]
-        self.model = get_peft_model(model, self._lora_config(target_modules=everything))
+        # PEFT draws beginnings that `grow` replaces, and calls what transformers is going to rename.
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            self.model = get_peft_model(model, self._lora_config(target_modules=everything))
         self.base = self.model.get_base_model()
         self._lora_layers = {name: self.base.get_submodule(name) for name in everything}
         self._base_head = {name: value.clone() for name, value in self._head().items()}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["LoraConfig", "S3TConfig", "SequenceMethod", "StageConfig"]
+__all__ = ["EngineName", "LoraConfig", "S3TConfig", "S3TDemoConfig", "SequenceMethod", "StageConfig"]
 
+EngineName = Literal["local", "inline", "ray"]
 SequenceMethod = Literal["chain-cover", "cyclic", "matching", "conditional", "random"]
 
 
@@ -18,7 +19,7 @@ class LoraConfig:
         r: rank.
         alpha: the update is scaled by alpha / r, or alpha / sqrt(r) with rslora.
         rslora: rank-stabilised scaling.
-        targets: "qv" (query and value projections), "attention" (all four) or "all" (those of the feed-forward network too).
+        targets: "qv" (query and value projections), "attention" (all four) or "all" (the feed-forward network's too).
         dropout: on the input of the adapters, in training.
     """
 
@@ -57,7 +58,8 @@ class S3TConfig:
     """An S3T system.
 
     Args:
-        model: Hugging Face model folder of the frozen base, with its task head.
+        model: Hugging Face model folder of the frozen base.
+        labels: number of classes of a new task head; default: the model brings its own head.
         shards: m, number of parts of the data that train models of their own.
         slices: L, number of parts of a shard that are switched off one by one.
         sequences: B, number of slice orders that every shard trains; default: as many as a chain cover has,
@@ -71,6 +73,7 @@ class S3TConfig:
     """
 
     model: str
+    labels: int | None = None
     shards: int = 3
     slices: int = 4
     sequences: int | None = None
@@ -79,4 +82,31 @@ class S3TConfig:
     layers_per_slice: int | None = None
     lora: LoraConfig = field(default_factory=LoraConfig)
     stage: StageConfig = field(default_factory=StageConfig)
+    seed: int = 0
+
+
+@dataclass
+class S3TDemoConfig:
+    """The S3T demo on scikit-learn's digits.
+
+    Args:
+        output: folder of the report and the systems.
+        methods: ways of choosing sequences that are compared with SISA.
+        shards: m.
+        slices: L.
+        budget: B, sequences of every shard, for all methods alike.
+        epochs: of a stage.
+        base_epochs: of the base model, on records that are in no system.
+        workers: processes that train.
+        seed: of everything random.
+    """
+
+    output: str = "runs/s3t-demo"
+    methods: list[Literal["chain-cover", "cyclic"]] = field(default_factory=lambda: ["chain-cover", "cyclic"])
+    shards: int = 3
+    slices: int = 4
+    budget: int = 6
+    epochs: int = 8
+    base_epochs: int = 40
+    workers: int = 2
     seed: int = 0

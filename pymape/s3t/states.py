@@ -54,7 +54,10 @@ class StageStates:
 
     def prepare(self) -> None:
         """Compute the states of all records that have none yet."""
-        missing = [row for row in range(len(self._records)) if not self._has(row)]
+        missing: list[int] = []
+        for batch in torch.arange(len(self._records)).split(self._batch_size):
+            if not self._has(batch):  # one look is enough where nothing is missing
+                missing += [int(row) for row in batch if not self._has(row[None])]
         for start in range(0, len(missing), self._batch_size):
             records, inputs = self.batch(
                 full_batch(torch.tensor(missing[start : start + self._batch_size]), self._batch_size)
@@ -102,9 +105,9 @@ class StageStates:
                 "batch, got cached states with other bits than the plain pass"
             )
 
-    def _has(self, row: int) -> bool:
+    def _has(self, rows: Tensor) -> bool:
         try:
-            self._levels[-1].states(*self.batch(torch.tensor([row])))
+            self._levels[-1].states(*self.batch(rows))
         except _MissingError:
             return False
         return True

@@ -263,8 +263,10 @@ def _surroundings(threads: int) -> Iterator[None]:
         torch.set_float32_matmul_precision("highest")
         torch.set_default_dtype(torch.float32)
         with contextlib.ExitStack() as stack:
-            for mode in (*modes, torch.device("cpu"), torch.random.fork_rng(devices=[])):
+            for mode in (*modes, torch.random.fork_rng(devices=[])):
                 stack.enter_context(mode)
+            if torch.get_default_device().type != "cpu":
+                stack.enter_context(torch.device("cpu"))  # not always: it costs time in every operation
             yield
     finally:
         torch.set_num_threads(before[0])

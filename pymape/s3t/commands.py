@@ -1,0 +1,236 @@
+"""What `pymape s3t ...` runs: one function a command; its parameters are the command's options."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pymape.s3t.config import EngineName, S3TConfig
+
+__all__ = ["COMMANDS", "run_command"]
+
+
+def init(folder: str, config: S3TConfig) -> dict[str, Any]:
+    """Make a system: fixes the base model, the shards, slices and sequences.
+
+    Args:
+        folder: a new or empty folder.
+        config: options of the system.
+    """
+    from pymape.s3t.system import S3T
+
+    with S3T.create(folder, config) as system:
+        return system.status()
+
+
+def ingest(
+    folder: str,
+    data: str,
+    id_column: str = "id",
+    subject_column: str | None = None,
+    text_column: str = "text",
+    text_pair_column: str | None = None,
+    label_column: str = "label",
+) -> dict[str, Any]:
+    """Put records into their slices.
+
+    Args:
+        folder: the system's folder.
+        data: csv, tsv, json, jsonl or parquet file. Vision models read `pixel_values`, nested lists [C, H, W].
+        id_column: column of unique ids.
+        subject_column: column of the person a record is about; one person's records share a slice.
+        text_column: column of the text.
+        text_pair_column: column of a second text.
+        label_column: column of the labels; ignored by language models.
+    """
+    from pymape.s3t.system import S3T
+    from pymape.s3t.tables import Columns, read_records
+
+    columns = Columns(text_column, text_pair_column, label_column, id_column, subject_column)
+    with S3T(folder) as system:
+        return system.ingest(read_records(data, system.config, columns))
+
+
+def train(
+    folder: str,
+    engine: EngineName = "local",
+    workers: int | None = None,
+    address: str | None = None,
+    cache: bool = True,
+) -> dict[str, Any]:
+    """Train every stage that is missing.
+
+    Args:
+        folder: the system's folder.
+        engine: "local" worker processes, "inline" in this process, or "ray".
+        workers: stages trained at the same time; default: as many as there are CPUs.
+        address: of a Ray cluster; default: one is started here.
+        cache: keep hidden states of frozen layers on disk while training.
+    """
+    from pymape.s3t.system import S3T
+
+    with S3T(folder) as system:
+        return system.train(engine=engine, workers=workers, address=address, cache=cache)
+
+
+def repair(
+    folder: str,
+    engine: EngineName = "local",
+    workers: int | None = None,
+    address: str | None = None,
+    cache: bool = True,
+) -> dict[str, Any]:
+    """Train the stages that deletions switched off anew, on the records that are left.
+
+    Args:
+        folder: the system's folder.
+        engine: "local" worker processes, "inline" in this process, or "ray".
+        workers: stages trained at the same time; default: as many as there are CPUs.
+        address: of a Ray cluster; default: one is started here.
+        cache: keep hidden states of frozen layers on disk while training.
+    """
+    from pymape.s3t.system import S3T
+
+    with S3T(folder) as system:
+        return system.repair(engine=engine, workers=workers, address=address, cache=cache)
+
+
+def status(folder: str) -> dict[str, Any]:
+    """Show records, stages, depth of every shard and requests.
+
+    Args:
+        folder: the system's folder.
+    """
+    from pymape.s3t.system import S3T
+
+    return S3T(folder, read_only=True).status()
+
+
+def plan(folder: str, ids: str | None = None, subjects: str | None = None) -> dict[str, Any]:
+    """Show what a deletion would do, without doing it.
+
+    Args:
+        folder: the system's folder.
+        ids: file of the ids of records, one a line.
+        subjects: file of the ids of subjects, one a line: all records of these people.
+    """
+    from pymape.s3t.system import S3T
+
+    return S3T(folder, read_only=True).plan(_listed(ids, "ids"), subjects=_listed(subjects, "subjects"))
+
+
+def delete(folder: str, request_id: str, ids: str | None = None, subjects: str | None = None) -> dict[str, Any]:
+    """Delete records: switch off and erase everything that was trained on them.
+
+    Args:
+        folder: the system's folder.
+        request_id: your name of the request; repeating it is harmless.
+        ids: file of the ids of records, one a line.
+        subjects: file of the ids of subjects, one a line: all records of these people.
+    """
+    from pymape.s3t.system import S3T
+
+    with S3T(folder) as system:
+        return system.delete(_listed(ids, "ids"), request_id, subjects=_listed(subjects, "subjects"))
+
+
+def verify(folder: str, replay: bool = False) -> dict[str, Any]:
+    """Check audit chain, files and provenance.
+
+    Args:
+        folder: the system's folder.
+        replay: also train one served stage again and compare bit by bit.
+    """
+    from pymape.s3t.system import S3T
+
+    with S3T(folder) as system:
+        return system.verify(replay=replay)
+
+
+def forecast(folder: str, rate: float | None = None) -> dict[str, Any]:
+    """Say how many more requests the system can take.
+
+    Args:
+        folder: the system's folder.
+        rate: requests a day; default: what the ledger has seen.
+    """
+    from pymape.s3t.system import S3T
+
+    return S3T(folder, read_only=True).forecast(rate)
+
+
+def export(folder: str, output: str) -> dict[str, Any]:
+    """Write the served shards as PEFT adapters that load without pymape.
+
+    Args:
+        folder: the system's folder.
+        output: a new or empty folder. A later deletion revokes what it concerns there.
+    """
+    from pymape.s3t.system import S3T
+
+    with S3T(folder) as system:
+        return {"output": output, "files": system.export(output)}
+
+
+def evaluate(
+    folder: str,
+    data: str,
+    combination: Literal["mean", "vote", "size"] = "mean",
+    id_column: str | None = None,
+    text_column: str = "text",
+    text_pair_column: str | None = None,
+    label_column: str = "label",
+    batch_size: int = 32,
+) -> dict[str, Any]:
+    """Measure the ensemble and every shard on records that are in no slice.
+
+    Args:
+        folder: the system's folder.
+        data: file of the records, as for ingest.
+        combination: how the shards' answers are combined.
+        id_column: column of ids, where there is one.
+        text_column: column of the text.
+        text_pair_column: column of a second text.
+        label_column: column of the labels.
+        batch_size: records a forward pass.
+    """
+    from pymape.s3t.system import S3T
+    from pymape.s3t.tables import Columns, read_records
+
+    system = S3T(folder, read_only=True)
+    records = read_records(data, system.config, Columns(text_column, text_pair_column, label_column, id_column))
+    return system.evaluate(records, combination=combination, batch_size=batch_size)
+
+
+COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
+    function.__name__: function
+    for function in (init, ingest, train, status, plan, delete, repair, verify, forecast, export, evaluate)
+}
+
+
+def run_command(name: str, options: dict[str, Any], *, as_json: bool = False) -> bool:
+    """Run a command and print what it returns.
+
+    Args:
+        name: a key of `COMMANDS`.
+        options: its arguments.
+        as_json: print JSON instead of text.
+
+    Returns:
+        False where it found something wrong (`verify`).
+    """
+    found = COMMANDS[name](**options)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        from pymape.s3t.text import describe
+
+        print(describe(name, found))
+    return bool(found.get("ok", True))
+
+
+def _listed(path: str | None, argument: str) -> list[str]:
+    from pymape.data import load_ids
+
+    return [] if path is None else load_ids(path, argument=argument)

@@ -1,0 +1,501 @@
+"""An S3T system in a folder: data in slices, stages trained top-down, deletions that switch stages off for good."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from pymape.batching import bare_record
+from pymape.s3t.adapters import SlicedAdapters, base_hash, load_base
+from pymape.s3t.config import EngineName, LoraConfig, S3TConfig, StageConfig
+from pymape.s3t.engine import Engine, make_engine
+from pymape.s3t.ensemble import Combination, Ensemble
+from pymape.s3t.export import export_ensemble
+from pymape.s3t.ledger import Ledger, RecordRow, StageRow
+from pymape.s3t.partition import place, record_name, subject_name
+from pymape.s3t.rows import RecordCheck
+from pymape.s3t.sequences import choose_sequences
+from pymape.s3t.stages import Provenance, unpack_stage
+from pymape.s3t.training import StageJob, config_digest, stage_seed, train_stage
+
+__all__ = ["S3T"]
+
+CACHE = "cache"
+
+
+class S3T:
+    """A data set, the stages trained on it and the requests to delete from it, kept in one folder.
+
+    One process writes at a time. A crash at any point leaves the state before an operation or after it; what a request
+    left to do is finished when the folder is opened next. Deletions are accepted while `train` runs in another thread.
+
+    Args:
+        folder: the system's folder; `S3T.create` makes one.
+        read_only: look only: takes no lock and finishes nothing.
+
+    Raises:
+        ValueError: no system there, another process writing it, or a file that is missing or damaged.
+
+    Example:
+        with S3T.create("system", S3TConfig("my-model", shards=3, slices=4)) as system:
+            system.ingest(records)  # dicts as you would train on, each with an id
+            system.train(workers=2)
+            receipt = system.delete(["17", "204"], request_id="2026-001")
+            model = system.ensemble()  # what is left, as one model
+
+    Source: S3T (arXiv 2406.16257); docs/s3t.md says what is exact and what is not.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, read_only: bool = False) -> None:
+        self._open(Ledger(folder, "read" if read_only else "write"))
+
+    def _open(self, ledger: Ledger) -> None:
+        self.folder, self._ledger = Path(ledger.folder), ledger
+        settings = dict(ledger.settings)
+        lora, stage = LoraConfig(**settings.pop("lora")), StageConfig(**settings.pop("stage"))
+        self.config = S3TConfig(**settings, lora=lora, stage=stage)
+
+    @classmethod
+    def create(cls, folder: str | os.PathLike[str], config: S3TConfig) -> S3T:
+        """Make a system; the options, the base model's hash and the sequences are fixed from here on.
+
+        Args:
+            folder: a new or empty folder.
+            config: its options.
+
+        Raises:
+            ValueError: an option out of range, a base model that cannot be used, or a folder in use.
+        """
+        _check(config)
+        budget = math.comb(config.slices, config.slices // 2) if config.sequences is None else config.sequences
+        sequences = choose_sequences(config.method, config.slices, budget, prior=config.prior, seed=config.seed)
+        model = os.path.abspath(config.model) if os.path.isdir(config.model) else config.model
+        base = load_base(model, config.labels)
+        digest = base_hash(base)
+        size = SlicedAdapters(base, config).layers_per_slice  # refuses what cannot be trained
+        config = dataclasses.replace(config, model=model, sequences=len(sequences), layers_per_slice=size)
+        ledger = Ledger.create(
+            folder, settings=dataclasses.asdict(config), base=digest, sequences=[sequences] * config.shards
+        )
+        system = cls.__new__(cls)
+        system._open(ledger)
+        return system
+
+    def __enter__(self) -> S3T:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes write the system."""
+        self._ledger.close()
+
+    def ingest(self, records: Iterable[Mapping[str, Any]], *, progress: bool | None = None) -> dict[str, int]:
+        """Add records, each to the slice that a keyed hash of its id names.
+
+        Args:
+            records: dicts as the model is trained on (input_ids, labels, ... or pixel_values, labels), each with a
+                unique `id` and optionally a `subject`, the person it is about: one subject's records share a slice.
+            progress: show a progress bar; default: on a terminal.
+
+        Returns:
+            Number of records "added" and of those "already there" (ingesting the same data twice is harmless).
+
+        Raises:
+            ValueError: a record without an id, an id repeated, deleted or known with another content, a record that the
+                model cannot be trained on, or stages trained already. Nothing is added then.
+        """
+        rows = self._rows(
+            tqdm(records, desc="ingest", unit="record", disable=None if progress is None else not progress)
+        )
+        added, there = self._ledger.add_records(rows)
+        return {"added": added, "already_there": there}
+
+    def train(
+        self,
+        *,
+        engine: EngineName | Engine = "local",
+        workers: int | None = None,
+        address: str | None = None,
+        cache: bool = True,
+        progress: bool | None = None,
+    ) -> dict[str, Any]:
+        """Train every stage that is missing.
+
+        Args:
+            engine: "local" (worker processes), "inline" (this process), "ray", or an engine of your own.
+            workers: stages trained at the same time; default: as many as there are CPUs.
+            address: of the Ray cluster; default: one started for this training.
+            cache: keep hidden states of the frozen layers below a stage on disk (same bits, less time). Under Ray only
+                with an engine of your own that says that its nodes share the folder.
+            progress: show a progress bar; default: on a terminal.
+
+        Returns:
+            Number of stages "trained", and of those "discarded" because a request deleted their records meanwhile.
+
+        Raises:
+            ValueError: a slice without records, a base model that has changed, or a stage whose training failed; all
+                that finished before is kept.
+        """
+        empty = [(m, s) for m, row in enumerate(self._ledger.counts()) for s, n in enumerate(row) if n == 0]
+        if empty and not self._ledger.deleted:
+            raise ValueError(
+                f"records must fill every slice, got none in slice {empty[0][1]} of shard {empty[0][0]} "
+                f"({len(empty)} of {self.config.shards * self.config.slices} are empty): use fewer shards or slices"
+            )
+        self._ledger.plan()
+        return self._run(engine, workers, address, cache, progress)
+
+    def repair(
+        self,
+        *,
+        engine: EngineName | Engine = "local",
+        workers: int | None = None,
+        address: str | None = None,
+        cache: bool = True,
+        progress: bool | None = None,
+    ) -> dict[str, Any]:
+        """Train what deletions have switched off anew, as a new generation, on the records that are left.
+
+        Args and Returns: as `train`.
+        """
+        self._ledger.repair()
+        return self._run(engine, workers, address, cache, progress)
+
+    def plan(self, ids: Sequence[str] = (), *, subjects: Sequence[str] = ()) -> dict[str, Any]:
+        """What `delete` would do, without doing it.
+
+        Returns:
+            Affected shards and stages, depth of each affected shard before and after, bytes to erase.
+
+        Raises:
+            ValueError: as `delete`.
+        """
+        return self._ledger.plan_deletion(self._names(ids, subjects))
+
+    def delete(
+        self, ids: Sequence[str] = (), request_id: str = "", *, subjects: Sequence[str] = (), finish: bool = True
+    ) -> dict[str, Any]:
+        """Delete records: durably switch off, then erase, everything that was trained on them.
+
+        Args:
+            ids: of the records.
+            request_id: the caller's name of the request; the same name with the same records gives the same receipt.
+            subjects: people (or other subjects) all of whose records are deleted too.
+            finish: erase before returning. False returns as soon as the request is durable and the stages are out of
+                service; `finish` or the next opening does the rest.
+
+        Returns:
+            The receipt.
+
+        Raises:
+            ValueError: an id that is unknown, repeated or deleted already, or a request id used for other records.
+                Nothing changes then.
+        """
+        names = self._names(ids, subjects, request_id)
+        if not names:  # a request that is known: everybody's records are gone already
+            return self._ledger.receipt(request_id)
+        return self.delete_batch({request_id: names}, names=True, finish=finish)[0]
+
+    def delete_batch(
+        self, requests: Mapping[str, Sequence[str]], *, names: bool = False, finish: bool = True
+    ) -> list[dict[str, Any]]:
+        """Accept several requests in one durable step: all of them or none.
+
+        Args:
+            requests: request id -> ids of the records.
+            names: the records are given by their keyed names (`name_of`), not by their ids.
+            finish: as `delete`.
+
+        Returns:
+            The receipts, in order.
+        """
+        named = [(name, list(ids) if names else self._names(ids, (), name)) for name, ids in requests.items()]
+        receipts = self._ledger.tombstone(named)
+        if finish:
+            self.finish()
+            receipts = [self._ledger.receipt(name) for name in requests]
+        return receipts
+
+    def finish(self) -> None:
+        """Take every accepted request through switching, erasure and verification."""
+        self._ledger.finish()
+
+    def receipt(self, request_id: str) -> dict[str, Any]:
+        """The receipt of a request, in its present state.
+
+        Raises:
+            ValueError: no such request.
+        """
+        return self._ledger.receipt(request_id)
+
+    def name_of(self, identifier: str) -> str:
+        """The keyed name under which the ledger knows a record."""
+        return record_name(self._ledger.key, str(identifier).strip())
+
+    def status(self) -> dict[str, Any]:
+        """Records, stages, depth of every shard and requests, as JSON-able figures."""
+        serving, counts = self._ledger.serving(), self._ledger.counts()
+        states: dict[str, int] = {}
+        for request in self._ledger.requests():
+            states[request["state"]] = states.get(request["state"], 0) + 1
+        return {
+            "folder": str(self.folder),
+            "model": self.config.model,
+            "layers_per_slice": self.config.layers_per_slice,
+            "slices": self.config.slices,
+            "sequences": [list(sequence) for sequence in self._ledger.sequences[0]],
+            "stages": self._ledger.stage_counts(),
+            "requests": states,
+            "shards": [
+                {
+                    "shard": shard,
+                    "records": sum(counts[shard]),
+                    "records_by_slice": counts[shard],
+                    "depth": len(chain),
+                    "serving": list(chain[-1].key.prefix) if chain else [],
+                    "generation": self._ledger.generation(shard),
+                }
+                for shard, chain in enumerate(serving)
+            ],
+        }
+
+    def forecast(self, rate: float | None = None, **options: Any) -> dict[str, Any]:
+        """How many more requests the system can take, from its own ledger.
+
+        Args:
+            rate: requests a day; default: the observed rate, where at least two requests were made.
+            options: of `pymape.s3t.theory.forecast`.
+        """
+        from pymape.s3t.theory import forecast
+
+        rate = self._ledger.request_rate() if rate is None else rate
+        return forecast(self._ledger.live_prefixes(), self._ledger.counts(), rate=rate, **options)
+
+    def verify(self, *, replay: bool = False) -> dict[str, Any]:
+        """Check everything that can be checked.
+
+        Audit chain, database, checksum and provenance of every stage file, agreement of provenance with the records
+        that are left, absence of deleted records and of files that nothing refers to.
+
+        Args:
+            replay: also train one served stage again and compare bit by bit.
+
+        Returns:
+            {"ok": bool, "problems": [sentences], "checked": {...}}.
+        """
+        report = self._ledger.verify()
+        if replay:
+            report["checked"]["replayed"], problem = self._replay()
+            report["problems"] += [problem] if problem else []
+            report["ok"] = not report["problems"]
+        return report
+
+    def chains(self) -> dict[int, list[dict[str, Any]]]:
+        """Tensors of the served stages of every live shard, root first; damaged or tombstoned ones are refused."""
+        return {
+            shard: [unpack_stage(self._ledger.read_stage(row), row.sha256, name=row.key.name)[0] for row in chain]
+            for shard, chain in enumerate(self._ledger.serving())
+            if chain
+        }
+
+    def ensemble(self, combination: Combination = "mean") -> Ensemble:
+        """The live shards as one model.
+
+        Args:
+            combination: "mean" of logits (of token probabilities for language models), "vote", or "size": mean weighted
+                by the records that a shard's served stages were trained on.
+
+        Raises:
+            ValueError: every shard is dead, or a stage file is damaged.
+        """
+        return Ensemble(
+            self.config.model, self.config, self.chains(), combination=combination, sizes=self._served_records()
+        )
+
+    def evaluate(
+        self, records: Sequence[Mapping[str, Any]], *, combination: Combination = "mean", batch_size: int = 32
+    ) -> dict[str, Any]:
+        """Accuracy of the ensemble and of every live shard on records that are in no slice.
+
+        Args:
+            records: as for `ingest`; ids are optional.
+            combination: as `ensemble`.
+            batch_size: records a forward pass.
+        """
+        model = self.ensemble(combination)
+        scores = model.score(records, batch_size=batch_size)
+        return {"records": len(records), "combination": combination, "live_shards": list(model.shards), **scores}
+
+    def export(self, folder: str | os.PathLike[str]) -> list[dict[str, str]]:
+        """Write what is served as PEFT adapters that load without pymape; a later deletion revokes them.
+
+        Args:
+            folder: a new or empty folder.
+
+        Returns:
+            One {"file", "sha256"} for every file.
+        """
+        stages = [row.key for chain in self._ledger.serving() for row in chain]
+        return export_ensemble(
+            folder,
+            self.config,
+            self.chains(),
+            sizes=self._served_records(),
+            record=lambda files: self._ledger.record_export(folder, files, stages),
+        )
+
+    def _run(
+        self, engine: EngineName | Engine, workers: int | None, address: str | None, cache: bool, progress: bool | None
+    ) -> dict[str, Any]:
+        done = {"trained": 0, "discarded": 0}
+        failure: BaseException | None = None
+        own = isinstance(engine, str)
+        chosen = make_engine(engine, workers=workers, address=address) if isinstance(engine, str) else engine
+        folder = str(self.folder / CACHE) if cache and chosen.reaches_cache else None
+        submitted: set[Any] = set()
+        total = self._ledger.stage_counts().get("planned", 0)
+        bar = tqdm(total=total, desc="train", unit="stage", disable=None if progress is None else not progress)
+        try:
+            while True:
+                # No job is made before a worker is free: a request may delete its records meanwhile.
+                for row in [] if failure else self._ledger.runnable():
+                    if chosen.pending >= chosen.workers:
+                        break
+                    if row.key not in submitted:
+                        submitted.add(row.key)
+                        job = self._job(row, folder)
+                        if job is not None:
+                            chosen.submit(job)
+                if not chosen.pending:
+                    break
+                job, result = chosen.wait()
+                bar.update()
+                if isinstance(result, BaseException):
+                    failure = failure or result
+                else:
+                    landed = self._ledger.land(job.provenance.key, result)
+                    done["trained" if landed else "discarded"] += 1
+        finally:
+            bar.close()
+            if own:
+                chosen.close()
+        if failure is not None:
+            raise failure
+        return done
+
+    def _job(self, row: StageRow, cache: str | None) -> StageJob | None:
+        """What trains a stage; None where a request has deleted one of its records since it was found runnable."""
+        with self._ledger.snapshot():
+            chain = self._ledger.chain(row.key)
+            if not chain:
+                return None
+            parents = chain[:-1]
+            provenance = Provenance(
+                key=row.key,
+                base=self._ledger.base,
+                config=config_digest(self.config),
+                seed=stage_seed(self.config.seed, row.key),
+                parent=parents[-1].sha256 if parents else None,
+                records={part: self._ledger.slice_digest(row.key.shard, part) for part in row.key.prefix},
+            )
+            return StageJob(
+                config=self.config,
+                provenance=provenance,
+                parents=tuple(self._ledger.read_stage(parent) for parent in parents),
+                rows=tuple(tuple(self._ledger.records(row.key.shard, [part])) for part in row.key.prefix),
+                cache=cache,
+            )
+
+    def _replay(self) -> tuple[str | None, str | None]:
+        """Name of the stage that was trained again, and what is wrong with it."""
+        chain = max(self._ledger.serving(), key=len)
+        if not chain:
+            return None, None
+        name, content = chain[-1].key.name, self._ledger.read_stage(chain[-1])
+        job = self._job(chain[-1], None)
+        if job is None:
+            return None, None
+        again = train_stage(job)
+        before, after = unpack_stage(content)[1].environment, unpack_stage(again)[1].environment
+        if before != after:
+            other = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+            return name, f"stage {name} cannot be compared: it was trained with another {', '.join(other)}"
+        return name, None if again == content else f"stage {name} differs from what its records give when trained again"
+
+    def _rows(self, records: Iterable[Mapping[str, Any]]) -> Iterable[RecordRow]:
+        check, seen = RecordCheck(self.config), set()
+        for number, record in enumerate(records, start=1):
+            identifier = str(record.get("id", "")).strip()
+            if not identifier:
+                raise ValueError(f"records must each have an id, got none in record {number}")
+            if identifier in seen:
+                raise ValueError(f"records must not repeat an id, got {identifier!r} again in record {number}")
+            seen.add(identifier)
+            subject = str(record.get("subject") or "").strip()
+            bare = {name: value for name, value in bare_record(record).items() if name != "subject"}
+            content = check(bare, identifier)
+            shard, part = place(self._ledger.key, subject or identifier, self.config.shards, self.config.slices)
+            yield RecordRow.of(
+                record_name(self._ledger.key, identifier),
+                subject_name(self._ledger.key, subject) if subject else None,
+                shard,
+                part,
+                content,
+            )
+
+    def _names(self, ids: Sequence[str], subjects: Sequence[str], request: str | None = None) -> list[str]:
+        """Keyed names of records given by id and by subject; none where a known request has deleted all of them."""
+        known = any(receipt["request"] == request for receipt in self._ledger.requests())
+        stripped = [str(identifier).strip() for identifier in ids]
+        names = [record_name(self._ledger.key, identifier) for identifier in stripped]
+        self._ledger.require_live(names, stripped, request)
+        for subject in subjects:
+            found = self._ledger.names_of_subject(subject_name(self._ledger.key, str(subject).strip()))
+            if not found and not known:
+                raise ValueError(f"subjects must have records, got {subject!r} with none")
+            names += [name for name in found if name not in names]
+        if not names and not (known and subjects):
+            raise ValueError("ids must name at least one record, got none")
+        return names
+
+    def _served_records(self) -> dict[int, int]:
+        """Number of records that the served stages of each live shard were trained on."""
+        counts = self._ledger.counts()
+        return {
+            shard: sum(counts[shard][part] for part in chain[-1].key.prefix)
+            for shard, chain in enumerate(self._ledger.serving())
+            if chain
+        }
+
+
+def _check(config: S3TConfig) -> None:
+    ranges = {
+        "shards": config.shards >= 1,
+        "slices": config.slices >= 1,
+        "lora.r": config.lora.r >= 1,
+        "stage.epochs": config.stage.epochs >= 1,
+        "stage.batch_size": config.stage.batch_size >= 2,
+        "stage.max_length": config.stage.max_length >= 1,
+        "stage.threads": config.stage.threads >= 1,
+    }
+    for name, valid in ranges.items():
+        if not valid:
+            value = config
+            for part in name.split("."):
+                value = getattr(value, part)
+            least = 2 if name == "stage.batch_size" else 1
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if config.prior is not None and len(config.prior) != config.slices:
+        raise ValueError(f"prior must hold a probability for each of {config.slices} slices, got {config.prior}")
+    if not 0 <= config.lora.dropout < 1:
+        raise ValueError(f"lora.dropout must be in [0, 1), got {config.lora.dropout}")
+    if not (0 < config.stage.lr < math.inf):
+        raise ValueError(f"stage.lr must be positive, got {config.stage.lr}")

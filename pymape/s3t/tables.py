@@ -1,0 +1,81 @@
+"""Records of a local table, encoded for the base model of an S3T system."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer
+
+from pymape.data import Records, load_records, read_table, validate_labels
+from pymape.s3t.config import S3TConfig
+
+__all__ = ["Columns", "read_records"]
+
+_IMAGE = "pixel_values"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of a table's columns.
+
+    Args:
+        text: of the text; image models read `pixel_values` instead.
+        text_pair: of a second text.
+        label: of the labels of a classifier.
+        id: of unique ids; None: the records get none.
+        subject: of the person or other subject that a record is about.
+    """
+
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    id: str | None = None
+    subject: str | None = None
+
+
+def read_records(path: str | Path, config: S3TConfig, columns: Columns) -> list[dict[str, Any]]:
+    """Read a table and encode its rows as the model takes them.
+
+    Args:
+        path: csv, tsv, json, jsonl or parquet file.
+        config: of the system: names the model and the length of texts.
+        columns: where to find what.
+
+    Returns:
+        Dicts with what the model takes, `labels`, and `id` and `subject` where there are such columns.
+
+    Raises:
+        ValueError: an unreadable file, a missing column, or a label that the model does not know.
+    """
+    if columns.id is None:
+        table = Records([], read_table(path, "data"), str(path))
+    else:
+        table = load_records(path, columns.id)
+    settings: Any = AutoConfig.from_pretrained(config.model, local_files_only=True)
+    architecture = (settings.architectures or [""])[0]
+    fields: dict[str, Sequence[Any]]
+    if "ForImageClassification" in architecture:
+        fields = {_IMAGE: table.column(_IMAGE)}
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(config.model, local_files_only=True)
+        texts = _texts(table, columns.text, "text_column")
+        pairs = None if columns.text_pair is None else _texts(table, columns.text_pair, "text_pair_column")
+        fields = dict(tokenizer(texts, pairs, truncation=True, max_length=config.stage.max_length))
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        fields["labels"] = fields["input_ids"]
+    else:
+        classes = settings.num_labels if config.labels is None else config.labels
+        values, name = table.column(columns.label, "label_column"), f"{columns.label} of {str(path)!r}"
+        fields["labels"] = validate_labels(values, classes, settings.label2id, argument=name)
+    if columns.id is not None:
+        fields["id"] = table.ids
+    if columns.subject is not None:
+        fields["subject"] = table.column(columns.subject, "subject_column")
+    return [dict(zip(fields, row, strict=True)) for row in zip(*fields.values(), strict=True)]
+
+
+def _texts(table: Records, column: str, argument: str) -> list[str]:
+    return ["" if value is None else str(value) for value in table.column(column, argument)]

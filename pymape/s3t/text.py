@@ -1,0 +1,107 @@
+"""What the commands of an S3T system print."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pymape.report.text import aligned
+
+__all__ = ["describe"]
+
+
+def describe(command: str, found: dict[str, Any]) -> str:
+    """The result of a command as plain text.
+
+    Args:
+        command: its name.
+        found: what it returned.
+    """
+    return _WRITERS[command](found)
+
+
+def _status(found: dict[str, Any]) -> str:
+    rows = [["shard", "records", "depth", "serving slices", "generation"]]
+    for shard in found["shards"]:
+        prefix = " ".join(map(str, shard["serving"])) or "dead"
+        depth = f"{shard['depth']} of {found['slices']}"
+        rows.append([str(shard["shard"]), str(shard["records"]), depth, prefix, str(shard["generation"])])
+    stages = ", ".join(f"{count} {state}" for state, count in found["stages"].items()) or "none yet"
+    requests = ", ".join(f"{count} {state}" for state, count in found["requests"].items()) or "none"
+    orders = " ".join("".join(map(str, order)) if found["slices"] <= 10 else str(order) for order in found["sequences"])
+    return "\n".join([
+        f"S3T system in {found['folder']}",
+        f"base model: {found['model']}, {found['layers_per_slice']} layers a slice",
+        f"sequences: {orders}",
+        f"stages: {stages}",
+        f"requests: {requests}",
+        "",
+        *aligned(rows),
+    ])  # fmt: skip
+
+
+def _ingest(found: dict[str, Any]) -> str:
+    return f"{found['added']} records added, {found['already_there']} already there"
+
+
+def _train(found: dict[str, Any]) -> str:
+    discarded = f", {found['discarded']} discarded (their records were deleted meanwhile)" if found["discarded"] else ""
+    return f"{found['trained']} stages trained{discarded}"
+
+
+def _deletion(found: dict[str, Any]) -> str:
+    rows = [["shard", "depth before", "after"]]
+    rows += [[str(s["shard"]), str(s["depth_before"]), str(s["depth_after"])] for s in found["shards"]]
+    return "\n".join([
+        f"records: {found['records']}",
+        f"stages switched off: {found['stages']}, {found['bytes']:,} bytes to erase",
+        *aligned(rows),
+    ])  # fmt: skip
+
+
+def _delete(found: dict[str, Any]) -> str:
+    return f"request {found['request']}: {found['state']}\n{_deletion(found)}"
+
+
+def _verify(found: dict[str, Any]) -> str:
+    checked = ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in found["checked"].items())
+    problems = [f"PROBLEM: {problem}" for problem in found["problems"]]
+    return "\n".join([*problems, f"checked {checked}", "everything is in order" if found["ok"] else "not in order"])
+
+
+def _forecast(found: dict[str, Any]) -> str:
+    return "\n".join(_lines(found))
+
+
+def _lines(found: dict[str, Any], indent: str = "") -> list[str]:
+    lines = []
+    for name, value in found.items():
+        label = f"{indent}{str(name).replace('_', ' ')}:"
+        if isinstance(value, dict):
+            lines += [label, *_lines(value, indent + "  ")]
+        else:
+            lines.append(f"{label} {value:.1f}" if isinstance(value, float) else f"{label} {value}")
+    return lines
+
+
+def _export(found: dict[str, Any]) -> str:
+    return f"{len(found['files'])} files in {found['output']}"
+
+
+def _evaluate(found: dict[str, Any]) -> str:
+    return "\n".join(_lines(found))
+
+
+_WRITERS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "init": _status,
+    "ingest": _ingest,
+    "train": _train,
+    "repair": _train,
+    "status": _status,
+    "plan": _deletion,
+    "delete": _delete,
+    "verify": _verify,
+    "forecast": _forecast,
+    "export": _export,
+    "evaluate": _evaluate,
+}

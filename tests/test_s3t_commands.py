@@ -1,0 +1,102 @@
+"""`pymape s3t ...`: every command on a tiny text classifier, as text and as JSON, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from session_tools import write_files
+
+from pymape.cli import main
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    write_files(folder, records=40)
+    (folder / "ids.txt").write_text("r1\nr2\n")
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object, code: int = 0) -> str:
+    assert main(["s3t", *map(str, words)]) == code
+    captured = capsys.readouterr()
+    return captured.err if code == 2 else captured.out
+
+
+def result(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run(capsys, *words, "--json"))
+    return found
+
+
+def test_from_init_to_evaluate(tmp_path: Path, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    system, adapters = tmp_path / "system", tmp_path / "adapters"
+    small = ["--stage.epochs", 1, "--stage.batch-size", 4, "--stage.max-length", 8, "--lora.r", 2]
+    text = run(capsys, "init", system, "--model", files / "model", "--shards", 2, "--slices", 2, *small)
+    assert "sequences: 01 10" in text
+    assert run(capsys, "ingest", system, "--data", files / "train.csv") == "40 records added, 0 already there\n"
+    assert result(capsys, "ingest", system, "--data", files / "train.csv") == {"added": 0, "already_there": 40}
+    assert run(capsys, "train", system, "--engine", "inline") == "8 stages trained\n"
+    status = result(capsys, "status", system)
+    assert [shard["depth"] for shard in status["shards"]] == [2, 2]
+    assert "verified" not in run(capsys, "status", system)
+
+    planned = result(capsys, "plan", system, "--ids", files / "ids.txt")
+    assert planned["records"] == 2
+    assert "stages switched off" in run(capsys, "plan", system, "--ids", files / "ids.txt")
+    exported = result(capsys, "export", system, "--output", adapters)
+    assert (adapters / "ensemble.json").is_file()
+    assert len(exported["files"]) >= 5
+
+    delete = ("delete", system, "--request-id", "2026-001", "--ids", files / "ids.txt")
+    receipt = result(capsys, *delete)
+    assert (receipt["state"], receipt["stages"]) == ("verified", planned["stages"])
+    assert result(capsys, *delete) == receipt
+    assert not list(adapters.rglob("*.safetensors"))
+    assert "2026-001: verified" in run(capsys, *delete)
+
+    scores = result(capsys, "evaluate", system, "--data", files / "test.csv")
+    assert scores["records"] == 10
+    assert scores["live_shards"]
+    assert "accuracy" in run(capsys, "evaluate", system, "--data", files / "test.csv", "--combination", "vote")
+    assert "next shard dead" in run(capsys, "forecast", system, "--rate", 2)
+    assert result(capsys, "verify", system, "--replay")["checked"]["replayed"]
+    assert result(capsys, "repair", system, "--engine", "inline")["trained"] > 0
+    assert [shard["depth"] for shard in result(capsys, "status", system)["shards"]] == [2, 2]
+    assert "everything is in order" in run(capsys, "verify", system)
+
+
+def test_what_is_wrong_is_named(tmp_path: Path, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    system = tmp_path / "system"
+    run(capsys, "init", system, "--model", files / "model", "--shards", 1, "--slices", 2, "--stage.max_length", 8)
+    run(capsys, "ingest", system, "--data", files / "train.csv")
+    run(capsys, "train", system, "--engine", "inline")
+    damaged = min((system / "stages").iterdir())
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    text = run(capsys, "verify", system, code=1)
+    assert damaged.name in text
+    assert "not in order" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["status", "nowhere"], "must be a folder with a ledger.sqlite"),
+        (["delete", "nowhere"], "request_id"),
+        (["init", "SYSTEM", "--model", "nowhere"], "nowhere"),
+        (["init", "SYSTEM", "--model", "MODEL", "--slices", "3"], "layers_per_slice must lie in [1, 0]"),
+        (["ingest", "nowhere", "--data", "nothing.csv"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(
+    tmp_path: Path, files: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    places = {"SYSTEM": str(tmp_path / "system"), "MODEL": str(files / "model")}
+    error = run(capsys, *(places.get(word, word) for word in words), code=2)
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "system" / "ledger.sqlite").exists()

@@ -1,0 +1,287 @@
+"""S3T systems from ingest to repair: what is served after deletions, what is left on disk, bad input, other engines."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from s3t_tools import make_records, options, same_tensors, write_base
+
+from pymape.s3t import S3T, S3TConfig
+from pymape.s3t.engine import InlineEngine
+from pymape.s3t.partition import place
+from pymape.s3t.stages import unpack_stage
+from pymape.s3t.training import train_stage
+
+FAMILIES = ("bert", "vit", "llama")
+RECORDS = 40
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {family: write_base(folder / family, family) for family in FAMILIES}
+
+
+def make_system(folder: Path, model: str, family: str = "bert", **changes: Any) -> S3T:
+    system = S3T.create(folder, options(model, **({"shards": 1} | changes)))
+    system.ingest(make_records(family, RECORDS))
+    return system
+
+
+def slices_of(system: S3T) -> dict[str, tuple[int, int]]:
+    """Where every record is."""
+    names = [f"r{row}" for row in range(RECORDS)]
+    return {name: place(system._ledger.key, name, system.config.shards, system.config.slices) for name in names}
+
+
+def one_of(system: S3T, part: int, shard: int = 0) -> str:
+    return next(name for name, where in slices_of(system).items() if where == (shard, part))
+
+
+def served(system: S3T, shard: int = 0) -> tuple[int, ...]:
+    return tuple(system.status()["shards"][shard]["serving"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_served_is_what_training_on_the_surviving_slices_gives(
+    tmp_path: Path, bases: dict[str, str], family: str
+) -> None:
+    """Slices lose a record one by one; a second system, which never had these records, holds the same bits."""
+    with make_system(tmp_path / "a", bases[family], family) as system:
+        system.train(engine="inline")
+        key, records = system._ledger.key, make_records(family, RECORDS)
+        for step, part in enumerate((2, 0, 3)):
+            gone = one_of(system, part)
+            system.delete([gone], f"request-{step}")
+            order = served(system)
+            assert set(order) == {0, 1, 2, 3} - set((2, 0, 3)[: step + 1])  # chain-cover loses nothing that can survive
+            chain = system.chains()[0]
+
+            clean = S3T.create(tmp_path / f"b{step}", system.config)
+            clean._ledger.close()
+            (tmp_path / f"b{step}" / "key").write_bytes(key)  # the same places
+            with S3T(tmp_path / f"b{step}") as clean:
+                where = slices_of(system)
+                clean.ingest([record for record in records if where[record["id"]][1] in order])
+                clean._ledger.plan()
+                for depth in range(1, len(order) + 1):
+                    row = next(row for row in clean._ledger.stages(0) if row.key.prefix == order[:depth])
+                    job = clean._job(row, None)
+                    assert job is not None
+                    content = train_stage(job)
+                    clean._ledger.land(row.key, content)
+                    assert same_tensors(unpack_stage(content)[0], chain[depth - 1])
+
+
+def test_every_surviving_set_is_served_whole(tmp_path: Path, bases: dict[str, str]) -> None:
+    with make_system(tmp_path / "system", bases["bert"]) as system:
+        system.train(engine="inline")
+        orders = [tuple(order) for order in system.status()["sequences"]]
+        for size in range(1, 5):
+            for kept in itertools.combinations(range(4), size):
+                assert any(set(order[:size]) == set(kept) for order in orders)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_the_cache_changes_no_bit(tmp_path: Path, bases: dict[str, str], cache: bool) -> None:
+    with make_system(tmp_path / "a", bases["bert"]) as system:
+        key = (tmp_path / "a" / "key").read_bytes()
+        system.train(engine="inline", cache=False)
+        expected = system.chains()[0]
+    S3T.create(tmp_path / "b", system.config).close()
+    (tmp_path / "b" / "key").write_bytes(key)
+    with S3T(tmp_path / "b") as other:
+        other.ingest(make_records("bert", RECORDS))
+        other.train(engine="local" if cache else "inline", workers=2, cache=cache)
+        found = other.chains()[0]
+        assert (len(list((tmp_path / "b" / "cache").rglob("*.safetensors"))) > 0) == cache
+    assert all(same_tensors(one, two) for one, two in zip(expected, found, strict=True))
+
+
+def test_repair_restores_depth_without_the_record(tmp_path: Path, bases: dict[str, str]) -> None:
+    with make_system(tmp_path / "system", bases["bert"]) as system:
+        system.train(engine="inline")
+        gone = one_of(system, served(system)[0])
+        system.delete([gone], "first")
+        assert len(served(system)) == 3
+        assert system.repair(engine="inline")["trained"] > 0
+        assert len(served(system)) == 4
+        assert system.status()["shards"][0]["generation"] == 1
+        report = system.verify(replay=True)
+        assert report["ok"], report["problems"]
+        assert report["checked"]["replayed"] is not None
+        with pytest.raises(ValueError, match="deleted by 'first'"):
+            system.ingest([record for record in make_records("bert", RECORDS) if record["id"] == gone])
+
+
+def test_a_request_during_training_discards_what_was_trained_on_its_records(
+    tmp_path: Path, bases: dict[str, str]
+) -> None:
+    """Deletions arrive, in another thread, while a stage that knows the record is being trained."""
+    with make_system(tmp_path / "system", bases["bert"]) as system:
+        gone = one_of(system, 1)
+        asked = []
+
+        def work(job: Any) -> bytes:
+            content = train_stage(job)
+            if not asked and 1 in job.provenance.key.prefix and len(job.provenance.key.prefix) == 2:
+                asked.append(job.provenance.key.prefix)
+                thread = threading.Thread(target=lambda: system.delete([gone], "meanwhile"))
+                thread.start()
+                thread.join()
+            return content
+
+        done = system.train(engine=InlineEngine(work))
+        assert asked
+        assert done["discarded"] == 1
+        assert 1 not in served(system)
+        report = system.verify()
+        assert report["ok"], report["problems"]
+
+
+def test_subjects_are_deleted_together_and_share_a_slice(tmp_path: Path, bases: dict[str, str]) -> None:
+    records = [record | {"subject": f"person-{row % 20}"} for row, record in enumerate(make_records("bert", RECORDS))]
+    with S3T.create(tmp_path / "system", options(bases["bert"], shards=2, slices=2)) as system:
+        system.ingest(records)
+        receipt = system.delete(subjects=["person-3"], request_id="person")
+        assert receipt["records"] == 2
+        assert len(receipt["shards"]) == 1
+        with pytest.raises(ValueError, match="subjects must have records, got 'person-3' with none"):
+            system.delete(subjects=["person-3"], request_id="again")
+
+
+def test_requests_are_idempotent_and_batches_are_whole(tmp_path: Path, bases: dict[str, str]) -> None:
+    with make_system(tmp_path / "system", bases["bert"]) as system:
+        first = system.delete(["r1", "r2"], "one")
+        assert first["state"] == "verified"
+        assert system.delete(["r2", "r1"], "one") == first
+        before = system.status()
+        with pytest.raises(ValueError, match="'r1', deleted by 'one'"):
+            system.delete_batch({"two": ["r5"], "three": ["r1"]})
+        with pytest.raises(ValueError, match="'nobody', which is unknown"):
+            system.delete(["nobody"], "four")
+        with pytest.raises(ValueError, match="'r7' twice"):
+            system.delete(["r7", " r7"], "five")
+        with pytest.raises(ValueError, match="one"):
+            system.delete(["r9"], "one")
+        with pytest.raises(ValueError, match="ids must name at least one record, got none"):
+            system.delete([], "six")
+        assert system.status() == before
+        receipts = system.delete_batch({"two": ["r5"], "three": ["r6", "r7"]})
+        assert [receipt["records"] for receipt in receipts] == [1, 2]
+        assert system.receipt("three") == receipts[1]
+
+
+def test_plan_changes_nothing_and_tells_what_delete_does(tmp_path: Path, bases: dict[str, str]) -> None:
+    with make_system(tmp_path / "system", bases["bert"]) as system:
+        system.train(engine="inline")
+        before = system.status()
+        planned = system.plan(["r3"])
+        assert system.status() == before
+        receipt = system.delete(["r3"], "one")
+        for name in ("records", "shards", "stages", "bytes"):
+            assert planned[name] == receipt[name]
+
+
+def test_a_reader_looks_on_while_a_writer_is_there(tmp_path: Path, bases: dict[str, str]) -> None:
+    with make_system(tmp_path / "system", bases["bert"]) as system:
+        with pytest.raises(ValueError, match="one writer at a time"):
+            S3T(tmp_path / "system")
+        reader = S3T(tmp_path / "system", read_only=True)
+        system.train(engine="inline")
+        assert reader.status() == system.status()
+        assert reader.evaluate(make_records("bert", 9, seed=1))["live_shards"] == [0]
+
+
+def test_evaluation_and_death(tmp_path: Path, bases: dict[str, str]) -> None:
+    test = make_records("bert", 12, seed=1)
+    with make_system(tmp_path / "system", bases["bert"], shards=2) as system:
+        with pytest.raises(ValueError, match="shard"):
+            system.evaluate(test)
+        system.train(engine="inline")
+        scores = system.evaluate(test)
+        assert scores["live_shards"] == [0, 1]
+        assert 0 <= scores["accuracy"] <= 100
+        for number, part in enumerate(range(4)):
+            system.delete([one_of(system, part, shard=1)], f"request-{number}")
+        assert system.evaluate(test)["live_shards"] == [0]
+        forecast = system.forecast(rate=2.0)
+        assert forecast
+
+
+def test_export_is_revoked_by_a_deletion(tmp_path: Path, bases: dict[str, str]) -> None:
+    with make_system(tmp_path / "system", bases["bert"]) as system:
+        system.train(engine="inline")
+        files = system.export(tmp_path / "adapters")
+        assert files
+        assert all((tmp_path / "adapters" / file["file"]).is_file() for file in files)
+        system.delete(["r3"], "one")
+        assert not list((tmp_path / "adapters").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shards": 0}, "shards must be at least 1, got 0"),
+        ({"slices": 9}, "layers_per_slice must lie in"),
+        ({"slices": 4, "layers_per_slice": 2}, "layers_per_slice must lie in"),
+        ({"slices": 2, "sequences": 3, "method": "cyclic"}, "3"),
+        ({"prior": [0.5, 0.5]}, "prior"),
+        ({"method": "best"}, "best"),
+    ],
+)
+def test_bad_options(tmp_path: Path, bases: dict[str, str], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        S3T.create(tmp_path / "system", options(bases["bert"], **changes))
+    assert not (tmp_path / "system").exists() or not any((tmp_path / "system").iterdir())
+
+
+def test_bad_records(tmp_path: Path, bases: dict[str, str]) -> None:
+    with S3T.create(tmp_path / "system", options(bases["bert"])) as system:
+        good = make_records("bert", 3)
+        for bad, message in (
+            ([*good, {**good[0], "id": ""}], "got none in record 4"),
+            ([*good, good[1]], "got 'r1' again in record 4"),
+            ([{**good[0], "labels": 7}], r"labels must be in \[0, 3\), got 7 for id 'r0'"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                system.ingest(bad)
+        assert system.ingest(good) == {"added": 3, "already_there": 0}
+        assert system.ingest(good) == {"added": 0, "already_there": 3}
+        with pytest.raises(ValueError, match="changed"):
+            system.ingest([{**good[0], "labels": (good[0]["labels"] + 1) % 3}])
+        with pytest.raises(ValueError, match="records must fill every slice"):
+            system.train(engine="inline")
+
+
+def test_a_changed_base_is_refused(tmp_path: Path, bases: dict[str, str]) -> None:
+    base = write_base(tmp_path / "base", "bert")
+    with make_system(tmp_path / "system", base) as system:
+        write_base(tmp_path / "base", "bert", seed=1)
+        with pytest.raises(ValueError, match="base"):
+            system.train(engine="inline")
+        assert system.status()["stages"].get("trained", 0) == 0
+
+
+def test_global_state_is_left_alone(tmp_path: Path, bases: dict[str, str]) -> None:
+    torch.manual_seed(3)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    with make_system(tmp_path / "system", bases["bert"]) as system:
+        system.train(engine="inline")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == threads
+
+
+def test_the_options_are_kept(tmp_path: Path, bases: dict[str, str]) -> None:
+    config = options(bases["bert"], shards=3, method="cyclic", sequences=2)
+    S3T.create(tmp_path / "system", config).close()
+    kept = S3T(tmp_path / "system", read_only=True).config
+    assert isinstance(kept, S3TConfig)
+    assert kept.stage == config.stage
+    assert kept.lora == config.lora
+    assert (kept.shards, kept.method, kept.sequences) == (3, "cyclic", 2)
