@@ -62,10 +62,7 @@ def test_what_is_served_is_what_training_on_the_surviving_slices_gives(
             assert set(order) == {0, 1, 2, 3} - set((2, 0, 3)[: step + 1])  # chain-cover loses nothing that can survive
             chain = system.chains()[0]
 
-            clean = S3T.create(tmp_path / f"b{step}", system.config)
-            clean._ledger.close()
-            (tmp_path / f"b{step}" / "key").write_bytes(key)  # the same places
-            with S3T(tmp_path / f"b{step}") as clean:
+            with S3T.create(tmp_path / f"b{step}", system.config, key=key) as clean:
                 where = slices_of(system)
                 clean.ingest([record for record in records if where[record["id"]][1] in order])
                 clean._ledger.plan()
@@ -93,9 +90,7 @@ def test_the_cache_changes_no_bit(tmp_path: Path, bases: dict[str, str], cache: 
         key = (tmp_path / "a" / "key").read_bytes()
         system.train(engine="inline", cache=False)
         expected = system.chains()[0]
-    S3T.create(tmp_path / "b", system.config).close()
-    (tmp_path / "b" / "key").write_bytes(key)
-    with S3T(tmp_path / "b") as other:
+    with S3T.create(tmp_path / "b", system.config, key=key) as other:
         other.ingest(make_records("bert", RECORDS))
         other.train(engine="local" if cache else "inline", workers=2, cache=cache)
         found = other.chains()[0]

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import random
 import time
@@ -152,7 +153,8 @@ def _run_system(
     order: list[str],
     config: S3TDemoConfig,
 ) -> dict[str, Any]:
-    with S3T.create(folder, settings) as system:
+    key = hashlib.sha256(f"s3t demo {config.seed}".encode()).digest()  # no secret: the same places in every run
+    with S3T.create(folder, settings, key=key) as system:
         system.ingest(private, progress=False)
         started = time.perf_counter()
         system.train(workers=config.workers)

@@ -88,13 +88,13 @@ def _course(summary: Mapping[str, Any]) -> Section:
             name: [100 * statistics.fmean(step["depths"]) / run["slices"] for step in run["steps"]]
             for name, run in runs
         },
-        "requests expected until a shard dies": {
+        "requests expected until the next shard dies": {
             name: [step["remaining"] for step in run["steps"]] for name, run in runs
         },
     }
     caption = (
         "After each request: accuracy of the ensemble (left), share of the shards' slices that still act (middle), and "
-        "how many more requests the system is expected to take before a shard is dead (right), from its own ledger."
+        "how many more requests are expected until the next shard is dead (right), from the system's own ledger."
     )
     return Section(title, figures=[Figure(lines(panels, "requests", steps=True), caption)])
 
@@ -110,7 +110,7 @@ def _log(name: str, run: Mapping[str, Any]) -> Section:
         "Slices in the order in which the served stages took them up; none of them has lost a record. Requests into "
         "slices that were switched off already change nothing and are left out."
     )
-    columns = ("request", *shards, "accuracy", "expected until a shard dies")
+    columns = ("request", *shards, "accuracy", "expected until the next dies")
     return Section(f"What {name} served", tables=[Table(columns, rows, labels=1 + len(shards), note=note)])
 
 

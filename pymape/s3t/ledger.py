@@ -67,6 +67,7 @@ class Ledger(LedgerRequests):
         settings: Mapping[str, Any],
         base: str,
         sequences: Sequence[Sequence[Sequence[int]]],
+        key: bytes | None = None,
     ) -> Ledger:
         """Make a ledger.
 
@@ -75,6 +76,7 @@ class Ledger(LedgerRequests):
             settings: JSON-able options of the system, which the ledger only keeps.
             base: hash of the base model.
             sequences: for every shard its orders of all slices.
+            key: 32 secret bytes; default: drawn at random. Give some only to repeat a run.
 
         Returns:
             The ledger, open for writing.
@@ -84,12 +86,14 @@ class Ledger(LedgerRequests):
         """
         orders = [[tuple(sequence) for sequence in shard] for shard in sequences]
         _check_sequences(orders)
+        if key is not None and len(key) != 32:
+            raise ValueError(f"key must be 32 bytes, got {len(key)}")
         target = Path(folder).absolute()
         _check_free(target)
         lock = _take_lock(target)
         try:
             _check_free(target)  # now that nobody else can be making it
-            key = secrets.token_bytes(32)
+            key = secrets.token_bytes(32) if key is None else key
             _write_key(target / _KEY, key)
             faults.checkpoint("create: key written")
             (target / STAGES).mkdir(exist_ok=True)

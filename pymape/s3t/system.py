@@ -62,12 +62,14 @@ class S3T:
         self.config = S3TConfig(**settings, lora=lora, stage=stage)
 
     @classmethod
-    def create(cls, folder: str | os.PathLike[str], config: S3TConfig) -> S3T:
+    def create(cls, folder: str | os.PathLike[str], config: S3TConfig, *, key: bytes | None = None) -> S3T:
         """Make a system; the options, the base model's hash and the sequences are fixed from here on.
 
         Args:
             folder: a new or empty folder.
             config: its options.
+            key: 32 secret bytes that decide where records belong; default: drawn at random, as it should be. Give some
+                only to repeat an experiment.
 
         Raises:
             ValueError: an option out of range, a base model that cannot be used, or a folder in use.
@@ -80,9 +82,7 @@ class S3T:
         digest = base_hash(base)
         size = SlicedAdapters(base, config).layers_per_slice  # refuses what cannot be trained
         config = dataclasses.replace(config, model=model, sequences=len(sequences), layers_per_slice=size)
-        ledger = Ledger.create(
-            folder, settings=dataclasses.asdict(config), base=digest, sequences=[sequences] * config.shards
-        )
+        ledger = Ledger.create(folder, dataclasses.asdict(config), digest, [sequences] * config.shards, key)
         system = cls.__new__(cls)
         system._open(ledger)
         return system
