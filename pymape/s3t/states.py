@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,23 +15,26 @@ from pymape.s3t.adapters import SlicedAdapters
 
 __all__ = ["MEMORY", "StageStates", "full_batch"]
 
-MEMORY = 2**30  # bytes of states that a stage keeps in memory; those beyond are read from the files in every epoch
+MEMORY = 2**30  # bytes of states that a stage may hold in memory; if there are more, every epoch reads the files
 
 
 class StageStates:
     """The forward pass of a stage, from cached states of the frozen layers below it.
 
-    Nothing is ever computed at another batch shape than that of training, since bits depend on it: records that have no
-    states yet are put into batches of their own. On its way up such a batch leaves its states at the entry of every
-    deeper stage too, which will ask for them next.
+    Nothing is ever computed at another batch shape than that of training, since bits depend on it: of a batch of
+    records some of which have no states yet, all are computed. On its way up such a batch leaves its states at the
+    entry of every deeper stage too, which will ask for them next.
 
     Args:
-        adapters: at the depth of the stage.
+        adapters: at the depth of the stage, whose lowest layer is not layer 0.
         folder: of a `PrefixCache`; whatever it holds or loses, results stay the same.
         records: the name of every record.
         inputs: what the model is given for them, [N, ...] tensors, and options that are the same for all.
         batch_size: of every pass.
-        memory: bytes of states to keep in memory.
+        memory: bytes of states to hold at most.
+
+    Raises:
+        ValueError: the states have other bits than the plain pass, which one batch is tested for.
     """
 
     def __init__(
@@ -44,73 +46,64 @@ class StageStates:
         batch_size: int,
         memory: int = MEMORY,
     ) -> None:
-        self._base, self._records, self._inputs, self._batch_size = adapters.base, records, inputs, batch_size
-        self._checked = False
+        self._base, self._records, self._inputs, self._memory = adapters.base, records, inputs, memory
         entries = [adapters.first_layer(stage) for stage in range(adapters.slices, adapters.depth - 1, -1)]
-        entries = [entry for entry in entries if entry > 0]  # from the lowest to the stage's own
-        # Those of deeper stages are kept in memory for one batch at a time.
-        self._caches = [_Kept(folder, memory if entry == entries[-1] else None) for entry in entries]
-        self._levels = [FrozenPrefix(adapters.base, *level) for level in zip(entries, self._caches, strict=True)]
-
-    def prepare(self) -> None:
-        """Compute the states of all records that have none yet."""
-        missing: list[int] = []
-        for batch in torch.arange(len(self._records)).split(self._batch_size):
-            if not self._has(batch):  # one look is enough where nothing is missing
-                missing += [int(row) for row in batch if not self._has(row[None])]
-        for start in range(0, len(missing), self._batch_size):
-            records, inputs = self.batch(
-                full_batch(torch.tensor(missing[start : start + self._batch_size]), self._batch_size)
-            )
-            with self._caches[0].computing():
-                self._levels[0].states(records, inputs)
-            for place in range(1, len(self._levels)):
-                upper = partial(self._levels[place].states, records)
-                with self._caches[place].computing():
-                    self._levels[place - 1].run(records, inputs, lambda upper=upper, **same: upper(same))
-            for cache in self._caches[:-1]:
-                cache.forget()
+        # From the lowest entry to the stage's own.
+        self._levels = [_Level(adapters.base, entry, _Strict(folder)) for entry in entries if entry > 0]
+        self._own = self._levels[-1]
+        self._held: Tensor | None = None
+        for rows in torch.arange(len(records)).split(batch_size):
+            states = self._find(*self._batch(full_batch(rows, batch_size)))
+            self._hold(rows, states[: len(rows)])
+        self._checked = False
 
     def run(self, rows: Tensor) -> Any:
-        """The model's outputs for some records, [B] rows.
-
-        Raises:
-            ValueError: cached states have other bits than the plain pass, which the first batch is tested for.
-        """
-        records, inputs = self.batch(rows)
+        """The model's outputs for some records, [B] rows."""
+        records, inputs = self._batch(rows)
         if not self._checked:
-            self._check(records, inputs)
+            self._check(rows, records, inputs)
+        self._own.given = None if self._held is None else self._held[rows]
         try:
-            return self._levels[-1].run(records, inputs)
-        except _MissingError:  # too many for the memory, and the files are gone
+            return self._own.run(records, inputs)
+        except _MissingError:  # not held, and the files are gone
             return self._base(**inputs)
+        finally:
+            self._own.given = None
 
-    def batch(self, rows: Tensor) -> tuple[list[str], dict[str, Any]]:
+    def _batch(self, rows: Tensor) -> tuple[list[str], dict[str, Any]]:
         """Names and inputs of some records."""
         inputs = {name: value[rows] if isinstance(value, Tensor) else value for name, value in self._inputs.items()}
         return [self._records[row] for row in rows.tolist()], inputs
 
-    def _check(self, records: list[str], inputs: dict[str, Any]) -> None:
-        """Compare cached states with those of the plain pass."""
+    def _find(self, records: list[str], inputs: dict[str, Any]) -> Tensor:
+        """The states of a batch, stored or computed."""
+        with contextlib.suppress(_MissingError):
+            return self._own.states(records, inputs)
+        states = self._levels[0].compute(records, inputs)
+        for lower, upper in zip(self._levels, self._levels[1:], strict=False):
+            lower.given = states
+            states = lower.run(records, inputs, lambda upper=upper, **same: upper.compute(records, same))
+            lower.given = None
+        return states
+
+    def _hold(self, rows: Tensor, states: Tensor) -> None:
+        if self._held is None and states[0].nbytes * len(self._records) <= self._memory:
+            self._held = states.new_empty((len(self._records), *states.shape[1:]))
+        if self._held is not None:
+            self._held[rows] = states
+
+    def _check(self, rows: Tensor, records: list[str], inputs: dict[str, Any]) -> None:
+        """Compare the states of a batch with those of the plain pass."""
         self._checked = True
         try:
-            kept = self._levels[-1].states(records, inputs)
+            found = self._own.states(records, inputs) if self._held is None else self._held[rows]
         except _MissingError:
             return
-        with self._caches[-1].computing(store=False):
-            plain = self._levels[-1].states(records, inputs)
-        if not torch.equal(kept, plain):
+        if not torch.equal(found, self._own.compute(records, inputs, store=False)):
             raise ValueError(
                 "cache must be None for this model on this machine, whose kernels round a record by its place in the "
                 "batch, got cached states with other bits than the plain pass"
             )
-
-    def _has(self, rows: Tensor) -> bool:
-        try:
-            self._levels[-1].states(*self.batch(rows))
-        except _MissingError:
-            return False
-        return True
 
 
 def full_batch(rows: Tensor, size: int) -> Tensor:
@@ -118,60 +111,48 @@ def full_batch(rows: Tensor, size: int) -> Tensor:
     return rows[torch.arange(size) % len(rows)]
 
 
+class _Level(FrozenPrefix):
+    """The frozen layers below the entry of a stage; `given` states are used as they are."""
+
+    given: Tensor | None = None
+    cache: _Strict
+
+    def states(self, records: Sequence[str], inputs: Mapping[str, Any]) -> Tensor:
+        return super().states(records, inputs) if self.given is None else self.given
+
+    def compute(self, records: Sequence[str], inputs: Mapping[str, Any], *, store: bool = True) -> Tensor:
+        """Compute the states of all rows, whatever is stored."""
+        with self.cache.bypassed(store):
+            return super().states(records, inputs)
+
+
 class _MissingError(Exception):
-    """A record's states are neither in memory nor on disk."""
+    """A record has no states on disk."""
 
 
-class _Kept(PrefixCache):
-    """A cache whose states are held in memory too; what it does not have, `FrozenPrefix` must not compute by itself.
+class _Strict(PrefixCache):
+    """A cache on disk. What it does not have, `FrozenPrefix` must not compute by itself, at a batch size of its own."""
 
-    Args:
-        folder: of the cache.
-        memory: bytes to hold; None: no limit.
-    """
-
-    def __init__(self, folder: str, memory: int | None) -> None:
-        super().__init__(folder)
-        self._memory = memory
-        self._computing, self._storing = False, True
-        self.forget()
+    _bypassed, _storing = False, True
 
     def get(self, prefix: str, record: str, inputs: str) -> Tensor | None:
-        if self._computing:
+        if self._bypassed:
             return None
-        states = self._states.get((record, inputs))
+        states = super().get(prefix, record, inputs)
         if states is None:
-            states = super().get(prefix, record, inputs)
-            if states is None:
-                raise _MissingError(record)
-            self._keep(record, inputs, states)
+            raise _MissingError(record)
         return states
 
     def put(self, prefix: str, record: str, inputs: str, states: Tensor) -> bool:
-        if not self._storing:
-            return False
-        self._keep(record, inputs, states)
         with contextlib.suppress(OSError):  # a full disk costs time only
-            return super().put(prefix, record, inputs, states)
+            return self._storing and super().put(prefix, record, inputs, states)
         return False
 
-    def forget(self) -> None:
-        """Let go of what is in memory."""
-        self._states: dict[tuple[str, str], Tensor] = {}
-        self._used = 0
-
     @contextlib.contextmanager
-    def computing(self, *, store: bool = True) -> Iterator[None]:
-        """Have everything computed, whatever is stored."""
-        self._computing, self._storing = True, store
+    def bypassed(self, store: bool) -> Iterator[None]:
+        """Read nothing, and write only with `store`."""
+        self._bypassed, self._storing = True, store
         try:
             yield
         finally:
-            self._computing, self._storing = False, True
-
-    def _keep(self, record: str, inputs: str, states: Tensor) -> None:
-        if (record, inputs) in self._states or (self._memory is not None and self._used + states.nbytes > self._memory):
-            return
-        # A copy: what was read lies in a file that may be erased, what was computed is a part of its batch.
-        self._states[record, inputs] = states.clone()
-        self._used += states.nbytes
+            self._bypassed, self._storing = False, True

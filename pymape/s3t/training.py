@@ -182,9 +182,7 @@ def _forward(
     options = {"use_cache": False} if "use_cache" in signature(adapters.base.forward).parameters else {}
     if cache is None or adapters.first_layer(adapters.depth) == 0:
         return lambda rows: adapters.base(**{name: value[rows] for name, value in inputs.items()}, **options)
-    states = StageStates(adapters, cache, names, inputs | options, batch_size)
-    states.prepare()
-    return states.run
+    return StageStates(adapters, cache, names, inputs | options, batch_size).run
 
 
 def _rate(step: int, steps: int) -> float:
