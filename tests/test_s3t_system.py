@@ -280,3 +280,12 @@ def test_the_options_are_kept(tmp_path: Path, bases: dict[str, str]) -> None:
     assert kept.stage == config.stage
     assert kept.lora == config.lora
     assert (kept.shards, kept.method, kept.sequences) == (3, "cyclic", 2)
+
+
+def test_a_base_beside_the_system_moves_with_it(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "here" / "base", "bert")
+    make_system(tmp_path / "here" / "system", base).close()
+    (tmp_path / "here").rename(tmp_path / "there")
+    with S3T(tmp_path / "there" / "system") as system:
+        assert system.config.model == str(tmp_path / "there" / "base")
+        assert system.train(engine="inline")["trained"] > 0

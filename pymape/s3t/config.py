@@ -97,7 +97,7 @@ class S3TDemoConfig:
         budget: B, sequences of every shard, for all methods alike.
         epochs: of a stage.
         base_epochs: of the base model, on records that are in no system.
-        workers: processes that train.
+        workers: processes that train; 1 trains in this one.
         seed: of everything random.
     """
 

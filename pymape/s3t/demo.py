@@ -157,7 +157,7 @@ def _run_system(
     with S3T.create(folder, settings, key=key) as system:
         system.ingest(private, progress=False)
         started = time.perf_counter()
-        system.train(workers=config.workers)
+        system.train(engine="inline" if config.workers == 1 else "local", workers=config.workers)
         seconds = time.perf_counter() - started
         stages = system.status()["stages"]["trained"]
         size = sum(path.stat().st_size for path in (folder / "stages").iterdir())

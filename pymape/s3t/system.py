@@ -58,6 +58,7 @@ class S3T:
     def _open(self, ledger: Ledger) -> None:
         self.folder, self._ledger = Path(ledger.folder), ledger
         settings = dict(ledger.settings)
+        settings["model"] = os.path.normpath(self.folder / settings["model"])
         lora, stage = LoraConfig(**settings.pop("lora")), StageConfig(**settings.pop("stage"))
         self.config = S3TConfig(**settings, lora=lora, stage=stage)
 
@@ -77,8 +78,8 @@ class S3T:
         _check(config)
         budget = math.comb(config.slices, config.slices // 2) if config.sequences is None else config.sequences
         sequences = choose_sequences(config.method, config.slices, budget, prior=config.prior, seed=config.seed)
-        model = os.path.abspath(config.model) if os.path.isdir(config.model) else config.model
-        base = load_base(model, config.labels)
+        model = _placed(config.model, folder)
+        base = load_base(config.model, config.labels)
         digest = base_hash(base)
         size = SlicedAdapters(base, config).layers_per_slice  # refuses what cannot be trained
         config = dataclasses.replace(config, model=model, sequences=len(sequences), layers_per_slice=size)
@@ -474,6 +475,13 @@ class S3T:
             for shard, chain in enumerate(self._ledger.serving())
             if chain
         }
+
+
+def _placed(model: str, folder: str | os.PathLike[str]) -> str:
+    """The path of a base as the ledger keeps it: relative where it lies beside the system, to be moved with it."""
+    path, system = os.path.abspath(model), os.path.abspath(folder)
+    beside = os.path.commonpath([path, system]) == os.path.dirname(system)
+    return os.path.relpath(path, system) if beside else path
 
 
 def _check(config: S3TConfig) -> None:
