@@ -146,6 +146,7 @@ def test_subjects_are_deleted_together_and_share_a_slice(tmp_path: Path, bases: 
         receipt = system.delete(subjects=["person-3"], request_id="person")
         assert receipt["records"] == 2
         assert len(receipt["shards"]) == 1
+        assert system.delete(subjects=["person-3"], request_id="person") == receipt
         with pytest.raises(ValueError, match="subjects must have records, got 'person-3' with none"):
             system.delete(subjects=["person-3"], request_id="again")
 

@@ -83,6 +83,10 @@ class LedgerRequests(LedgerStages):
             raise ValueError(f"request_id must be that of a request, got {request!r}, which is unknown")
         return found[0]
 
+    def has_request(self, request: str) -> bool:
+        """Whether a request of this name was accepted."""
+        return self._db.value("SELECT 1 FROM requests WHERE name = ?", (request,)) is not None
+
     def requests(self) -> list[dict[str, Any]]:
         """Receipts of all requests, in the order in which they were received."""
         return self._receipts()

@@ -454,7 +454,7 @@ class S3T:
 
     def _names(self, ids: Sequence[str], subjects: Sequence[str], request: str | None = None) -> list[str]:
         """Keyed names of records given by id and by subject; none where a known request has deleted all of them."""
-        known = any(receipt["request"] == request for receipt in self._ledger.requests())
+        known = bool(subjects) and request is not None and self._ledger.has_request(request)
         stripped = [str(identifier).strip() for identifier in ids]
         names = [record_name(self._ledger.key, identifier) for identifier in stripped]
         self._ledger.require_live(names, stripped, request)
@@ -463,7 +463,7 @@ class S3T:
             if not found and not known:
                 raise ValueError(f"subjects must have records, got {subject!r} with none")
             names += [name for name in found if name not in names]
-        if not names and not (known and subjects):
+        if not names and not known:
             raise ValueError("ids must name at least one record, got none")
         return names
 
