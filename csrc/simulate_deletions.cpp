@@ -26,6 +26,7 @@ struct Column {
 struct System {
   std::int64_t shards, budget, slices, cells;
   std::vector<Column> columns;           // [cells]
+  std::vector<std::int64_t> shard;       // [cells]
   std::vector<std::uint8_t> first;       // [cells], 1 where some sequence begins with the slice
   std::vector<std::int64_t> first_left;  // [m], how many such slices a shard has
   std::vector<std::int32_t> position;    // [cells, B], place of the slice in every sequence of its shard
@@ -36,11 +37,14 @@ struct System {
         slices(in.sequences.shape[2]),
         cells(shards * slices),
         columns(cells),
+        shard(cells),
         first(cells, 0),
         first_left(shards, 0),
         position(cells * budget) {
-    for (std::int64_t cell = 0; cell < cells; ++cell)
+    for (std::int64_t cell = 0; cell < cells; ++cell) {
       columns[cell] = {static_cast<std::uint64_t>(in.threshold.as<std::int64_t>()[cell]), in.alias.as<std::int64_t>()[cell]};
+      shard[cell] = cell / slices;
+    }
     const std::int64_t* slice = in.sequences.as<std::int64_t>();
     for (std::int64_t s = 0; s < shards; ++s)
       for (std::int64_t b = 0; b < budget; ++b)
@@ -73,19 +77,23 @@ class Run {
       state += kStep;
       // The product's upper half is a uniform column, its lower half a uniform number within the column.
       const unsigned __int128 product = static_cast<unsigned __int128>(mix(state)) * static_cast<std::uint64_t>(s.cells);
-      std::int64_t cell = static_cast<std::int64_t>(product >> 64);
-      if (static_cast<std::uint64_t>(product) >= s.columns[cell].threshold) cell = s.columns[cell].alias;
-      if (!hit_[cell]) {
-        hit_[cell] = 1;
-        ++distinct;
-        const std::int64_t shard = cell / s.slices;
-        if (s.first[cell] && --first_left_[shard] == 0) {
-          --live;
-          if (first_dead < 0) first_dead = request;
-        }
-        if (request <= curve) total_depth -= cut(shard, cell);
+      // What no processor can predict goes without a branch: the alias, and whether a slice is hit for the first time.
+      const std::int64_t index = static_cast<std::int64_t>(product >> 64);
+      const Column& column = s.columns[index];
+      const auto aliased = static_cast<std::int64_t>(static_cast<std::uint64_t>(product) >= column.threshold);
+      const std::int64_t cell = index ^ ((index ^ column.alias) & -aliased);
+      const bool fresh = !hit_[cell];
+      hit_[cell] = 1;
+      distinct += fresh;
+      const std::int64_t shard = s.shard[cell];
+      const std::int64_t ends = fresh & s.first[cell];
+      first_left_[shard] -= ends;
+      if (ends > first_left_[shard]) {
+        --live;
+        if (first_dead < 0) first_dead = request;
       }
       if (request <= curve) {
+        if (fresh) total_depth -= cut(shard, cell);
         depth_sum[request] += total_depth;
         live_sum[request] += live;
       }
