@@ -29,7 +29,7 @@ __all__ = ["StageJob", "config_digest", "environment", "stage_seed", "train_stag
 
 # One stage at a time in a process: threads, random numbers and the loaded base are the process's.
 _LOCK = threading.Lock()
-_loaded: tuple[str, SlicedAdapters] | None = None
+_loaded: tuple[str, SlicedAdapters] | None = None  # and which base it is, with which adapters
 
 _LABELS = ("labels", "start_positions", "end_positions")
 
@@ -101,17 +101,18 @@ def train_stage(job: StageJob, *, progress: Callable[[int, int], None] | None = 
 
     Source: S3T (arXiv 2406.16257), section 3.2 and algorithm 1.
     """
+    global _loaded
     key, stage = job.provenance.key, job.config.stage
     with _LOCK, _surroundings(stage.threads):
         parents = _checked_parents(job)
         adapters = _adapters(job)
+        loaded, _loaded = _loaded, None  # if anything fails from here on, the next stage loads the base anew
         adapters.load(parents)
-        try:
-            tensors = _train(adapters, job, progress)
-        finally:
-            adapters.freeze()
+        tensors = _train(adapters, job, progress)
+        adapters.freeze()
         if adapters.base_hash() != job.provenance.base:
             raise ValueError(f"base must stay frozen, got one that changed while stage {key.name} was trained")
+        _loaded = loaded
         return pack_stage(tensors, dataclasses.replace(job.provenance, environment=environment()))
 
 
@@ -238,17 +239,18 @@ def _adapters(job: StageJob) -> SlicedAdapters:
     global _loaded
     config, expected = job.config, job.provenance.base
     lora = dataclasses.asdict(config.lora)
-    which = json.dumps([config.model, config.labels, config.slices, config.layers_per_slice, lora])
-    if _loaded is None or _loaded[0] != which or _loaded[1].base_hash() != expected:
+    which = json.dumps([expected, config.labels, config.slices, config.layers_per_slice, lora])
+    if _loaded is None or _loaded[0] != which:
         _loaded = None  # before the next one needs the memory
         adapters = SlicedAdapters(load_base(config.model, config.labels), config)
-        if adapters.base_hash() != expected:
+        found = adapters.base_hash()
+        if found != expected:
             raise ValueError(
-                f"model must be the base {expected[:12]} that the system was made with, "
-                f"got {adapters.base_hash()[:12]} in {config.model!r}"
+                f"model must be the base {expected[:12]} that the system was made with, got {found[:12]} in "
+                f"{config.model!r}"
             )
         _loaded = which, adapters
-    return _loaded[1]
+    return _loaded[1]  # if it has changed since it was loaded, the check after training finds out
 
 
 @contextlib.contextmanager
