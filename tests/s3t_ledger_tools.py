@@ -89,6 +89,13 @@ def keys(chain: Sequence[StageRow]) -> list[StageKey]:
     return [row.key for row in chain]
 
 
+def content_of(ledger: Ledger) -> list[str]:
+    """Everything in the database, and the names and sizes of the stage files."""
+    files = sorted((path.name, path.stat().st_size) for path in (ledger.folder / "stages").iterdir())
+    with ledger.snapshot():
+        return [*ledger._db._connection.iterdump(), str(files)]
+
+
 def all_bytes(folder: Path) -> dict[str, bytes]:
     """Every file below a folder; closes no database, so the ledger must be closed in this process."""
     return {

@@ -278,10 +278,7 @@ class Ledger(LedgerRequests):
         )
         stages = self._stage_rows("s.state = 'tombstoned' AND s.request IS NULL")
         # Those that an interrupted attempt has erased already are looked for again: it may not have reached the disk.
-        for (stage,) in self._db.rows_in(
-            "SELECT stage FROM stages WHERE state IN ('tombstoned', 'erased') AND request IN ({})", requests
-        ):
-            stages += self._stage_rows("s.stage = ?", (stage,))
+        stages += self._stages_of(requests, "tombstoned", "erased")
         if not requests and not stages:
             return
         self._await_landings()

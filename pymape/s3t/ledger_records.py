@@ -125,9 +125,9 @@ class LedgerRecords:
             if added:
                 self._audit.append("records added", records=added)
         if added:
-            with self._db.lock:
-                self._digests.clear()
-            self._db.truncate_log()  # a log as large as the data would slow everything down
+            self._forget_digests()
+            with contextlib.suppress(ValueError):  # a log as large as the data is slow, but no reason to fail
+                self._db.truncate_log()
         return added, there
 
     def counts(self) -> list[list[int]]:
@@ -228,6 +228,10 @@ class LedgerRecords:
             if by is not None and by != request:
                 raise ValueError(f"ids must be those of records not deleted yet, got {label!r}, deleted by {by!r}")
         return [found[name] for name in names]
+
+    def _forget_digests(self) -> None:
+        with self._db.lock:
+            self._digests.clear()
 
     @contextmanager
     def _change(self, name: str) -> Iterator[None]:

@@ -263,10 +263,9 @@ class LedgerRequests(LedgerStages):
     def _traces(self, requests: Sequence[int]) -> list[str]:
         """What is left of the records of erased requests."""
         found = []
-        for (stage,) in self._db.rows_in("SELECT stage FROM stages WHERE request IN ({})", requests):
-            for row in self._stage_rows("s.stage = ? AND s.state != 'cancelled'", (stage,)):
-                if row.state != "erased" or self.path(row.key).exists():
-                    found.append(f"stage {row.key.name} must be erased, got one that is {row.state} or has a file")
+        for row in self._stages_of(requests, "tombstoned", "erased"):
+            if row.state != "erased" or self.path(row.key).exists():
+                found.append(f"stage {row.key.name} must be erased, got one that is {row.state} or has a file")
         for (name,) in self._db.rows_in(
             "SELECT name FROM tombstones JOIN records USING (record) JOIN contents USING (record) "
             "WHERE request IN ({}) AND (content != zeroblob(length(content)) OR digest != zeroblob(32))",

@@ -116,6 +116,7 @@ def _requests(ledger: Ledger) -> tuple[int, list[str]]:
 
 def _stages(ledger: Ledger) -> tuple[int, list[str]]:
     """Every live stage has an intact file, made from live records, and a live parent; what is served is the deepest."""
+    ledger._forget_digests()  # what is compared is what the database holds now
     problems, rows = [], ledger.stages()
     for row in rows:
         problem = None
