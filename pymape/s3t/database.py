@@ -255,7 +255,7 @@ def _sentence(error: sqlite3.Error, path: str) -> Exception:
     if code == sqlite3.SQLITE_FULL:
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
     if code == sqlite3.SQLITE_IOERR:
-        return OSError(errno.EIO, f"ledger must be readable and writable: {error}", path)
+        return OSError(errno.EIO, f"ledger must be readable and writable: {error} ({error.sqlite_errorname})", path)
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return ValueError(f"ledger must be an intact database, got {path!r}: {error}")
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):

@@ -163,8 +163,11 @@ class LedgerStages(LedgerRecords):
             self._landing.add(row.stage)
         path = self.path(key)
         try:
-            with atomic_write(path) as temporary:
-                temporary.write_bytes(content)
+            try:
+                with atomic_write(path) as temporary:
+                    temporary.write_bytes(content)
+            except OSError as error:  # a full disk has no file name of its own
+                raise OSError(error.errno, error.strerror, str(path)) from error
             faults.checkpoint("land: file written")
             with self._change("land"):
                 landed = self._commit_landing(row, content, provenance)
