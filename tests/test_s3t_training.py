@@ -107,6 +107,19 @@ def test_the_prefix_cache_changes_no_bit(family: str, dropout: float, tmp_path: 
     assert stored(cache) == written
 
 
+@pytest.mark.parametrize("change", [{"batch_size": 3}, {"threads": 2}, {"max_length": LENGTH + 3}])
+def test_states_of_another_batch_shape_or_thread_count_are_not_used(change: dict[str, int], tmp_path: Path) -> None:
+    config, slices = setting(tmp_path)
+    cache = tmp_path / "cache"
+    train_chain(config, SEQUENCE, slices, cache=cache)
+    before = stored(cache)
+    other = dataclasses.replace(config, stage=dataclasses.replace(config.stage, **change))
+    assert train_chain(other, SEQUENCE, slices, cache=cache) == train_chain(other, SEQUENCE, slices)
+    after = stored(cache)
+    assert before.items() < after.items()
+    assert len(after) == 2 * len(before)
+
+
 def test_training_is_the_plain_loop(tmp_path: Path) -> None:
     """Against PEFT and torch alone: batches, loss, clipping, schedule and what is trained, at depth 1."""
     stage = StageConfig(epochs=3, lr=5e-3, batch_size=4, max_length=LENGTH, weight_decay=0.1, max_grad_norm=0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,10 +32,9 @@ class StageStates:
         records: the name of every record.
         inputs: what the model is given for them, [N, ...] tensors, and options that are the same for all.
         batch_size: of every pass.
+        facts: what the bits of the states depend on beside the model and the inputs: states computed under other facts
+            are not used.
         memory: bytes of states to hold at most.
-
-    Raises:
-        ValueError: the states have other bits than the plain pass, which one batch is tested for.
     """
 
     def __init__(
@@ -44,12 +44,13 @@ class StageStates:
         records: Sequence[str],
         inputs: dict[str, Any],
         batch_size: int,
+        facts: str,
         memory: int = MEMORY,
     ) -> None:
         self._base, self._records, self._inputs, self._memory = adapters.base, records, inputs, memory
         entries = [adapters.first_layer(stage) for stage in range(adapters.slices, adapters.depth - 1, -1)]
         # From the lowest entry to the stage's own.
-        self._levels = [_Level(adapters.base, entry, _Strict(folder)) for entry in entries if entry > 0]
+        self._levels = [_Level(adapters.base, entry, _Strict(folder, facts)) for entry in entries if entry > 0]
         self._own = self._levels[-1]
         self._held: Tensor | None = None
         for rows in torch.arange(len(records)).split(batch_size):
@@ -58,7 +59,11 @@ class StageStates:
         self._checked = False
 
     def run(self, rows: Tensor) -> Any:
-        """The model's outputs for some records, [B] rows."""
+        """The model's outputs for some records, [B] rows.
+
+        Raises:
+            ValueError: cached states have other bits than the plain pass; the first batch is tested.
+        """
         records, inputs = self._batch(rows)
         if not self._checked:
             self._check(rows, records, inputs)
@@ -133,20 +138,26 @@ class _MissingError(Exception):
 class _Strict(PrefixCache):
     """A cache on disk. What it does not have, `FrozenPrefix` must not compute by itself, at a batch size of its own."""
 
-    _bypassed, _storing = False, True
+    def __init__(self, folder: str, facts: str) -> None:
+        super().__init__(folder)
+        self._facts = facts
+        self._bypassed, self._storing = False, True
 
     def get(self, prefix: str, record: str, inputs: str) -> Tensor | None:
         if self._bypassed:
             return None
-        states = super().get(prefix, record, inputs)
+        states = super().get(self._key(prefix), record, inputs)
         if states is None:
             raise _MissingError(record)
         return states
 
     def put(self, prefix: str, record: str, inputs: str, states: Tensor) -> bool:
         with contextlib.suppress(OSError):  # a full disk costs time only
-            return self._storing and super().put(prefix, record, inputs, states)
+            return self._storing and super().put(self._key(prefix), record, inputs, states)
         return False
+
+    def _key(self, prefix: str) -> str:
+        return hashlib.sha256(f"{prefix} {self._facts}".encode()).hexdigest()
 
     @contextlib.contextmanager
     def bypassed(self, store: bool) -> Iterator[None]:

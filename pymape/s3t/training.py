@@ -183,7 +183,8 @@ def _forward(
     options = {"use_cache": False} if "use_cache" in signature(adapters.base.forward).parameters else {}
     if cache is None or adapters.first_layer(adapters.depth) == 0:
         return lambda rows: adapters.base(**{name: value[rows] for name, value in inputs.items()}, **options)
-    return StageStates(adapters, cache, names, inputs | options, batch_size).run
+    facts = json.dumps([environment(), {name: [batch_size, *value.shape[1:]] for name, value in data.items()}])
+    return StageStates(adapters, cache, names, inputs | options, batch_size, facts).run
 
 
 def _rate(step: int, steps: int) -> float:
