@@ -52,8 +52,8 @@ def run(device: str, arguments: Sequence[str] = ()) -> Report:
     report.notes += [
         f"BERT layers of width {options.hidden}, {SLICES} stages of one sequence on {options.records} records a slice, "
         f"{options.batch_size} x {options.tokens} tokens, {options.epochs} epochs, fp32, LoRA r 8 on query and value",
-        f"processor time, {options.rounds} alternating rounds; stage files are the same bytes; the cache is empty when a"
-        " sequence begins",
+        f"processor time, {options.rounds} alternating rounds; stage files are the same bytes; the cache is empty at "
+        "the beginning of a sequence",
     ]
     return report
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import threads
-from model_zoo import DECODERS, tiny_model
+from model_zoo import DECODERS, tiny_batch, tiny_model
 from peft import get_peft_model
 from s3t_tools import LENGTH, make_job, make_records, options, parts, same_tensors, train_chain, write_base
 from safetensors.torch import load_file
@@ -185,6 +185,28 @@ def test_every_stage_learns_and_has_a_head_of_its_own(family: str, tmp_path: Pat
             with torch.no_grad():
                 losses.append(adapters.base(**batch).loss.item())
         assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "heads"),
+    [
+        ("bert", "token_classification", 2),
+        ("bert", "multi_label", 2),
+        ("bert", "masked_lm", 0),
+        ("llama", "sequence_classification", 1),
+        ("bert", None, 2),
+    ],
+)
+def test_other_tasks_and_new_heads(family: str, task: str | None, heads: int, tmp_path: Path) -> None:
+    tiny_model(family, task or "base", num_hidden_layers=4, intermediate_size=32).save_pretrained(tmp_path / "base")
+    config = options(str(tmp_path / "base"), labels=None if task else 3)
+    batch = tiny_batch(family, task, batch=10, length=LENGTH, padding="right")
+    records = [{"id": f"r{row}", **{name: value[row] for name, value in batch.items()}} for row in range(10)]
+    check = RecordCheck(config)
+    assert [check(record, record["id"]) for record in records] == [encode_row(record) for record in records]
+    files = train_chain(config, SEQUENCE, parts(records))
+    assert train_chain(config, SEQUENCE, parts(records), cache=tmp_path / "cache") == files
+    assert all(sum(".lora_" not in name for name in tensors) == heads for tensors in tensors_of(files))
 
 
 def disturb(config: S3TConfig, slices: Slices) -> None:

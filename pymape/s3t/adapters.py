@@ -23,6 +23,7 @@ __all__ = ["SlicedAdapters", "base_hash", "layers_per_slice", "load_base", "mode
 
 _ADAPTER = "default"
 _PREFIX = "base_model.model."  # of every name in PEFT's adapter_model.safetensors
+_ALIGNMENT = 64  # bytes; kernels may round otherwise where an operand begins elsewhere
 _VOLATILE = ("_name_or_path", "transformers_version")
 _TARGETS = {
     "qv": ("query", "value", "qkv"),
@@ -272,6 +273,9 @@ def load_base(folder: str | os.PathLike[str], labels: int | None = None) -> Any:
             f"model must hold all weights of {type(model).__name__}, got {str(folder)!r} without "
             f"{', '.join(missing[:3])}"
         )
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() % _ALIGNMENT:  # a view into the file, placed by the length of its header
+            tensor.data = tensor.data.clone()
     return model.eval()
 
 
@@ -287,7 +291,8 @@ def model_class(folder: str | os.PathLike[str], labels: int | None = None) -> tu
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"model must be a Hugging Face model folder with a config.json, got {str(folder)!r}")
     if labels is not None:
-        settings = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, num_labels=labels)
+        with quiet_transformers():  # it warns of the names that the old head's classes had
+            settings = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, num_labels=labels)
         if settings.model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
             return transformers.AutoModelForImageClassification, settings
         return transformers.AutoModelForSequenceClassification, settings
