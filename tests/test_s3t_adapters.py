@@ -13,7 +13,7 @@ import torch
 from model_zoo import DECODERS, FAMILIES, tiny_batch, tiny_model
 from peft import PeftModel, get_peft_model_state_dict
 from s3t_tools import options, same_tensors, write_base
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pymape.architectures import find_layers
@@ -302,3 +302,16 @@ def test_a_chain_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
             adapters.load(wrong)
     assert logits(adapters.base, questions("bert")) == outputs
     assert all(same_tensors(one, adapters.stage_tensors(stage)) for stage, one in enumerate(before, start=1))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])  # the second has tied weights
+def test_where_weights_begin_in_memory_does_not_depend_on_the_file(tmp_path: Path, family: str) -> None:
+    """Kernels round by it, and the length of a file's header would decide."""
+    folder = Path(write_base(tmp_path / "base", family))
+    tensors = load_file(folder / "model.safetensors")
+    for length in range(0, 64, 8):
+        save_file(tensors, folder / "model.safetensors", {"format": "pt", "note": "x" * length})
+        model = load_base(folder)
+        assert all(tensor.data_ptr() % 64 == 0 for tensor in (*model.parameters(), *model.buffers()))
+        if family == "gpt2":
+            assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
