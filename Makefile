@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test soak bench lint build wheel-test clean
+.PHONY: demo test soak bench gpu lint build wheel-test clean
 
 demo: build
 	$(BIN)/pymape demo
@@ -16,6 +16,10 @@ soak: build
 
 bench: build
 	$(BIN)/python -m benchmarks all
+
+# On a GPU machine, with the torch that it has: no .venv, no network. Parts that passed are skipped: run it again to go on.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(PARTS)
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import pkgutil
 from pathlib import Path
 
 import benchmarks
+from benchmarks.harness import plot
 
 
 def main() -> None:
@@ -17,11 +19,17 @@ def main() -> None:
     parser.add_argument("op", choices=[*names, "all"])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", type=Path, help="result file (default benchmarks/results/OP-DEVICE.json)")
+    parser.add_argument("--plot", type=Path, help="also draw the times; .png or .svg (not with `all`)")
     arguments, rest = parser.parse_known_args()
+    if arguments.op == "all" and (arguments.json is not None or arguments.plot is not None):
+        parser.error("--json and --plot name the file of one benchmark, got all")
     for name in names if arguments.op == "all" else [arguments.op]:
         report = importlib.import_module(f"benchmarks.bench_{name}").run(arguments.device, rest)
         report.show()
-        report.write(arguments.json or Path(__file__).parent / "results" / f"{name}-{arguments.device}.json")
+        path = arguments.json or Path(__file__).parent / "results" / f"{name}-{arguments.device}.json"
+        report.write(path)
+        if arguments.plot is not None:
+            plot(json.loads(path.read_text()), arguments.plot)
 
 
 if __name__ == "__main__":

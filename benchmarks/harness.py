@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,17 @@ import torch
 import pymape
 from pymape.files import atomic_write
 
-__all__ = ["Case", "Report", "alternate", "gigabytes_per_second", "measure"]
+__all__ = [
+    "Case",
+    "Report",
+    "alternate",
+    "gigabytes_per_second",
+    "limits",
+    "markdown",
+    "measure",
+    "peak_memory",
+    "plot",
+]
 
 
 _SHORT = 0.05  # seconds
@@ -48,15 +59,9 @@ class Report:
     def show(self) -> None:
         threads, version = torch.get_num_threads(), torch.__version__
         print(f"\n{self.name} on {self.device}: {_processor()}, {threads} threads, torch {version}")
-        figures = list(dict.fromkeys(name for case in self.cases for name in case.figures))
-        header = ["shape", "provider", "median ms", "p20", "p80", *figures]
-        rows = [
-            [case.shape, case.provider, *(f"{1e3 * t:.3f}" for t in (case.median_s, case.p20_s, case.p80_s))]
-            + [f"{case.figures[name]:.3g}" if name in case.figures else "" for name in figures]
-            for case in self.cases
-        ]
-        widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
-        for row in [header, *rows]:
+        table = _table([asdict(case) for case in self.cases])
+        widths = [max(map(len, column)) for column in zip(*table)]
+        for row in table:
             cells = [
                 cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
             ]
@@ -67,6 +72,53 @@ class Report:
     def write(self, path: str | Path) -> None:
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps({**asdict(self), "machine": machine()}, indent=1) + "\n")
+
+
+def _table(cases: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    figures = list(dict.fromkeys(name for case in cases for name in case["figures"]))
+    rows = [["shape", "provider", "median ms", "p20", "p80", *figures]]
+    for case in cases:
+        times = [f"{1e3 * case[name]:.3f}" for name in ("median_s", "p20_s", "p80_s")]
+        values = [f"{case['figures'][name]:.3g}" if name in case["figures"] else "" for name in figures]
+        rows.append([case["shape"], case["provider"], *times, *values])
+    return rows
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """Return a written report as a Markdown section with a table.
+
+    Args:
+        report: what `Report.write` wrote, read back.
+    """
+    where = report["machine"]
+    header, *rows = _table(report["cases"])
+    lines = [f"## {report['name']} on {report['device']}", ""]
+    lines += [f"{where['gpu'] or where['processor']}, torch {where['torch']}, commit {where['commit']}.", ""]
+    lines += [f"| {' | '.join(row)} |" for row in (header, ["---"] * 2 + ["---:"] * (len(header) - 2), *rows)]
+    return "\n".join([*lines, "", *(f"- {note}" for note in report["notes"])]).rstrip() + "\n"
+
+
+def plot(report: Mapping[str, Any], path: str | Path) -> None:
+    """Draw the medians, with bars from p20 to p80, of a written report; the suffix of `path` names the format."""
+    from matplotlib.figure import Figure
+
+    shapes = list(dict.fromkeys(case["shape"] for case in report["cases"]))
+    figure = Figure(figsize=(8, 0.8 + 0.35 * (len(report["cases"]) + len(shapes))), layout="constrained")
+    axes, labels, y = figure.subplots(), [], 0
+    for i, shape in enumerate(shapes):
+        for case in (case for case in report["cases"] if case["shape"] == shape):
+            median, p20, p80 = (1e3 * case[name] for name in ("median_s", "p20_s", "p80_s"))
+            axes.barh(y, median, xerr=[[max(0, median - p20)], [max(0, p80 - median)]], color=f"C{i % 10}")
+            labels.append((y, f"{shape}: {case['provider']}"))
+            y += 1
+        y += 1
+    axes.set_yticks(*map(list, zip(*labels)), fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("milliseconds (median; 20th to 80th percentile)")
+    axes.set_title(f"{report['name']}, {report['machine']['gpu'] or report['machine']['processor']}")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary)
 
 
 def machine() -> dict[str, Any]:
@@ -126,6 +178,34 @@ def alternate(shape: str, contenders: Mapping[str, Callable[[], Any]], **options
         Case(shape, name, *(float(np.percentile(times, q)) for q in (50, 20, 80)))
         for name, times in measure(contenders, **options).items()
     ]
+
+
+@functools.cache
+def limits(device: str, dtype: torch.dtype) -> dict[str, float]:
+    """Measure, once a run, what the device can do at best.
+
+    Returns:
+        "GB/s": 1e9 bytes a second, read and written, of a copy far larger than the caches; "TFLOP/s": 1e12 operations a
+        second of a large square product.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    source = torch.ones((1 << 30 if on_gpu else 1 << 27) // dtype.itemsize, dtype=dtype, device=device)
+    target, side = torch.empty_like(source), 8192 if on_gpu else 1024
+    left, right = torch.randn(2, side, side, device=device).to(dtype)
+    calls = {"copy": lambda: target.copy_(source), "product": lambda: left @ right}
+    copy, product = (np.median(times) for times in measure(calls, seconds=0.5).values())
+    moved = 2 * source.numel() * source.element_size()
+    return {"GB/s": moved / float(copy) / 1e9, "TFLOP/s": 2 * side**3 / float(product) / 1e12}
+
+
+def peak_memory(call: Callable[[], Any]) -> float:
+    """Return the MiB of device memory that a call on the GPU takes at its peak, beyond what was held before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def gigabytes_per_second(case: Case, bytes_moved: int) -> float:

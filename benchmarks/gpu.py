@@ -1,0 +1,199 @@
+"""Everything a GPU machine has to show, part by part: `python -m benchmarks.gpu [PART ...]`, or `make gpu`.
+
+Each part takes minutes, needs no network and leaves `build/gpu/SOURCES/PART.json`, where SOURCES is a digest of the
+code; a part that passed for the same code on the same GPU is skipped, so that a run that was cut off goes on. At the
+end the benchmarks that are done are gathered in `benchmarks/results/GPU.json` and `GPU.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import markdown
+from pymape.files import atomic_write
+
+__all__ = ["BENCHMARKS", "Part", "gather", "main", "parts", "run", "source_digest"]
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+LIMIT = 480  # seconds a part may take
+BENCHMARKS = {
+    "module_scores": (),
+    "masked_attention": (),
+    "masked_ffn": (),
+    "greedy_swap": (),
+    "segmented_lora": (),
+    "importance": (),
+    "partial": (),
+}
+_TESTS = (
+    "tests/test_module_scores.py",
+    "tests/test_masked_attention.py",
+    "tests/test_masked_ffn.py",
+    "tests/test_greedy_swap.py",
+    "tests/test_selected_weight_grad.py",
+    "tests/test_segmented_lora.py",
+)
+_MODEL_TESTS = ("tests/test_instrumented_models.py", "tests/test_importance.py")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One command of the run; `needs` names a program without which it is skipped, and says so."""
+
+    name: str
+    command: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    needs: str | None = None
+
+
+def parts(arch: str, folder: Path) -> list[Part]:
+    """Return all parts in order.
+
+    Args:
+        arch: CUDA architecture to build for, such as `"90"`.
+        folder: where the benchmarks write their results.
+    """
+    python, pytest = sys.executable, (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q")
+    operators = "benchmarks/gpu_operators.py"
+    sanitizer = ("compute-sanitizer", "--error-exitcode", "1", "--target-processes", "all")
+    search = {"PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    build = {"CMAKE_ARGS": f"-DPYMAPE_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES={arch}"}
+    return [
+        Part("build", (python, "setup.py", "build_ext", "--inplace"), build),
+        Part("operators", (*pytest, operators), search),
+        Part("tests", (*pytest, *_TESTS), search),
+        Part("models", (*pytest, *_MODEL_TESTS, "-k", "gpu"), search),
+        *(
+            Part(
+                tool,
+                (*sanitizer, "--tool", tool, *pytest, operators, "-k", "tiny"),
+                # The caching allocator would hide an access past the end of a tensor inside its own larger block.
+                {**search, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+                needs="compute-sanitizer",
+            )
+            for tool in ("memcheck", "racecheck")
+        ),
+        *(
+            Part(
+                f"bench_{name}",
+                (python, "-m", "benchmarks", name, "--device", "cuda", "--json", str(folder / f"{name}.json"), *rest),
+            )
+            for name, rest in BENCHMARKS.items()
+        ),
+    ]
+
+
+def source_digest(root: Path = ROOT) -> str:
+    """Return a digest of every source that a result depends on; it needs no git, which a copied tree may lack."""
+    digest = hashlib.sha256()
+    files = [root / "CMakeLists.txt", root / "setup.py"]
+    for folder in ("csrc", "kernels", "pymape", "tests", "benchmarks"):
+        files += [path for path in (root / folder).rglob("*") if path.suffix in {".py", ".cpp", ".cu", ".cuh", ".h"}]
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def run(part: Part, folder: Path, limit: float = LIMIT) -> bool:
+    """Run a part unless it passed before; return whether it passed or was skipped for want of a program.
+
+    Args:
+        part: what to run, in the repository's root.
+        folder: holds `PART.json` and the output, `PART.log`.
+        limit: seconds after which the part is stopped and counts as failed.
+    """
+    record = folder / f"{part.name}.done.json"
+    if record.exists():
+        print(f"{part.name}: passed before, skipped", flush=True)
+        return True
+    if part.needs is not None and shutil.which(part.needs) is None:
+        print(f"{part.name}: skipped, {part.needs} is not installed", flush=True)
+        return True
+    folder.mkdir(parents=True, exist_ok=True)
+    log, start = folder / f"{part.name}.log", time.monotonic()
+    with log.open("w") as output:
+        try:
+            command = subprocess.run(
+                part.command,
+                cwd=ROOT,
+                env={**os.environ, **part.environment},
+                stdout=output,
+                stderr=output,
+                timeout=limit,
+            )
+            outcome = "passed" if command.returncode == 0 else f"failed with status {command.returncode}"
+        except subprocess.TimeoutExpired:
+            outcome = f"stopped after {limit:g} s"
+    seconds = time.monotonic() - start
+    print(f"{part.name}: {outcome}, {seconds:.0f} s, {log}", flush=True)
+    if outcome != "passed":
+        print("\n".join(log.read_text(errors="replace").splitlines()[-20:]), flush=True)
+        return False
+    with atomic_write(record) as temporary:
+        temporary.write_text(json.dumps({"command": list(part.command), "seconds": round(seconds, 1)}, indent=1) + "\n")
+    return True
+
+
+def gather(folder: Path, gpu: str, results: Path = RESULTS) -> Path | None:
+    """Write the benchmarks found in `folder` to `results/GPU.json` and `GPU.md`; return the former, or None."""
+    reports: list[dict[str, Any]] = [
+        json.loads(path.read_text()) for name in BENCHMARKS if (path := folder / f"{name}.json").exists()
+    ]
+    if not reports:
+        return None
+    path = results / f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(reports, indent=1) + "\n")
+    with atomic_write(path.with_suffix(".md")) as temporary:
+        temporary.write_text(f"# {gpu}\n\n" + "\n".join(map(markdown, reports)))
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    names = [part.name for part in parts("", Path())]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"default: all of {', '.join(names)}")
+    chosen = parser.parse_args(arguments).parts or names
+    unknown = sorted(set(chosen) - set(names))
+    if unknown:
+        parser.error(f"PART must be one of {', '.join(names)}, got {', '.join(unknown)}")
+    if not torch.cuda.is_available():
+        print(f"no GPU: torch {torch.__version__} sees no CUDA device, so nothing was run", file=sys.stderr)
+        return 1
+    missing = [name for name in ("triton", "transformers", "pytest", "pybind11") if not importlib.util.find_spec(name)]
+    if missing:
+        print(f"missing packages: {', '.join(missing)}", file=sys.stderr)
+        return 1
+    gpu, arch = torch.cuda.get_device_name(), "{}{}".format(*torch.cuda.get_device_capability())
+    folder = ROOT / "build" / "gpu" / f"{source_digest()}-sm{arch}"
+    failed = []
+    for part in parts(arch, folder):
+        if part.name in chosen and not run(part, folder):
+            failed.append(part.name)
+            if part.name == "build":
+                break
+    path = gather(folder, gpu)
+    print(f"results: {path}" if path else "no benchmark has run yet")
+    if failed:
+        print(f"failed: {', '.join(failed)}; the same command goes on with these", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
