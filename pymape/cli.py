@@ -91,6 +91,14 @@ def _run(options: Namespace) -> int:
         from pymape.metrics.command import run_evaluate
 
         run_evaluate(_built(EvaluateConfig, options.evaluate))
+    elif options.subcommand == "experiment":
+        from pymape.experiments.runner import run_experiment
+
+        run_experiment(**vars(options.experiment.run))
+    elif options.subcommand == "report":
+        from pymape.experiments.page import run_report
+
+        run_report(options.report.runs, options.report.output)
     elif options.subcommand == "session":
         from pymape.session import UnlearnSession
 
@@ -194,10 +202,28 @@ def _parser() -> ArgumentParser:
     show = ArgumentParser(description="Check a session's files and list its requests.", exit_on_error=False)
     show.add_argument("folder", help="Folder given as --session to pymape unlearn.")
     session.add_subcommands(required=True).add_subcommand("show", show, help="check its files and list its requests")
+    _add_experiment(commands)
     s3t = ArgumentParser(description="Exact unlearning: train in slices, delete by switching off.", exit_on_error=False)
     commands.add_subcommand("s3t", s3t, help="exact unlearning: train in slices, delete by switching off")
     _add_s3t(s3t)
     return parser
+
+
+def _add_experiment(commands: Any) -> None:
+    experiment = ArgumentParser(description="Compare methods with retraining, over seeds.", exit_on_error=False)
+    commands.add_subcommand("experiment", experiment, help="compare methods with retraining, over seeds")
+    run = ArgumentParser(description="Run what is missing of an experiment and write its tables.", exit_on_error=False)
+    run.add_argument("name", help="YAML file, or the name of one in experiments/.")
+    run.add_argument("--seeds", type=int, nargs="+", help="In place of the file's.")
+    run.add_argument("--workers", type=int, default=1, help="Processes of one thread each.")
+    run.add_argument("--output", help="Folder to write or to go on with (default: runs/NAME).")
+    run.add_argument("--data", help="In place of the file's task.data.")
+    run.add_argument("--model", help="In place of the file's task.model.")
+    experiment.add_subcommands(required=True).add_subcommand("run", run, help="run what is missing of an experiment")
+    report = ArgumentParser(description="Write one page about finished experiments.", exit_on_error=False)
+    report.add_argument("runs", nargs="+", help="Folders that pymape experiment run wrote.")
+    report.add_argument("--output", default="report.html", help="File to write.")
+    commands.add_subcommand("report", report, help="write one page about finished experiments")
 
 
 def _add_s3t(parser: ArgumentParser) -> None:

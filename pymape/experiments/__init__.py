@@ -1,0 +1,1 @@
+"""Experiments: grids of unlearning methods on small tasks, held against retraining; resumable, cell by cell."""

@@ -1,0 +1,264 @@
+"""What an experiment's YAML file holds."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+__all__ = [
+    "ExperimentConfig",
+    "MethodConfig",
+    "SelectionConfig",
+    "SettingConfig",
+    "TaskConfig",
+    "find_experiment",
+    "read_experiment",
+]
+
+_FOLDER = "experiments"
+# What a kind of selection depends on.
+_READ = {
+    "everything": (),
+    "modules": ("objective", "budget", "lam", "mode", "across_layers", "samples"),
+    "gates": ("budget", "lam", "samples"),
+    "last_layers": ("layers",),
+    "saliency": ("budget", "samples"),
+    "lora": ("rank",),
+}
+
+
+@dataclass
+class TaskConfig:
+    """Data and model.
+
+    Args:
+        name: "digits" (scikit-learn's), "arrays" (an npz file of images), "folder" (one folder of images a class), or
+            "table" (text files with a label column).
+        data: the file or folder that the task reads; digits need none.
+        model: folder of a pretrained encoder and its tokenizer, for "table".
+        options: further arguments of the task.
+        epochs: passes over the data when the original and the retrained model are trained.
+        lr: their peak learning rate.
+        batch_size: their records a step.
+        weight_decay: theirs.
+    """
+
+    name: Literal["digits", "arrays", "folder", "table"]
+    data: str | None = None
+    model: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    epochs: int = 40
+    lr: float = 1e-3
+    batch_size: int = 64
+    weight_decay: float = 0.05
+
+
+@dataclass
+class SettingConfig:
+    """What is forgotten.
+
+    Args:
+        forget: a whole class (the seed modulo the number of classes), or random training records.
+        share: share of the training records, in (0, 1), for random ones.
+        lam: weight of the retain set where masks are learned.
+    """
+
+    forget: Literal["class", "random"] = "random"
+    share: float = 0.1
+    lam: float = 1.0
+
+
+@dataclass
+class SelectionConfig:
+    """Which parameters a method trains.
+
+    Args:
+        kind: "everything"; "modules" (heads and filters, by `objective` within `budget`); "gates" (modules whose gates
+            are learned by gradient descent); "last_layers" (all heads and filters of the last `layers`); "saliency"
+            (SalUn: the `budget` share of all parameters with the largest forget gradient); "lora" (adapters of `rank`).
+        objective: what the masks maximise.
+        budget: share of parameters, in (0, 1].
+        lam: weight of the retain set; None takes the setting's.
+        mode: how the masks are searched.
+        across_layers: let modules of different layers trade places.
+        samples: most records of either set that the masks are learned from; None takes all.
+        layers: number of layers.
+        rank: of the adapters.
+    """
+
+    kind: Literal["everything", "modules", "gates", "last_layers", "saliency", "lora"] = "everything"
+    objective: Literal["difference", "ratio", "forget", "random", "magnitude"] = "difference"
+    budget: float = 0.1
+    lam: float | None = None
+    mode: Literal["greedy", "warm", "rearrange"] = "greedy"
+    across_layers: bool = False
+    samples: int | None = None
+    layers: int = 1
+    rank: int = 8
+
+    def identity(self, lam: float) -> dict[str, Any]:
+        """All that the selection depends on, where the setting's weight of the retain set is `lam`."""
+        found = {"kind": self.kind} | {name: getattr(self, name) for name in _READ[self.kind]}
+        if "lam" in found:
+            found["lam"] = lam if self.lam is None else self.lam
+        if self.kind == "modules" and self.objective != "difference":
+            del found["lam"]
+        if self.kind == "modules" and self.objective in ("random", "magnitude"):
+            found = {name: found[name] for name in ("kind", "objective", "budget")}
+        return found
+
+
+@dataclass
+class MethodConfig:
+    """An unlearning objective beside those that are crossed with all selections.
+
+    Args:
+        objective: name of an objective.
+        selections: names of the selections to cross it with.
+        options: values for the objective's own options.
+        parameter: what is tuned: "lr", "gamma", or an option of the objective.
+        values: what it may be, as many as there are learning rates; empty for "lr" takes the experiment's.
+    """
+
+    objective: str
+    selections: list[str] = field(default_factory=lambda: ["everything"])
+    options: dict[str, Any] = field(default_factory=dict)
+    parameter: str = "lr"
+    values: list[float] = field(default_factory=list)
+
+
+@dataclass
+class ExperimentConfig:
+    """A grid: settings x seeds x methods x values of what is tuned.
+
+    Args:
+        task: data and model.
+        settings: what is forgotten, by name.
+        seeds: of data split, training, masks and unlearning.
+        selections: which parameters are trained, by name.
+        objectives: objectives to cross with all selections.
+        methods: further methods.
+        lrs: learning rates that every method chooses from.
+        steps: optimizer steps of an unlearning run.
+        batch_size: forget records a step, and as many retain records.
+        baselines: selections that the others are held against, objective by objective.
+        title: heading of the report.
+        note: sentence about the experiment for the report.
+    """
+
+    task: TaskConfig
+    settings: dict[str, SettingConfig]
+    seeds: list[int]
+    selections: dict[str, SelectionConfig] = field(default_factory=lambda: {"everything": SelectionConfig()})
+    objectives: list[str] = field(default_factory=list)
+    methods: list[MethodConfig] = field(default_factory=list)
+    lrs: list[float] = field(default_factory=lambda: [2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3])
+    steps: int = 30
+    batch_size: int = 32
+    baselines: list[str] = field(default_factory=lambda: ["everything"])
+    title: str = ""
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_names()
+
+    @property
+    def all_methods(self) -> list[MethodConfig]:
+        """The objectives crossed with all selections, then the further methods; every one with its values."""
+        crossed = [MethodConfig(objective, list(self.selections)) for objective in self.objectives]
+        found = [*crossed, *self.methods]
+        return [
+            MethodConfig(m.objective, m.selections, m.options, m.parameter, m.values or list(self.lrs)) for m in found
+        ]
+
+    def _check_numbers(self) -> None:
+        ranges: dict[str, tuple[Any, bool, str]] = {
+            "seeds": (self.seeds, len(set(self.seeds)) == len(self.seeds) > 0, "at least one, each once"),
+            "lrs": (self.lrs, bool(self.lrs) and all(0 < lr < math.inf for lr in self.lrs), "positive learning rates"),
+            "steps": (self.steps, self.steps >= 1, "at least 1"),
+            "batch_size": (self.batch_size, self.batch_size >= 1, "at least 1"),
+            "task.epochs": (self.task.epochs, self.task.epochs >= 1, "at least 1"),
+            "task.batch_size": (self.task.batch_size, self.task.batch_size >= 1, "at least 1"),
+            "settings": (list(self.settings), bool(self.settings), "at least one"),
+        }
+        for name, setting in self.settings.items():
+            ranges[f"settings.{name}.share"] = (setting.share, 0 < setting.share < 1, "in (0, 1)")
+            ranges[f"settings.{name}.lam"] = (setting.lam, 0 <= setting.lam < math.inf, "finite and not negative")
+        for name, selection in self.selections.items():
+            ranges[f"selections.{name}.budget"] = (selection.budget, 0 < selection.budget <= 1, "in (0, 1]")
+            ranges[f"selections.{name}.layers"] = (selection.layers, selection.layers >= 1, "at least 1")
+            ranges[f"selections.{name}.rank"] = (selection.rank, selection.rank >= 1, "at least 1")
+            samples = selection.samples
+            ranges[f"selections.{name}.samples"] = (samples, samples is None or samples >= 1, "at least 1")
+        for name, (value, valid, expected) in ranges.items():
+            if not valid:
+                raise ValueError(f"{name} must be {expected}, got {value}")
+
+    def _check_names(self) -> None:
+        if not self.objectives and not self.methods:
+            raise ValueError("objectives or methods must name at least one, got none")
+        unknown = [name for name in self.baselines if name not in self.selections]
+        if unknown:
+            raise ValueError(f"baselines must be among {', '.join(self.selections)}, got {unknown[0]!r}")
+        for method in self.all_methods:
+            unknown = [name for name in method.selections if name not in self.selections]
+            if unknown:
+                raise ValueError(f"methods must use selections among {', '.join(self.selections)}, got {unknown[0]!r}")
+            if method.parameter != "lr" and method.values == list(self.lrs):
+                raise ValueError(f"values of {method.parameter} must be given for objective {method.objective!r}")
+            if len(method.values) != len(self.lrs):
+                raise ValueError(
+                    f"values of {method.objective!r} must be as many as lrs, {len(self.lrs)}, so that every method has "
+                    f"an equal choice, got {len(method.values)}"
+                )
+        pairs = Counter((method.objective, name) for method in self.all_methods for name in method.selections)
+        twice = [pair for pair, count in pairs.items() if count > 1]
+        if twice:
+            raise ValueError(f"methods must be given once each, got {' on '.join(twice[0])} twice")
+
+
+def find_experiment(name: str) -> Path:
+    """The YAML file of an experiment.
+
+    Args:
+        name: a path that ends in .yaml or .yml, or the name of a file in `experiments/` here or in the checkout.
+
+    Raises:
+        ValueError: there is none; says which there are.
+    """
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise ValueError(f"experiment must be an existing file, got {name!r}")
+        return Path(name)
+    folders = (Path(_FOLDER), Path(__file__).resolve().parents[2] / _FOLDER)
+    for folder in folders:
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml") if _is_experiment(path)})
+    raise ValueError(f"experiment must be a YAML file or one of {', '.join(known) or 'none here'}, got {name!r}")
+
+
+def read_experiment(path: str | Path) -> ExperimentConfig:
+    """Read and check an experiment's YAML file.
+
+    Raises:
+        ValueError: an unknown key, a value of the wrong type or out of range.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ExperimentConfig)
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its name before 4.49
+    try:
+        values = instantiate(parser.parse_path(str(path)))
+    except ArgumentError as error:
+        raise ValueError(f"experiment {str(path)!r} must be valid: {' '.join(str(error).split())}") from error
+    return ExperimentConfig(**vars(values))
+
+
+def _is_experiment(path: Path) -> bool:
+    return "\nsettings:" in path.read_text(encoding="utf-8")

@@ -1,0 +1,299 @@
+"""What is trained and how it is unlearned: every method behind two functions, `choose` and `unlearn`."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
+
+from pymape.architectures import layout
+from pymape.batching import PaddingCollator, bare_record
+from pymape.experiments.config import ExperimentConfig, MethodConfig, SelectionConfig
+from pymape.importance import Importance, importance
+from pymape.learned_gates import learn_gates
+from pymape.losses import per_sample_loss
+from pymape.masks import ModuleMasks
+from pymape.objectives import Step, get_objective, objective
+from pymape.search import search
+from pymape.trainer import UnlearnTrainer
+
+__all__ = ["Chosen", "Measured", "check_methods", "choose", "unlearn"]
+
+Record = dict[str, Any]
+
+_BATCH = 256  # records a pass where nothing is trained
+_GATE_BATCH = 64
+
+
+@objective("l1_sparse", forget=False, retain="required")
+def l1_sparse(step: Step, *, weight: float = 5e-4) -> Tensor:
+    """Fine-tuning on the retain set with an L1 penalty on what is trained.
+
+    loss = NLL_r + weight sum |theta|
+
+    Source: Jia et al. 2023 (arXiv 2304.04934), equation 6 with a constant weight.
+    """
+    retain: Any = step.retain
+    trained = [parameter for parameter in retain.model.parameters() if parameter.requires_grad]
+    return retain.loss() + weight * torch.stack([parameter.abs().sum() for parameter in trained]).sum()
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a selection comes to on one model; without masks, entries and rank it is everything.
+
+    Args:
+        masks: the heads and filters to train.
+        entries: of each parameter, bool of its shape: the entries to train.
+        rank: of LoRA adapters, to train instead of the model's own parameters.
+        seconds: that finding it took.
+    """
+
+    masks: ModuleMasks | None = None
+    entries: Sequence[Tensor] | None = None
+    rank: int | None = None
+    seconds: float = 0.0
+
+
+class Measured:
+    """Importance of the records of one model, measured once for all selections that ask for as many of them."""
+
+    def __init__(self, model: PreTrainedModel, sets: Mapping[str, list[Record]], seed: int) -> None:
+        self.model, self.sets, self.seed = model, sets, seed
+        self._found: dict[tuple[str, int], tuple[Importance, float]] = {}
+
+    def sample(self, name: str, count: int | None) -> list[Record]:
+        """All records of a set in their order, or `count` random ones of them."""
+        records = self.sets[name]
+        if count is None or count >= len(records):
+            return records
+        generator = torch.Generator().manual_seed(self.seed)
+        return [records[row] for row in torch.randperm(len(records), generator=generator)[:count].sort().values]
+
+    def __call__(self, name: str, count: int | None) -> tuple[Importance, float]:
+        """Importance of a set and the seconds that it took when it was measured."""
+        records = self.sample(name, count)
+        if (name, len(records)) not in self._found:
+            started = time.perf_counter()
+            found = importance(self.model, records, batch_size=_BATCH, progress=False)
+            self._found[name, len(records)] = found, time.perf_counter() - started
+        return self._found[name, len(records)]
+
+
+def check_methods(config: ExperimentConfig) -> None:
+    """Refuse what cannot run before anything does.
+
+    Raises:
+        ValueError: an unknown objective, or a one-shot objective on entries or adapters.
+    """
+    for method in config.all_methods:
+        found = get_objective(method.objective)
+        if found.alternative:
+            raise ValueError(f"objectives must need no alternative answers, got {method.objective!r}")
+        for name in method.selections:
+            kind = config.selections[name].kind
+            if found.one_shot and kind in ("saliency", "lora"):
+                raise ValueError(
+                    f"{method.objective!r} must be given everything or heads and filters, got selection {name!r} of "
+                    f"kind {kind!r}"
+                )
+
+
+def choose(config: SelectionConfig, lam: float, measured: Measured) -> Chosen:
+    """Find what a selection trains in a model.
+
+    Args:
+        config: the selection.
+        lam: weight of the retain set, where the selection has none of its own.
+        measured: importance of the model's forget and retain records.
+
+    Raises:
+        ValueError: more layers than the model has, or masks that select nothing.
+    """
+    model, started, shared = measured.model, time.perf_counter(), 0.0
+    lam = lam if config.lam is None else config.lam
+    masks, entries = None, None
+    if config.kind == "modules":
+        before = time.perf_counter()
+        (forget, forget_seconds), (retain, retain_seconds) = (
+            measured(name, config.samples) for name in ("forget", "retain")
+        )
+        # Whoever came first measured it; random and magnitude masks need none of it.
+        shared = -(time.perf_counter() - before)
+        if config.objective not in ("random", "magnitude"):
+            shared += forget_seconds + retain_seconds
+        masks = search(
+            forget=forget, retain=retain, budget=config.budget, objective=config.objective, lam=lam, mode=config.mode,
+            across_layers=config.across_layers, seed=measured.seed, model=model,
+        )  # fmt: skip
+    elif config.kind == "gates":
+        forget_batches, retain_batches = (
+            _batches(model, measured.sample(name, config.samples), _GATE_BATCH) for name in ("forget", "retain")
+        )
+        masks = learn_gates(
+            model, forget_batches, retain_batches, config.budget, lam=lam, seed=measured.seed, progress=False
+        )
+    elif config.kind == "last_layers":
+        masks = _last_layers(model, config.layers)
+    elif config.kind == "saliency":
+        entries = _salient(model, measured.sample("forget", config.samples), config.budget)
+    if masks is not None and not (masks.heads.any() or masks.filters.any()):
+        raise ValueError(f"masks must select at least one head or filter, got none with {config}")
+    rank = config.rank if config.kind == "lora" else None
+    return Chosen(masks, entries, rank, time.perf_counter() - started + shared)
+
+
+def unlearn(
+    model: PreTrainedModel,
+    chosen: Chosen,
+    method: MethodConfig,
+    value: float,
+    *,
+    forget: list[Record],
+    retain: list[Record],
+    steps: int,
+    batch_size: int,
+    seed: int,
+) -> tuple[PreTrainedModel, dict[str, float]]:
+    """Unlearn in place.
+
+    Args:
+        model: the original model.
+        chosen: what to train.
+        method: the objective, and which parameter has `value`.
+        value: of the tuned parameter.
+        forget: records to forget.
+        retain: records to keep.
+        steps: optimizer steps, where the objective takes any.
+        batch_size: forget records a step, and as many retain records.
+        seed: of order, pairing and random labels.
+
+    Returns:
+        The plain model, and {"seconds", "trained": number of trained values as a share of the model's parameters}.
+
+    Raises:
+        ValueError: as `UnlearnTrainer` does, for instance if the loss is no longer finite.
+    """
+    started = time.perf_counter()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    options: dict[str, Any] = dict(method.options)
+    arguments: dict[str, Any] = {}
+    trainer_options: dict[str, Any] = {}
+    if method.parameter == "lr":
+        arguments["learning_rate"] = value
+    elif method.parameter == "gamma":
+        trainer_options["gamma"] = value
+    else:
+        options[method.parameter] = value
+    with tempfile.TemporaryDirectory(prefix="pymape-") as scratch, _adapters(model, chosen.rank, seed) as merge:
+        trainer = UnlearnTrainer(
+            model,
+            TrainingArguments(
+                output_dir=scratch, max_steps=steps, seed=seed, per_device_train_batch_size=batch_size,
+                lr_scheduler_type="constant", logging_strategy="no", save_strategy="no", report_to="none",
+                disable_tqdm=True, dataloader_pin_memory=False, **arguments,
+            ),
+            forget_dataset=forget, retain_dataset=retain, objective=method.objective, objective_options=options,
+            masks=chosen.masks, **trainer_options,
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        if chosen.rank is not None:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_("lora_" in name)
+        trained = trainer.partial.numel()
+        with _only(model, chosen.entries):
+            trainer.train()
+        trainer.merge()
+        if chosen.entries is not None:
+            trained = sum(int(entries.sum()) for entries in chosen.entries)
+        merge()
+    return model, {"seconds": time.perf_counter() - started, "trained": trained / total}
+
+
+@contextmanager
+def _only(model: nn.Module, entries: Sequence[Tensor] | None) -> Iterator[None]:
+    """Zero the gradients of all other entries of the parameters.
+
+    AdamW without weight decay leaves them untouched then. All gradients and moments are computed and held all the same:
+    that is what a dense mask costs.
+    """
+    if entries is None:
+        yield
+        return
+    handles = [
+        parameter.register_hook(lambda gradient, keep=keep: gradient * keep)
+        for parameter, keep in zip(model.parameters(), entries, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _adapters(model: Any, rank: int | None, seed: int) -> Iterator[Callable[[], None]]:
+    """LoRA adapters on all linear layers of the body; yields what folds them into the model's own weights."""
+    if rank is None:
+        yield lambda: None
+        return
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+
+    linear = [name for name, module in model.base_model.named_modules() if isinstance(module, nn.Linear)]
+    prefix = model.base_model_prefix
+    names = [f"{prefix}.{name}" for name in linear]
+    # peft rewrites the modules of the model that it is given, so that the model stays what it was for everyone else.
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tuner = LoraModel(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names), "default")
+
+    def fold() -> None:
+        tuner.merge_and_unload()
+        model.requires_grad_(True)
+
+    yield fold
+
+
+def _batches(model: Any, records: list[Record], size: int) -> list[dict[str, Tensor]]:
+    collate = PaddingCollator(getattr(model.config, "pad_token_id", None) or 0)
+    rows = [bare_record(record) for record in records]
+    return [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+
+def _last_layers(model: nn.Module, count: int) -> ModuleMasks:
+    shape = layout(model)
+    if count > shape.layers:
+        raise ValueError(f"layers must be at most the model's {shape.layers}, got {count}")
+    masks = ModuleMasks.everything(shape)
+    masks.heads[: shape.layers - count] = False
+    masks.filters[: shape.layers - count] = False
+    masks.provenance = {"objective": "last layers", "layers": count}
+    return masks
+
+
+def _salient(model: nn.Module, forget: list[Record], share: float) -> list[Tensor]:
+    """The share of all entries of all parameters with the largest |gradient of the mean forget loss|.
+
+    Source: Fan et al. 2024 (SalUn, arXiv 2310.12508), equation 4; its threshold, the median, is share 1/2.
+    """
+    parameters = list(model.parameters())
+    totals = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]
+    model.eval()
+    for batch in _batches(model, forget, _BATCH):
+        loss = per_sample_loss(model, batch, model(**batch)).sum()
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        for total, gradient in zip(totals, gradients, strict=True):
+            total += gradient
+    flat = torch.cat([total.abs().flatten() for total in totals])
+    keep = torch.zeros(len(flat), dtype=torch.bool)
+    keep[flat.argsort(descending=True, stable=True)[: round(share * len(flat))]] = True
+    parts = keep.split([total.numel() for total in totals])
+    return [part.view_as(total) for part, total in zip(parts, totals, strict=True)]
