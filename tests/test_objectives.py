@@ -369,8 +369,9 @@ def test_the_model_runs_once_and_computes_no_loss():
 
 
 def test_registry():
-    assert objective_names() == NAMES
-    with pytest.raises(ValueError, match=rf"^objective must be one of {', '.join(NAMES)}, got 'nope'$"):
+    names = objective_names()  # other tests may have added some, as users do
+    assert [name for name in names if name in NAMES] == NAMES
+    with pytest.raises(ValueError, match=rf"^objective must be one of {', '.join(names)}, got 'nope'$"):
         get_objective("nope")
     with pytest.raises(ValueError, match="objective name must be new, got 'ga'"):
         objective("ga")(lambda step: None)
