@@ -252,7 +252,8 @@ def test_no_worker_outlives_its_owner(tmp_path: Path, how: str) -> None:
     # A script as users write them: nothing guards its lines against being run again in a worker.
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys\n"
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what runs the tests may ignore it
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from test_s3t_engine import LocalEngine, hang_at_first, job\n"
         "with LocalEngine(1, hang_at_first) as engine:\n"
