@@ -296,6 +296,9 @@ def test_a_stage_that_was_not_made_from_what_is_left_stops_verification(folder: 
         with pytest.raises(ValueError, match=r"stage shard00-3-g0 must be made from .*, got other records of slice 3"):
             ledger.finish()
         assert any("other records of slice 3" in problem for problem in ledger.verify()["problems"])
+        assert ledger.repair() > 0  # which takes it out of service
+        ledger.finish()
+        assert ledger.receipt("third")["state"] == "verified"
 
 
 @pytest.mark.parametrize("mode", ["write", "read"])

@@ -41,7 +41,8 @@ class AuditLog:
 
     Details hold no ids, only counts, names of stages and requests, and hashes. Whoever has the key can forge the log,
     and whoever puts back a copy of the whole folder, anchor included, is not noticed: keep receipts, which name a row
-    and its MAC, elsewhere. The anchor is written after the commit, so it may lag behind the log, and never lead.
+    and its MAC, elsewhere. The anchor is moved after a change, after a request only when it is finished, so it may lag
+    behind the log; it never leads.
 
     Args:
         database: of the ledger.
@@ -51,6 +52,7 @@ class AuditLog:
 
     def __init__(self, database: Database, key: bytes, anchor: Path) -> None:
         self._db, self._key, self._anchor = database, key, anchor
+        self._anchored = 0
 
     def append(self, event: str, **detail: Any) -> AuditEntry:
         """Add a row inside a transaction."""
@@ -78,9 +80,10 @@ class AuditLog:
             OSError: it cannot be written; the old one stays.
         """
         head = self.head()
-        assert head is not None
-        _write_anchor(self._anchor, head)
-        faults.checkpoint("anchor: written")
+        if head is not None and head.seq != self._anchored:
+            _write_anchor(self._anchor, head)
+            self._anchored = head.seq
+            faults.checkpoint("anchor: written")
 
     def check_head(self) -> list[str]:
         """Compare the log's end with the anchor: what is wrong, in sentences."""

@@ -147,13 +147,14 @@ class Ledger(LedgerRequests):
 
         A stage needs a record to be trained on, so a sequence that begins with a slice that has lost all its records is
         left out. Later in a sequence an empty slice adds a stage that is trained on the records before it. Trained
-        stages whose file is missing or damaged are replaced too, with all that build on them.
+        stages that are damaged or were made from something else are replaced too, with all that build on them.
 
         Returns:
             Number of stages planned.
         """
         damaged = self._damaged()
         with self._change("repair"):
+            damaged = [row for row in damaged if self._state(row) == "trained"]  # no request has ended it meanwhile
             self._end_stages(damaged)
             live = {(row.key.shard, row.key.prefix): row.stage for row in self.stages()}
             wanted = [place for place in self._plannable() if place not in live]
@@ -215,7 +216,6 @@ class Ledger(LedgerRequests):
             names = self._db.rows("SELECT name FROM records JOIN tombstones USING (record)")
             self._erase_cached([name.hex() for (name,) in names])
         self._finish()
-        self._audit.anchor()
 
     def _orphans(self) -> list[str]:
         """Files that nothing refers to, relative to the folder."""
@@ -234,8 +234,10 @@ class Ledger(LedgerRequests):
             if row.state == "trained":
                 try:
                     self.read_stage(row)
+                    wrong = self._difference(row, self.provenance(row)) is not None
                 except ValueError:
-                    found.append(row)
+                    wrong = True
+                found += [row] if wrong else []
         return found
 
     def _end_stages(self, damaged: Sequence[StageRow]) -> None:
@@ -255,7 +257,9 @@ class Ledger(LedgerRequests):
             last = self._db.value("SELECT max(request) FROM requests") or 0
             self._switch(self._waiting("switched IS NULL", last))
             self._erase(self._waiting("switched NOTNULL AND erased IS NULL", last))
-            return self._verify_requests(self._waiting("erased NOTNULL", last))
+            problems = self._verify_requests(self._waiting("erased NOTNULL", last))
+            self._move_anchor()
+            return problems
 
     def _waiting(self, condition: str, last: int) -> list[int]:
         rows = self._db.rows(
@@ -265,7 +269,7 @@ class Ledger(LedgerRequests):
 
     def _switch(self, requests: Sequence[int]) -> None:
         if requests:
-            with self._change("switch"):
+            with self._db.transaction("switch"):
                 depths = self._serve_deepest(self._shards_of(requests))
                 self._advance(requests, "switched", depths=depths)
 
@@ -286,7 +290,7 @@ class Ledger(LedgerRequests):
         self._erase_cached([name.hex() for _, name in places])
         self._revoke(requests)
         records, ended = [(record,) for record, _ in places], [(row.stage,) for row in stages]
-        with self._change("erase"):
+        with self._db.transaction("erase"):
             for statement, rows in (
                 ("UPDATE contents SET content = zeroblob(length(content)) WHERE record = ?", records),
                 ("UPDATE records SET digest = zeroblob(32) WHERE record = ?", records),
@@ -297,7 +301,7 @@ class Ledger(LedgerRequests):
                 self._db.run_all(statement, rows)
         self._db.truncate_log()
         if requests:
-            with self._change("erased"):
+            with self._db.transaction("erased"):
                 exports = self._outcomes(requests)
                 self._advance(requests, "erased", records=len(records), stages=len(stages), exports=exports)
 
@@ -314,7 +318,7 @@ class Ledger(LedgerRequests):
     def _verify_requests(self, requests: Sequence[int]) -> list[str]:
         if not requests:
             return []
-        with self._change("verify"):
+        with self._db.transaction("verify"):
             problems = [problem for shard in self._shards_of(requests) for problem in self._provenance_problems(shard)]
             problems += self._traces(requests)
             if not problems:

@@ -239,9 +239,12 @@ class LedgerRecords:
         with self._db.lock:
             with self._db.transaction(name):
                 yield
-            # What was committed stays: an error here would deny it. The anchor may lag; the next change moves it.
-            with contextlib.suppress(OSError):
-                self._audit.anchor()
+            self._move_anchor()
+
+    def _move_anchor(self) -> None:
+        # What was committed stays: an error here would deny it. The anchor may lag; the next change moves it.
+        with self._db.lock, contextlib.suppress(OSError):
+            self._audit.anchor()
 
     def _known(self, chunk: Sequence[RecordRow]) -> dict[str, tuple[Any, ...]]:
         rows = self._db.rows_in(

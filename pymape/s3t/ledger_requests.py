@@ -68,7 +68,7 @@ class LedgerRequests(LedgerStages):
                     new.append((request, self._checked(names)))
             _check_apart(new)
             if new:
-                with self._change("tombstone"):
+                with self._db.transaction("tombstone"):  # and no anchor: the answer waits for one commit, no more
                     self._commit_tombstones(new)
         return [self.receipt(request) for request, _ in requests]
 
