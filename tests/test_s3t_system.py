@@ -258,10 +258,12 @@ def test_bad_records(tmp_path: Path, bases: dict[str, str]) -> None:
 def test_a_changed_base_is_refused(tmp_path: Path, bases: dict[str, str]) -> None:
     base = write_base(tmp_path / "base", "bert")
     with make_system(tmp_path / "system", base) as system:
+        system.train(engine="inline")
         write_base(tmp_path / "base", "bert", seed=1)
-        with pytest.raises(ValueError, match="base"):
-            system.train(engine="inline")
-        assert system.status()["stages"].get("trained", 0) == 0
+        for use in (system.ensemble, lambda: system.export(tmp_path / "adapters"), system.repair):
+            with pytest.raises(ValueError, match="model must be the base"):
+                use()
+        assert not (tmp_path / "adapters").exists()
 
 
 def test_global_state_is_left_alone(tmp_path: Path, bases: dict[str, str]) -> None:

@@ -317,6 +317,7 @@ class S3T:
         Raises:
             ValueError: every shard is dead, or a stage file is damaged.
         """
+        self._check_base()
         return Ensemble(
             self.config.model, self.config, self.chains(), combination=combination, sizes=self._served_records()
         )
@@ -344,6 +345,7 @@ class S3T:
         Returns:
             One {"file", "sha256"} for every file.
         """
+        self._check_base()
         stages = [row.key for chain in self._ledger.serving() for row in chain]
         return export_ensemble(
             folder,
@@ -356,6 +358,7 @@ class S3T:
     def _run(
         self, engine: EngineName | Engine, workers: int | None, address: str | None, cache: bool, progress: bool | None
     ) -> dict[str, Any]:
+        self._check_base()
         done = {"trained": 0, "discarded": 0}
         failure: BaseException | None = None
         own = isinstance(engine, str)
@@ -413,6 +416,14 @@ class S3T:
                 parents=tuple(self._ledger.read_stage(parent) for parent in parents),
                 rows=tuple(tuple(self._ledger.records(row.key.shard, [part])) for part in row.key.prefix),
                 cache=cache,
+            )
+
+    def _check_base(self) -> None:
+        found = base_hash(self.config.model, self.config.labels)
+        if found != self._ledger.base:
+            raise ValueError(
+                f"model must be the base {self._ledger.base[:12]} that the system was made with, "
+                f"got {found[:12]} in {self.config.model!r}"
             )
 
     def _replay(self) -> tuple[str | None, str | None]:
