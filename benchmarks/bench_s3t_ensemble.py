@@ -53,7 +53,7 @@ def run(device: str, arguments: Sequence[str] = ()) -> Report:
     report.notes += [
         f"{len(adapted)} shards, {BATCH} x {TOKENS} tokens, rank {RANK}, fp32, random weights; logits compared before",
         "after deletions: 6, 4, 4, 2 and 2 of 6 layers are adapted",
-        "times of one thread on a CPU are processor times, which other work on the machine disturbs less than wall times",
+        "one thread on a CPU: processor times, which other work on the machine disturbs less than wall times",
         "possible: layers that the separate models run / layers that the ensemble runs",
     ]
     return report
