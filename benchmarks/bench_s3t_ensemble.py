@@ -1,7 +1,7 @@
 """An S3T ensemble in one forward pass, against its shards as separate PEFT models.
 
-What no sharing can save is the layers where shards differ. If every pass through a layer took the same time, the speed-up
-would be the number of layers that separate models run, divided by the number that the ensemble runs.
+What no sharing can save is the layers where shards differ. If every pass through a layer took the same time, the
+speed-up would be the number of layers that separate models run, divided by the number that the ensemble runs.
 """
 
 from __future__ import annotations
