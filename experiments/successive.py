@@ -248,7 +248,8 @@ def page(found: dict[str, Any], arguments: argparse.Namespace, facts: dict[str, 
             [f"{lr:g}", *(f"**{value}**" if best else value for value, best in zip(values, chosen, strict=True))]
         )
 
-    selected = [row["selected"] for row in found["masked"]["requests"]]
+    shares = [row["selected"] for row in found["masked"]["requests"]]
+    selected = " to ".join(dict.fromkeys(f"{share:.1%}" for share in (min(shares), max(shares))))
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     machine = ", ".join(f"{name} {value}" for name, value in facts["machine"].items() if value is not None)
     return f"""# Successive requests
@@ -257,8 +258,8 @@ def page(found: dict[str, Any], arguments: argparse.Namespace, facts: dict[str, 
 {found["records"]} that {Path(arguments.model).name} was fine-tuned on ({arguments.train_epochs:g} epochs, learning rate
 {arguments.train_lr:g}, texts of at most {arguments.max_length} tokens), one after the other in an `UnlearnSession`:
 objective `{arguments.objective}`, {arguments.epochs:g} epochs a request, batches of {arguments.batch_size}. The masks
-(budget {arguments.budget:.0%}, lam {arguments.lam:g}) select {min(selected):.1%} to {max(selected):.1%} of the
-parameters of heads and filters. One run, seed {arguments.seed}.
+(budget {arguments.budget:.0%}, lam {arguments.lam:g}) select {selected} of the parameters of heads and filters. One run,
+seed {arguments.seed}.
 
 {markdown(rows, 0)}
 
