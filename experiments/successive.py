@@ -258,8 +258,8 @@ def page(found: dict[str, Any], arguments: argparse.Namespace, facts: dict[str, 
 {found["records"]} that {Path(arguments.model).name} was fine-tuned on ({arguments.train_epochs:g} epochs, learning rate
 {arguments.train_lr:g}, texts of at most {arguments.max_length} tokens), one after the other in an `UnlearnSession`:
 objective `{arguments.objective}`, {arguments.epochs:g} epochs a request, batches of {arguments.batch_size}. The masks
-(budget {arguments.budget:.0%}, lam {arguments.lam:g}) select {selected} of the parameters of heads and filters. One run,
-seed {arguments.seed}.
+(budget {arguments.budget:.0%}, lam {arguments.lam:g}) select {selected} of the parameters of heads and filters. One
+run, seed {arguments.seed}.
 
 {markdown(rows, 0)}
 
