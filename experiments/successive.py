@@ -56,7 +56,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=5)
     parser.add_argument("--share", type=float, default=0.02, help="share of the records that a request forgets")
     parser.add_argument("--objective", default="gd")
-    parser.add_argument("--lr", type=float, nargs="+", default=[1e-5, 3e-5, 5e-5, 1e-4], help="to choose from")
+    parser.add_argument("--lr", type=float, nargs="+", default=[5e-6, 1e-5, 2e-5, 3e-5, 5e-5, 1e-4], help="to choose from")
     parser.add_argument("--epochs", type=float, default=0.1, help="of a request, over the retain records")
     parser.add_argument("--budget", type=float, default=0.3)
     parser.add_argument("--lam", type=float, default=1.0)
@@ -158,7 +158,7 @@ def run_session(config: UnlearnConfig, lrs: list[float], judge: Judge, work: Pat
     rows = []
     for number in range(1, len(judge.requests) + 1):
         receipt, model = request(work / f"{kind}-{lr:g}", dataclasses.replace(config, lr=lr), judge, number)
-        judged = once(work / f"{kind}-{number}.json", lambda: judge(model, [number])[0])  # noqa: B023
+        judged = once(work / f"{kind}-{lr:g}-{number}.json", lambda: judge(model, [number])[0])  # noqa: B023
         selected = 1.0 if receipt["masks"] is None else receipt["masks"]["cost"]
         rows.append({**cost(receipt), "selected": selected, "figures": judged})
         print(f"{kind}, request {number}: {rows[-1]}", flush=True)
