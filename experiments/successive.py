@@ -56,7 +56,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=5)
     parser.add_argument("--share", type=float, default=0.02, help="share of the records that a request forgets")
     parser.add_argument("--objective", default="gd")
-    parser.add_argument("--lr", type=float, nargs="+", default=[5e-6, 1e-5, 2e-5, 3e-5, 5e-5, 1e-4], help="to choose from")
+    parser.add_argument(
+        "--lr", type=float, nargs="+", default=[5e-6, 1e-5, 2e-5, 3e-5, 5e-5, 1e-4], help="to choose from"
+    )
     parser.add_argument("--epochs", type=float, default=0.1, help="of a request, over the retain records")
     parser.add_argument("--budget", type=float, default=0.3)
     parser.add_argument("--lam", type=float, default=1.0)
