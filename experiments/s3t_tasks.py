@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoTokenizer, ViTConfig, ViTForImageClassification
+from transformers import AutoTokenizer
+
+from pymape.digits import CLASSES, digit_records, load_digits
+from pymape.s3t.demo import pretrain
 
 __all__ = ["Data", "digits", "sst2"]
 
 Record = dict[str, Any]
 
-_CLASSES = 10
-_VIT: dict[str, Any] = {
-    "image_size": 8,
-    "patch_size": 2,
-    "num_channels": 1,
-    "hidden_size": 64,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "intermediate_size": 256,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "num_labels": _CLASSES,
-}
-_BASE_EPOCHS, _BASE_BATCH, _BASE_LR = 40, 32, 1e-3
+_LAYERS, _BASE_EPOCHS = 8, 40
 
 
 @dataclass(frozen=True)
@@ -57,28 +46,22 @@ def digits(seed: int, work: Path) -> Data:
         seed: of the split and of the base, a small ViT whose head is thrown away.
         work: folder that the base is kept in.
     """
-    from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    source = load_digits()
-    images = torch.tensor(source.images / 8 - 1, dtype=torch.float32)[:, None]  # [N, 1, 8, 8] in [-1, 1]
+    images, labels = load_digits()
 
-    def split(rows: Any, share: float) -> list[list[int]]:
-        return train_test_split(rows, test_size=share, random_state=seed, stratify=source.target[rows])
+    def split(rows: Sequence[int], share: float) -> list[list[int]]:
+        return train_test_split(rows, test_size=share, random_state=seed, stratify=labels[list(rows)].numpy())
 
-    train, rest = split(list(range(len(images))), 0.4)
+    train, rest = split(range(len(labels)), 0.4)
     validation, test = split(rest, 0.6)
     shard, public = split(train, 0.3)
     folder = work / f"digits-base-{seed}"
     if not folder.exists():
-        _pretrain(images[public], torch.tensor(source.target[public]), seed, folder)
-
-    def records(rows: list[int]) -> list[Record]:
-        return [
-            {"id": f"digit-{row:04}", "pixel_values": images[row], "labels": int(source.target[row])} for row in rows
-        ]
-
-    return Data(str(folder), _CLASSES, records(shard), records(validation), records(test))
+        base = pretrain(digit_records(images, labels, public), seed, _BASE_EPOCHS, num_hidden_layers=_LAYERS)
+        base.vit.save_pretrained(folder)
+    parts = (digit_records(images, labels, rows) for rows in (shard, validation, test))
+    return Data(str(folder), CLASSES, *parts)
 
 
 def sst2(model: str, train: str, validation: str, test: str, *, records: int, judged: int) -> Callable[[int], Data]:
@@ -107,18 +90,3 @@ def sst2(model: str, train: str, validation: str, test: str, *, records: int, ju
 
     source, chosen, others = read(train), read(validation)[:judged], read(test)[:judged]
     return lambda seed: Data(model, 2, random.Random(seed).sample(source, records), chosen, others)
-
-
-def _pretrain(images: torch.Tensor, labels: torch.Tensor, seed: int, folder: Path) -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = ViTForImageClassification(ViTConfig(**_VIT))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=_BASE_LR)
-    generator = torch.Generator().manual_seed(seed)
-    model.train()
-    for _ in range(_BASE_EPOCHS):
-        for rows in torch.randperm(len(images), generator=generator).split(_BASE_BATCH):
-            optimizer.zero_grad()
-            model(pixel_values=images[rows], labels=labels[rows]).loss.backward()
-            optimizer.step()
-    model.vit.save_pretrained(folder)

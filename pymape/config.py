@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 __all__ = ["DataConfig", "DemoConfig", "MaskConfig", "TrainConfig", "UnlearnConfig", "check_config"]
 
-UnlearnObjective = Literal["ga", "gd", "kl", "npo", "simnpo", "dpo", "idk", "rmu", "ft", "rl", "so", "influence", "ssd"]
+UnlearnObjective = Literal[
+    "ga", "gd", "kl", "npo", "simnpo", "dpo", "idk", "rmu", "ft", "l1_sparse", "rl", "so", "influence", "ssd"
+]  # fmt: skip
 # Those that need neither options nor alternative answers.
 DemoObjective = Literal["ga", "gd", "kl", "npo", "simnpo", "ft", "rl", "so", "influence"]
 MaskObjective = Literal["difference", "ratio", "forget", "random", "magnitude", "everything"]

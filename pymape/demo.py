@@ -25,7 +25,7 @@ import dataclasses
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,10 +34,11 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
 from pymape.config import DemoConfig
 from pymape.demo_page import Evidence, summary_text, write_page
+from pymape.digits import CLASSES, digit_records, load_digits, small_vit
 from pymape.importance import importance
 from pymape.masks import ModuleMasks
 from pymape.metrics import Predictions, mean_gap, predict, summarise
@@ -48,20 +49,7 @@ from pymape.trainer import UnlearnTrainer
 
 __all__ = ["run_demo"]
 
-_CLASSES = 10
 _TRAIN_BATCH, _TRAIN_LR, _TRAIN_DECAY = 64, 1e-3, 0.05  # of the original and the retrained model
-_MODEL: dict[str, Any] = {
-    "image_size": 8,
-    "patch_size": 2,
-    "num_channels": 1,
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "intermediate_size": 256,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "num_labels": _CLASSES,
-}
 
 Record = dict[str, Any]
 
@@ -212,20 +200,20 @@ def _run_seed(config: DemoConfig, seed: int, folder: Path, bar: tqdm) -> Iterato
 
 def _digits(seed: int) -> tuple[list[Record], list[Record], list[Record]]:
     """Training, validation and test records: 60, 16 and 24 % of each class."""
-    from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    digits = load_digits()
-    images = torch.tensor(digits.images / 8 - 1, dtype=torch.float32)[:, None]  # [N, 1, 8, 8] in [-1, 1]
-    labels = torch.tensor(digits.target)
-    rows = range(len(labels))
-    train, rest = train_test_split(rows, test_size=0.4, random_state=seed, stratify=digits.target)
-    validation, test = train_test_split(rest, test_size=0.6, random_state=seed, stratify=digits.target[rest])
+    images, labels = load_digits()
 
-    def records(chosen: list[int]) -> list[Record]:
-        return [{"id": f"digit-{row:04}", "pixel_values": images[row], "labels": labels[row]} for row in chosen]
+    def divide(rows: Sequence[int], share: float) -> tuple[list[int], list[int]]:
+        return train_test_split(rows, test_size=share, random_state=seed, stratify=labels[list(rows)].numpy())
 
-    return records(train), records(validation), records(test)
+    train, rest = divide(range(len(labels)), 0.4)
+    validation, test = divide(rest, 0.6)
+    return (
+        digit_records(images, labels, train),
+        digit_records(images, labels, validation),
+        digit_records(images, labels, test),
+    )
 
 
 def _task(
@@ -239,7 +227,7 @@ def _task(
         retain = [record for row, record in enumerate(train) if row not in chosen]
         forgotten = f"{count} random training images ({config.forget_share:.0%})"
         return _Task(setting, seed, config.random_lam, forgotten, forget, retain, validation, test)
-    digit = seed % _CLASSES if config.forget_class is None else config.forget_class
+    digit = seed % CLASSES if config.forget_class is None else config.forget_class
     parts = ([record for record in records if record["labels"] != digit] for records in (train, validation, test))
     forget = [record for record in train if record["labels"] == digit]
     forgotten = f"all {len(forget)} training images of the digit {digit}"
@@ -249,9 +237,7 @@ def _task(
 def _train(records: list[Record], seed: int, epochs: int) -> tuple[PreTrainedModel, float]:
     """Train a small ViT from the initial weights and in the order of the seed; returns it and the seconds it took."""
     started = time.perf_counter()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = ViTForImageClassification(ViTConfig(**_MODEL))
+    model = small_vit(seed)
     images = torch.stack([record["pixel_values"] for record in records])
     labels = torch.stack([record["labels"] for record in records])
     steps = epochs * math.ceil(len(records) / _TRAIN_BATCH)
@@ -324,7 +310,7 @@ def _check(config: DemoConfig) -> None:
     ranges = {
         "budget": (0 < config.budget <= 1, "in (0, 1]"),
         "forget_share": (0 < config.forget_share < 1, "in (0, 1)"),
-        "forget_class": (config.forget_class is None or 0 <= config.forget_class < _CLASSES, f"in [0, {_CLASSES})"),
+        "forget_class": (config.forget_class is None or 0 <= config.forget_class < CLASSES, f"in [0, {CLASSES})"),
         "class_lam": (0 <= config.class_lam < math.inf, "finite and not negative"),
         "random_lam": (0 <= config.random_lam < math.inf, "finite and not negative"),
         "seeds": (config.seeds >= 1, "at least 1"),

@@ -20,7 +20,7 @@ from pymape.importance import Importance, importance
 from pymape.learned_gates import learn_gates
 from pymape.losses import per_sample_loss
 from pymape.masks import ModuleMasks
-from pymape.objectives import Step, get_objective, objective
+from pymape.objectives import get_objective
 from pymape.search import search
 from pymape.trainer import UnlearnTrainer
 
@@ -30,19 +30,6 @@ Record = dict[str, Any]
 
 _BATCH = 256  # records a pass where nothing is trained
 _GATE_BATCH = 64
-
-
-@objective("l1_sparse", forget=False, retain="required")
-def l1_sparse(step: Step, *, weight: float = 5e-4) -> Tensor:
-    """Fine-tuning on the retain set with an L1 penalty on what is trained.
-
-    loss = NLL_r + weight sum |theta|
-
-    Source: Jia et al. 2023 (arXiv 2304.04934), equation 6 with a constant weight.
-    """
-    retain: Any = step.retain
-    trained = [parameter for parameter in retain.model.parameters() if parameter.requires_grad]
-    return retain.loss() + weight * torch.stack([parameter.abs().sum() for parameter in trained]).sum()
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     ViTConfig,
-    ViTForImageClassification,
 )
 
 from pymape.batching import PaddingCollator, bare_record
+from pymape.digits import load_digits, small_vit
 from pymape.experiments.config import SettingConfig, TaskConfig
 
 __all__ = ["Forgetting", "Split", "Task", "forgetting", "make_task", "train"]
@@ -29,15 +29,6 @@ __all__ = ["Forgetting", "Split", "Task", "forgetting", "make_task", "train"]
 Record = dict[str, Any]
 
 _VALIDATION = 0.2  # of the training records, where the test records are given apart
-_VIT: dict[str, Any] = {
-    "patch_size": 2,
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "intermediate_size": 256,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
 
 
 @dataclass(frozen=True)
@@ -154,11 +145,8 @@ def train(model: PreTrainedModel, records: list[Record], config: TaskConfig, see
 
 def _digits(**options: Any) -> Task:
     """scikit-learn's digits: 60 % training, 16 % validation, 24 % test."""
-    from sklearn.datasets import load_digits
-
-    source = load_digits()
-    images = torch.tensor(source.images / 8 - 1, dtype=torch.float32)[:, None]  # [N, 1, 8, 8] in [-1, 1]
-    return _image_task(images, torch.tensor(source.target), None, None, **options)
+    images, labels = load_digits()
+    return _image_task(images, labels, None, None, **options)
 
 
 def _arrays(data: str, **options: Any) -> Task:
@@ -201,7 +189,7 @@ def _image_task(
         labels: [N] in [0, classes).
         test_images: the same for the test.
         test_labels: theirs.
-        model: what replaces the defaults of `ViTConfig` here.
+        model: options of `small_vit`.
     """
     from sklearn.model_selection import train_test_split
 
@@ -229,9 +217,7 @@ def _image_task(
         return Split(records("image", kept, images, labels), records("image", validation, images, labels), test)
 
     def start(seed: int) -> PreTrainedModel:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return ViTForImageClassification(ViTConfig(**{**_VIT, **shape, **model}))
+        return small_vit(seed, **{**shape, **model})
 
     tensors = [tensor for tensor in (images, labels, test_images, test_labels) if tensor is not None]
     return Task(classes, _digest(*(tensor.numpy().tobytes() for tensor in tensors)), split, start)

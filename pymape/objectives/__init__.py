@@ -10,6 +10,7 @@ from pymape.objectives import (  # noqa: F401  (each registers itself)
     idk,
     influence,
     kl,
+    l1_sparse,
     npo,
     rl,
     rmu,

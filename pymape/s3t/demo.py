@@ -17,13 +17,15 @@ import hashlib
 import json
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
+from transformers import ViTForImageClassification
 
+from pymape.digits import digit_records, load_digits, small_vit
 from pymape.runs import environment, quiet_transformers, run_folder, write_summary
 from pymape.s3t.config import LoraConfig, S3TConfig, S3TDemoConfig, StageConfig
 from pymape.s3t.demo_page import demo_text, write_demo_page
@@ -36,19 +38,6 @@ from pymape.s3t.theory import forecast
 __all__ = ["digit_parts", "pretrain", "run_s3t_demo"]
 
 _MOST_REQUESTS = 200
-_MODEL: dict[str, Any] = {
-    "image_size": 8,
-    "patch_size": 2,
-    "num_channels": 1,
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "intermediate_size": 256,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "num_labels": 10,
-    "architectures": ["ViTForImageClassification"],
-}
 
 Record = dict[str, Any]
 
@@ -97,31 +86,34 @@ def run_s3t_demo(config: S3TDemoConfig, *, as_json: bool = False) -> dict[str, A
 
 def digit_parts(seed: int) -> tuple[list[Record], list[Record], list[Record]]:
     """Public, private and test records: a quarter, a half and a quarter of each class."""
-    from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    digits = load_digits()
-    images = torch.tensor(digits.images / 8 - 1, dtype=torch.float32)[:, None]  # [N, 1, 8, 8] in [-1, 1]
-    private, rest = train_test_split(range(len(images)), test_size=0.5, random_state=seed, stratify=digits.target)
-    public, test = train_test_split(rest, test_size=0.5, random_state=seed, stratify=digits.target[rest])
+    images, labels = load_digits()
 
-    def records(rows: list[int]) -> list[Record]:
-        labels = digits.target[rows].tolist()
-        return [
-            {"id": f"digit-{row:04}", "pixel_values": images[row], "labels": label}
-            for row, label in zip(rows, labels, strict=True)
-        ]
+    def halves(rows: Sequence[int]) -> tuple[list[int], list[int]]:
+        return train_test_split(rows, test_size=0.5, random_state=seed, stratify=labels[list(rows)].numpy())
 
-    return records(public), records(private), records(test)
+    private, rest = halves(range(len(labels)))
+    public, test = halves(rest)
+    return (
+        digit_records(images, labels, public),
+        digit_records(images, labels, private),
+        digit_records(images, labels, test),
+    )
 
 
-def pretrain(records: list[Record], seed: int, epochs: int) -> PreTrainedModel:
-    """Train the base, a small ViT, from scratch."""
+def pretrain(records: list[Record], seed: int, epochs: int, **options: Any) -> ViTForImageClassification:
+    """Train the base, a small ViT, from scratch.
+
+    Args:
+        records: public ones.
+        seed: of the weights and of the order.
+        epochs: passes over them.
+        options: of `small_vit`.
+    """
     images = torch.stack([record["pixel_values"] for record in records])
-    labels = torch.tensor([record["labels"] for record in records])
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = ViTForImageClassification(ViTConfig(**_MODEL))
+    labels = torch.stack([record["labels"] for record in records])
+    model = small_vit(seed, **options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(seed)
     model.train()
