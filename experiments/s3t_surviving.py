@@ -64,8 +64,8 @@ TASKS: dict[str, dict[str, Any]] = {
         "layers_per_slice": 1,
         "lora": LoraConfig(r=8, alpha=16.0, targets="qv"),
         "stage": StageConfig(batch_size=16, max_length=32),
-        "lr": (1e-3, 3e-3, 1e-2),
-        "epochs": (2, 4),
+        "lr": (1e-3, 3e-3, 1e-2, 3e-2),
+        "epochs": (2, 4, 8),
     },
 }
 
