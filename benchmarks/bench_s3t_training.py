@@ -8,7 +8,6 @@ in both directions, and computing the states once, at the beginning, costs nothi
 from __future__ import annotations
 
 import argparse
-import hashlib
 import shutil
 import tempfile
 import time
@@ -23,8 +22,8 @@ import transformers
 from benchmarks.harness import Case, Report
 from pymape.s3t.adapters import base_hash
 from pymape.s3t.config import LoraConfig, S3TConfig, StageConfig
-from pymape.s3t.stages import Provenance, StageKey, encode_row, row_digest, slice_digest
-from pymape.s3t.training import StageJob, config_digest, stage_seed, train_stage
+from pymape.s3t.stages import StageKey, encode_row
+from pymape.s3t.training import StageJob, train_stage
 
 SLICES, VOCABULARY = 4, 1000
 
@@ -106,17 +105,7 @@ def _sequence(config: S3TConfig, options: Any) -> Callable[[str | None], list[by
         files: list[bytes] = []
         for depth in range(1, SLICES + 1):
             key = StageKey(0, tuple(range(depth)))
-            provenance = Provenance(
-                key=key,
-                base=base,
-                config=config_digest(config),
-                seed=stage_seed(config.seed, key),
-                parent=hashlib.sha256(files[-1]).hexdigest() if files else None,
-                records={
-                    part: slice_digest((name, row_digest(row)) for name, row in rows[part]) for part in key.prefix
-                },
-            )
-            files.append(train_stage(StageJob(config, provenance, tuple(files), tuple(rows[:depth]), cache)))
+            files.append(train_stage(StageJob.of(config, key, base, rows[:depth], files, cache)))
         return files
 
     return train

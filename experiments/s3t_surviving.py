@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import math
 import os
 import time
@@ -42,8 +41,8 @@ from pymape.s3t.ensemble import Chain, Ensemble
 from pymape.s3t.partition import place
 from pymape.s3t.sequences import chain_cover, cyclic_sequences, prefixes
 from pymape.s3t.sisa import SisaShard, one_group, split_rows, train_plain, train_sisa
-from pymape.s3t.stages import Provenance, StageKey, encode_row, row_digest, slice_digest, unpack_stage
-from pymape.s3t.training import Rows, StageJob, config_digest, stage_seed, train_stage
+from pymape.s3t.stages import StageKey, encode_row, unpack_stage
+from pymape.s3t.training import Rows, StageJob, train_stage
 
 SLICES = 4
 SELECTIONS = {"chain-cover": chain_cover(SLICES), "cyclic-6": cyclic_sequences(SLICES, 6),
@@ -155,17 +154,9 @@ def train_stages(config: S3TConfig, slices: Sequence[Rows], cache: str) -> dict[
     base = base_hash(config.model, config.labels)
     files: dict[tuple[int, ...], bytes] = {}
     for prefix in prefixes([order for sequences in SELECTIONS.values() for order in sequences]):
-        key, parents = StageKey(0, prefix), tuple(files[prefix[:depth]] for depth in range(1, len(prefix)))
-        provenance = Provenance(
-            key=key,
-            base=base,
-            config=config_digest(config),
-            seed=stage_seed(config.seed, key),
-            parent=hashlib.sha256(parents[-1]).hexdigest() if parents else None,
-            records={part: slice_digest((name, row_digest(row)) for name, row in slices[part]) for part in prefix},
-        )
-        rows = tuple(slices[part] for part in prefix)
-        files[prefix] = train_stage(StageJob(config, provenance, parents, rows, cache))
+        key, parents = StageKey(0, prefix), [files[prefix[:depth]] for depth in range(1, len(prefix))]
+        rows = [slices[part] for part in prefix]
+        files[prefix] = train_stage(StageJob.of(config, key, base, rows, parents, cache))
     return files
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from pymape.s3t.adapters import base_hash
 from pymape.s3t.config import LoraConfig, S3TConfig, StageConfig
-from pymape.s3t.stages import Provenance, StageKey, encode_row, row_digest, slice_digest
-from pymape.s3t.training import StageJob, config_digest, stage_seed, train_stage
+from pymape.s3t.stages import StageKey, encode_row
+from pymape.s3t.training import StageJob, train_stage
 
 LENGTH = 8  # tokens of a text, padding included
 
@@ -83,19 +82,9 @@ def make_job(
     cache: Path | None = None,
 ) -> StageJob:
     """A job for a stage on the slices' records, whose ids serve as their names."""
-    rows = tuple(tuple((str(record["id"]), encode_row(record)) for record in slices[part]) for part in key.prefix)
-    provenance = Provenance(
-        key=key,
-        base=base or base_hash(config.model, config.labels),
-        config=config_digest(config),
-        seed=stage_seed(config.seed, key),
-        parent=hashlib.sha256(parents[-1]).hexdigest() if parents else None,
-        records={
-            part: slice_digest((name, row_digest(row)) for name, row in own)
-            for part, own in zip(key.prefix, rows, strict=True)
-        },
-    )
-    return StageJob(config, provenance, tuple(parents), rows, None if cache is None else str(cache))
+    rows = [tuple((str(record["id"]), encode_row(record)) for record in slices[part]) for part in key.prefix]
+    base = base or base_hash(config.model, config.labels)
+    return StageJob.of(config, key, base, rows, parents, None if cache is None else str(cache))
 
 
 def train_chain(

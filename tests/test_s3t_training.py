@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import os
 import pickle
@@ -30,7 +31,7 @@ from pymape.s3t import states, training
 from pymape.s3t.adapters import SlicedAdapters, load_base
 from pymape.s3t.config import LoraConfig, S3TConfig, StageConfig
 from pymape.s3t.rows import RecordCheck, stack_rows
-from pymape.s3t.stages import StageKey, decode_row, encode_row, pack_stage, unpack_stage
+from pymape.s3t.stages import Provenance, StageKey, decode_row, encode_row, pack_stage, unpack_stage
 from pymape.s3t.training import StageJob, config_digest, stage_seed, train_stage
 
 FAMILIES = ("bert", "roberta", "distilbert", "vit", "gpt2", "llama")
@@ -463,6 +464,29 @@ def test_progress_and_environment(bert: tuple[S3TConfig, Slices]) -> None:
     assert pack_stage(*unpack_stage(content)) == content
     more = dataclasses.replace(config, stage=dataclasses.replace(config.stage, threads=2))
     assert unpack_stage(train_stage(make_job(more, job.provenance.key, slices)))[1].environment["threads"] == "2"
+
+
+def test_the_provenance_of_a_job_follows_from_what_it_holds() -> None:
+    config, base, key = options("model"), "0" * 64, StageKey(1, (2, 0), 3)
+    rows = [(("b", b"two"), ("a", b"one")), (("c", b"three"),)]
+    job = StageJob.of(config, key, base, rows, [b"parent"], "cache")
+    assert (job.config, job.rows, job.parents, job.cache, job.begin) == (config, (*rows,), (b"parent",), "cache", None)
+    own = {name: hashlib.sha256(content).hexdigest() for part in rows for name, content in part}
+    lines = f"a {own['a']}\nb {own['b']}\n", f"c {own['c']}\n"
+    assert job.provenance == Provenance(
+        key,
+        base,
+        config_digest(config),
+        stage_seed(config.seed, key),
+        hashlib.sha256(b"parent").hexdigest(),
+        {part: hashlib.sha256(line.encode()).hexdigest() for part, line in zip(key.prefix, lines, strict=True)},
+    )
+    assert StageJob.of(config, StageKey(1, (2,)), base, rows[:1]).provenance.parent is None
+    resumed = StageJob.of(config, StageKey(1, (2,)), base, rows[:1], begin=b"before")
+    assert resumed.begin == b"before"
+    assert resumed.provenance.parent == hashlib.sha256(b"before").hexdigest()
+    with pytest.raises(ValueError, match=r"records must cover the slices \[0, 2\], got \[2\]"):
+        StageJob.of(config, key, base, rows[:1], [b"parent"])
 
 
 def test_seed_and_digest() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ from torch import Tensor
 from pymape.architectures import find_layers
 from pymape.s3t.adapters import base_hash, layers_per_slice, load_base
 from pymape.s3t.config import S3TConfig
-from pymape.s3t.stages import Provenance, StageKey, row_digest, slice_digest, unpack_stage
-from pymape.s3t.training import Rows, StageJob, config_digest, stage_seed, train_stage
+from pymape.s3t.stages import StageKey, unpack_stage
+from pymape.s3t.training import Rows, StageJob, train_stage
 
 __all__ = ["SisaShard", "one_group", "split_rows", "train_plain", "train_sisa"]
 
@@ -120,13 +119,5 @@ def train_sisa(config: S3TConfig, slices: Sequence[Rows], *, shard: int = 0, cac
         key = StageKey(shard, (number,))
         rows = tuple(row for part in slices[: number + 1] for row in part)
         before = checkpoints[-1] if checkpoints else None
-        provenance = Provenance(
-            key=key,
-            base=base,
-            config=config_digest(options),
-            seed=stage_seed(options.seed, key),
-            parent=None if before is None else hashlib.sha256(before).hexdigest(),
-            records={number: slice_digest((name, row_digest(row)) for name, row in rows)},
-        )
-        checkpoints.append(train_stage(StageJob(options, provenance, (), (rows,), cache, begin=before)))
+        checkpoints.append(train_stage(StageJob.of(options, key, base, [rows], cache=cache, begin=before)))
     return SisaShard(tuple(tuple(name for name, _ in part) for part in slices), tuple(checkpoints))

@@ -21,8 +21,8 @@ from pymape.s3t.ledger import Ledger, RecordRow, StageRow
 from pymape.s3t.partition import place, record_name, subject_name
 from pymape.s3t.rows import RecordCheck
 from pymape.s3t.sequences import choose_sequences
-from pymape.s3t.stages import Provenance, unpack_stage
-from pymape.s3t.training import StageJob, config_digest, stage_seed, train_stage
+from pymape.s3t.stages import unpack_stage
+from pymape.s3t.training import StageJob, train_stage
 
 __all__ = ["S3T"]
 
@@ -401,22 +401,10 @@ class S3T:
             chain = self._ledger.chain(row.key)
             if not chain:
                 return None
-            parents = chain[:-1]
-            provenance = Provenance(
-                key=row.key,
-                base=self._ledger.base,
-                config=config_digest(self.config),
-                seed=stage_seed(self.config.seed, row.key),
-                parent=parents[-1].sha256 if parents else None,
-                records={part: self._ledger.slice_digest(row.key.shard, part) for part in row.key.prefix},
-            )
-            return StageJob(
-                config=self.config,
-                provenance=provenance,
-                parents=tuple(self._ledger.read_stage(parent) for parent in parents),
-                rows=tuple(tuple(self._ledger.records(row.key.shard, [part])) for part in row.key.prefix),
-                cache=cache,
-            )
+            shard, prefix = row.key.shard, row.key.prefix
+            rows = [tuple(self._ledger.records(shard, [part])) for part in prefix]
+            parents = [self._ledger.read_stage(parent) for parent in chain[:-1]]
+            return StageJob.of(self.config, row.key, self._ledger.base, rows, parents, cache)
 
     def _check_base(self) -> None:
         found = base_hash(self.config.model, self.config.labels)

@@ -58,6 +58,42 @@ class StageJob:
     cache: str | None = None
     begin: bytes | None = None
 
+    @classmethod
+    def of(
+        cls,
+        config: S3TConfig,
+        key: StageKey,
+        base: str,
+        rows: Sequence[Rows],
+        parents: Sequence[bytes] = (),
+        cache: str | None = None,
+        begin: bytes | None = None,
+    ) -> StageJob:
+        """The job of a stage, with the provenance that follows from all else.
+
+        Args:
+            config: of the system.
+            key: which stage.
+            base: `pymape.s3t.adapters.base_hash` of the frozen base.
+            rows: of every slice of its prefix, in the prefix's order.
+            parents: files of the stages before it in the chain, root first.
+            cache: folder of a `PrefixCache`, or None.
+            begin: for SISA: file of the stage that training starts from.
+
+        Raises:
+            ValueError: fewer slices than the prefix has.
+        """
+        before = [begin, *parents][-1]
+        provenance = Provenance(
+            key=key,
+            base=base,
+            config=config_digest(config),
+            seed=stage_seed(config.seed, key),
+            parent=None if before is None else hashlib.sha256(before).hexdigest(),
+            records={part: _rows_digest(own) for part, own in zip(key.prefix, rows)},
+        )
+        return cls(config, provenance, tuple(parents), tuple(rows), cache, begin)
+
 
 def stage_seed(master: int, key: StageKey) -> int:
     """Seed of a stage, 63 bits; it depends on nothing but these two."""
@@ -212,7 +248,7 @@ def _checked_parents(job: StageJob) -> list[dict[str, Tensor]]:
             f"got {len(names)} of {len(set(names))} records"
         )
     for part, rows in zip(key.prefix, job.rows, strict=True):
-        if slice_digest((name, row_digest(row)) for name, row in rows) != expected.records[part]:
+        if _rows_digest(rows) != expected.records[part]:
             raise ValueError(f"rows of slice {part} of stage {key.name} must be those of its provenance, got others")
     chain, before = [], None if job.begin is None else hashlib.sha256(job.begin).hexdigest()
     for depth, content in enumerate(job.parents, start=1):
@@ -233,6 +269,11 @@ def _checked_parents(job: StageJob) -> list[dict[str, Tensor]]:
     if before != expected.parent:
         raise ValueError(f"parent of stage {key.name} must be the file {expected.parent}, got {before}")
     return chain
+
+
+def _rows_digest(rows: Rows) -> str:
+    """`slice_digest` of encoded records."""
+    return slice_digest((name, row_digest(row)) for name, row in rows)
 
 
 def _adapters(job: StageJob) -> SlicedAdapters:
