@@ -11,8 +11,9 @@ import pytest
 import torch
 from s3t_tools import make_records, options, same_tensors, write_base
 
-from pymape.s3t import S3T, S3TConfig
+from pymape.s3t import S3T, LoraConfig, S3TConfig, StageConfig
 from pymape.s3t.engine import InlineEngine
+from pymape.s3t.ledger_training import stage_job
 from pymape.s3t.partition import place
 from pymape.s3t.stages import unpack_stage
 from pymape.s3t.training import train_stage
@@ -68,7 +69,7 @@ def test_what_is_served_is_what_training_on_the_surviving_slices_gives(
                 clean._ledger.plan()
                 for depth in range(1, len(order) + 1):
                     row = next(row for row in clean._ledger.stages(0) if row.key.prefix == order[:depth])
-                    job = clean._job(row, None)
+                    job = stage_job(clean._ledger, clean.config, row)
                     assert job is not None
                     content = train_stage(job)
                     clean._ledger.land(row.key, content)
@@ -143,6 +144,7 @@ def test_subjects_are_deleted_together_and_share_a_slice(tmp_path: Path, bases: 
     records = [record | {"subject": f"person-{row % 20}"} for row, record in enumerate(make_records("bert", RECORDS))]
     with S3T.create(tmp_path / "system", options(bases["bert"], shards=2, slices=2)) as system:
         system.ingest(records)
+        assert system.plan(["r5"], subjects=["person-5", "person-3"])["records"] == 4
         receipt = system.delete(subjects=["person-3"], request_id="person")
         assert receipt["records"] == 2
         assert len(receipt["shards"]) == 1
@@ -202,6 +204,8 @@ def test_evaluation_and_death(tmp_path: Path, bases: dict[str, str]) -> None:
         system.train(engine="inline")
         scores = system.evaluate(test)
         assert scores["live_shards"] == [0, 1]
+        about = [{**record, "subject": row} for row, record in enumerate(test)]
+        assert system.evaluate(about) == scores
         assert 0 <= scores["accuracy"] <= 100
         for number, part in enumerate(range(4)):
             system.delete([one_of(system, part, shard=1)], f"request-{number}")
@@ -229,6 +233,9 @@ def test_export_is_revoked_by_a_deletion(tmp_path: Path, bases: dict[str, str]) 
         ({"slices": 2, "sequences": 3, "method": "cyclic"}, "3"),
         ({"prior": [0.5, 0.5]}, "prior"),
         ({"method": "best"}, "best"),
+        ({"stage": StageConfig(batch_size=1)}, "stage.batch_size must be at least 2, got 1"),
+        ({"stage": StageConfig(lr=float("inf"))}, "stage.lr must be positive and finite, got inf"),
+        ({"lora": LoraConfig(dropout=1.0)}, r"lora.dropout must be in \[0, 1\), got 1.0"),
     ],
 )
 def test_bad_options(tmp_path: Path, bases: dict[str, str], changes: dict[str, Any], message: str) -> None:

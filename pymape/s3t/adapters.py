@@ -242,18 +242,19 @@ class SlicedAdapters:
         }
 
 
-def load_base(folder: str | os.PathLike[str], labels: int | None = None) -> Any:
+def load_base(folder: str | os.PathLike[str], labels: int | None = None, sha256: str | None = None) -> Any:
     """Load a frozen base model: the same bits in every process.
 
     Args:
         folder: Hugging Face model folder.
         labels: classes of a new task head, drawn from a fixed seed; None: the model brings its own.
+        sha256: the `base_hash` that it must have.
 
     Returns:
         The model in eval mode on the CPU.
 
     Raises:
-        ValueError: no model folder, no task head, or weights that are missing.
+        ValueError: no model folder, no task head, weights that are missing, or another hash.
     """
     kind, settings = model_class(folder, labels)
     with torch.random.fork_rng(devices=[]), quiet_transformers():
@@ -276,7 +277,12 @@ def load_base(folder: str | os.PathLike[str], labels: int | None = None) -> Any:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.data_ptr() % _ALIGNMENT:  # a view into the file, placed by the length of its header
             tensor.data = tensor.data.clone()
-    return model.eval()
+    model.eval()
+    if sha256 is not None and (found := base_hash(model)) != sha256:
+        raise ValueError(
+            f"model must be the base {sha256[:12]} that the system was made with, got {found[:12]} in {str(folder)!r}"
+        )
+    return model
 
 
 def model_class(folder: str | os.PathLike[str], labels: int | None = None) -> tuple[Any, Any]:

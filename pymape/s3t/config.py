@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["EngineName", "LoraConfig", "S3TConfig", "S3TDemoConfig", "SequenceMethod", "StageConfig"]
+__all__ = ["EngineName", "LoraConfig", "S3TConfig", "S3TDemoConfig", "SequenceMethod", "StageConfig", "check_config"]
 
 EngineName = Literal["local", "inline", "ray"]
 SequenceMethod = Literal["chain-cover", "cyclic", "matching", "conditional", "random"]
@@ -110,3 +111,30 @@ class S3TDemoConfig:
     base_epochs: int = 40
     workers: int = 2
     seed: int = 0
+
+
+def check_config(config: S3TConfig) -> None:
+    """Refuse options out of range.
+
+    Raises:
+        ValueError: naming the first one.
+    """
+    stage = config.stage
+    least = {
+        "shards": (config.shards, 1),
+        "slices": (config.slices, 1),
+        "lora.r": (config.lora.r, 1),
+        "stage.epochs": (stage.epochs, 1),
+        "stage.batch_size": (stage.batch_size, 2),
+        "stage.max_length": (stage.max_length, 1),
+        "stage.threads": (stage.threads, 1),
+    }
+    for name, (value, lowest) in least.items():
+        if value < lowest:
+            raise ValueError(f"{name} must be at least {lowest}, got {value}")
+    if config.prior is not None and len(config.prior) != config.slices:
+        raise ValueError(f"prior must hold a probability for each of {config.slices} slices, got {config.prior}")
+    if not 0 <= config.lora.dropout < 1:
+        raise ValueError(f"lora.dropout must be in [0, 1), got {config.lora.dropout}")
+    if not 0 < stage.lr < math.inf:
+        raise ValueError(f"stage.lr must be positive and finite, got {stage.lr}")

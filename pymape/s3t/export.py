@@ -64,6 +64,7 @@ def export_ensemble(
     chains: Mapping[int, Chain],
     base_folder: str | os.PathLike[str] | None = None,
     *,
+    sha256: str | None = None,
     combination: Combination = "mean",
     sizes: Mapping[int, int] | None = None,
     record: Callable[[list[dict[str, str]]], object] | None = None,
@@ -79,6 +80,7 @@ def export_ensemble(
         config: of the system.
         chains: shard -> tensors of its served stages, root first; a shard without stages is left out.
         base_folder: of the base model, also for those who load the export; default: `config.model`.
+        sha256: `base_hash` that the base model must have.
         combination: as `Ensemble`.
         sizes: as `Ensemble`.
         record: called with the result once all is written, right before it appears in `folder`. An error leaves
@@ -88,14 +90,15 @@ def export_ensemble(
         {"file": path inside the folder, "sha256": of the file} of each.
 
     Raises:
-        ValueError: no live shard, chains that do not fit the base, or a folder that has files or cannot be written.
+        ValueError: no live shard, another base, chains that do not fit it, or a folder that has files or cannot be
+            written.
     """
     target = Path(folder).resolve()
     live = live_chains(chains)
     weights = shard_weights(list(live), combination, sizes)
     _check_free(target)
     base_folder = os.fspath(config.model if base_folder is None else base_folder)
-    adapters = SlicedAdapters(load_base(base_folder, config.labels), config)
+    adapters = SlicedAdapters(load_base(base_folder, config.labels, sha256), config)
     ancestor = next(parent for parent in target.parents if os.path.lexists(parent))
     try:
         stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=ancestor))

@@ -194,6 +194,16 @@ class LedgerStages(LedgerRecords):
             chains.append(chain)
         return chains
 
+    def served_records(self) -> dict[int, int]:
+        """Number of records that the served stages of each live shard were trained on."""
+        with self._db.snapshot():
+            chains, counts = self.serving(), self.counts()
+        return {
+            shard: sum(counts[shard][part] for part in chain[-1].key.prefix)
+            for shard, chain in enumerate(chains)
+            if chain
+        }
+
     def live_prefixes(self) -> list[list[tuple[int, ...]]]:
         """For every shard and sequence the slices of its trained stages, from the first one on."""
         return [

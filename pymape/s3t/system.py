@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,19 @@ from tqdm import tqdm
 
 from pymape.batching import bare_record
 from pymape.s3t.adapters import SlicedAdapters, base_hash, load_base
-from pymape.s3t.config import EngineName, LoraConfig, S3TConfig, StageConfig
-from pymape.s3t.engine import Engine, make_engine
+from pymape.s3t.config import EngineName, LoraConfig, S3TConfig, StageConfig, check_config
+from pymape.s3t.engine import Engine
 from pymape.s3t.ensemble import Combination, Ensemble
 from pymape.s3t.export import export_ensemble
-from pymape.s3t.ledger import Ledger, RecordRow, StageRow
+from pymape.s3t.ledger import Ledger, RecordRow
+from pymape.s3t.ledger_training import replay_stage, train_planned
 from pymape.s3t.partition import place, record_name, subject_name
 from pymape.s3t.rows import RecordCheck
 from pymape.s3t.sequences import choose_sequences
 from pymape.s3t.stages import unpack_stage
-from pymape.s3t.training import StageJob, train_stage
+from pymape.s3t.theory import forecast
 
 __all__ = ["S3T"]
-
-CACHE = "cache"
 
 
 class S3T:
@@ -75,7 +75,7 @@ class S3T:
         Raises:
             ValueError: an option out of range, a base model that cannot be used, or a folder in use.
         """
-        _check(config)
+        check_config(config)
         budget = math.comb(config.slices, config.slices // 2) if config.sequences is None else config.sequences
         sequences = choose_sequences(config.method, config.slices, budget, prior=config.prior, seed=config.seed)
         model = _placed(config.model, folder)
@@ -152,7 +152,7 @@ class S3T:
                 f"({len(empty)} of {self.config.shards * self.config.slices} are empty): use fewer shards or slices"
             )
         self._ledger.plan()
-        return self._run(engine, workers, address, cache, progress)
+        return train_planned(self._ledger, self.config, engine, workers, address, cache, progress)
 
     def repair(
         self,
@@ -168,7 +168,7 @@ class S3T:
         Args and Returns: as `train`.
         """
         self._ledger.repair()
-        return self._run(engine, workers, address, cache, progress)
+        return train_planned(self._ledger, self.config, engine, workers, address, cache, progress)
 
     def plan(self, ids: Sequence[str] = (), *, subjects: Sequence[str] = ()) -> dict[str, Any]:
         """What `delete` would do, without doing it.
@@ -203,27 +203,22 @@ class S3T:
         names = self._names(ids, subjects, request_id)
         if not names:  # a request that is known: everybody's records are gone already
             return self._ledger.receipt(request_id)
-        return self.delete_batch({request_id: names}, names=True, finish=finish)[0]
+        return self._accept([(request_id, names)], finish)[0]
 
-    def delete_batch(
-        self, requests: Mapping[str, Sequence[str]], *, names: bool = False, finish: bool = True
-    ) -> list[dict[str, Any]]:
+    def delete_batch(self, requests: Mapping[str, Sequence[str]], *, finish: bool = True) -> list[dict[str, Any]]:
         """Accept several requests in one durable step: all of them or none.
 
         Args:
             requests: request id -> ids of the records.
-            names: the records are given by their keyed names (`name_of`), not by their ids.
             finish: as `delete`.
 
         Returns:
             The receipts, in order.
+
+        Raises:
+            ValueError: as `delete`.
         """
-        named = [(name, list(ids) if names else self._names(ids, (), name)) for name, ids in requests.items()]
-        receipts = self._ledger.tombstone(named)
-        if finish:
-            self.finish()
-            receipts = [self._ledger.receipt(name) for name in requests]
-        return receipts
+        return self._accept([(name, self._names(ids, (), name)) for name, ids in requests.items()], finish)
 
     def finish(self) -> None:
         """Take every accepted request through switching, erasure and verification."""
@@ -237,16 +232,9 @@ class S3T:
         """
         return self._ledger.receipt(request_id)
 
-    def name_of(self, identifier: str) -> str:
-        """The keyed name under which the ledger knows a record."""
-        return record_name(self._ledger.key, str(identifier).strip())
-
     def status(self) -> dict[str, Any]:
         """Records, stages, depth of every shard and requests, as JSON-able figures."""
         serving, counts = self._ledger.serving(), self._ledger.counts()
-        states: dict[str, int] = {}
-        for request in self._ledger.requests():
-            states[request["state"]] = states.get(request["state"], 0) + 1
         return {
             "folder": str(self.folder),
             "model": self.config.model,
@@ -254,7 +242,7 @@ class S3T:
             "slices": self.config.slices,
             "sequences": [list(sequence) for sequence in self._ledger.sequences[0]],
             "stages": self._ledger.stage_counts(),
-            "requests": states,
+            "requests": dict(Counter(request["state"] for request in self._ledger.requests())),
             "shards": [
                 {
                     "shard": shard,
@@ -275,8 +263,6 @@ class S3T:
             rate: requests a day; default: the observed rate, where at least two requests were made.
             options: of `pymape.s3t.theory.forecast`.
         """
-        from pymape.s3t.theory import forecast
-
         rate = self._ledger.request_rate() if rate is None else rate
         return forecast(self._ledger.live_prefixes(), self._ledger.counts(), rate=rate, **options)
 
@@ -294,7 +280,7 @@ class S3T:
         """
         report = self._ledger.verify()
         if replay:
-            report["checked"]["replayed"], problem = self._replay()
+            report["checked"]["replayed"], problem = replay_stage(self._ledger, self.config)
             report["problems"] += [problem] if problem else []
             report["ok"] = not report["problems"]
         return report
@@ -317,10 +303,8 @@ class S3T:
         Raises:
             ValueError: every shard is dead, or a stage file is damaged.
         """
-        self._check_base()
-        return Ensemble(
-            self.config.model, self.config, self.chains(), combination=combination, sizes=self._served_records()
-        )
+        base = load_base(self.config.model, self.config.labels, self._ledger.base)
+        return Ensemble(base, self.config, self.chains(), combination=combination, sizes=self._ledger.served_records())
 
     def evaluate(
         self, records: Sequence[Mapping[str, Any]], *, combination: Combination = "mean", batch_size: int = 32
@@ -328,12 +312,12 @@ class S3T:
         """Accuracy of the ensemble and of every live shard on records that are in no slice.
 
         Args:
-            records: as for `ingest`; ids are optional.
+            records: as for `ingest`; ids are optional, subjects are not looked at.
             combination: as `ensemble`.
             batch_size: records a forward pass.
         """
         model = self.ensemble(combination)
-        scores = model.score(records, batch_size=batch_size)
+        scores = model.score([_fields(record) for record in records], batch_size=batch_size)
         return {"records": len(records), "combination": combination, "live_shards": list(model.shards), **scores}
 
     def export(self, folder: str | os.PathLike[str]) -> list[dict[str, str]]:
@@ -345,90 +329,23 @@ class S3T:
         Returns:
             One {"file", "sha256"} for every file.
         """
-        self._check_base()
         stages = [row.key for chain in self._ledger.serving() for row in chain]
         return export_ensemble(
             folder,
             self.config,
             self.chains(),
-            sizes=self._served_records(),
+            sha256=self._ledger.base,
+            sizes=self._ledger.served_records(),
             record=lambda files: self._ledger.record_export(folder, files, stages),
         )
 
-    def _run(
-        self, engine: EngineName | Engine, workers: int | None, address: str | None, cache: bool, progress: bool | None
-    ) -> dict[str, Any]:
-        self._check_base()
-        done = {"trained": 0, "discarded": 0}
-        failure: BaseException | None = None
-        own = isinstance(engine, str)
-        chosen = make_engine(engine, workers=workers, address=address) if isinstance(engine, str) else engine
-        folder = str(self.folder / CACHE) if cache and chosen.reaches_cache else None
-        submitted: set[Any] = set()
-        total = self._ledger.stage_counts().get("planned", 0)
-        bar = tqdm(total=total, desc="train", unit="stage", disable=None if progress is None else not progress)
-        try:
-            while True:
-                # No job is made before a worker is free: a request may delete its records meanwhile.
-                for row in [] if failure else self._ledger.runnable():
-                    if chosen.pending >= chosen.workers:
-                        break
-                    if row.key not in submitted:
-                        submitted.add(row.key)
-                        job = self._job(row, folder)
-                        if job is not None:
-                            chosen.submit(job)
-                if not chosen.pending:
-                    break
-                job, result = chosen.wait()
-                bar.update()
-                if isinstance(result, BaseException):
-                    failure = failure or result
-                else:
-                    landed = self._ledger.land(job.provenance.key, result)
-                    done["trained" if landed else "discarded"] += 1
-        finally:
-            bar.close()
-            if own:
-                chosen.close()
-        if failure is not None:
-            raise failure
-        return done
-
-    def _job(self, row: StageRow, cache: str | None) -> StageJob | None:
-        """What trains a stage; None where a request has deleted one of its records since it was found runnable."""
-        with self._ledger.snapshot():
-            chain = self._ledger.chain(row.key)
-            if not chain:
-                return None
-            shard, prefix = row.key.shard, row.key.prefix
-            rows = [tuple(self._ledger.records(shard, [part])) for part in prefix]
-            parents = [self._ledger.read_stage(parent) for parent in chain[:-1]]
-            return StageJob.of(self.config, row.key, self._ledger.base, rows, parents, cache)
-
-    def _check_base(self) -> None:
-        found = base_hash(self.config.model, self.config.labels)
-        if found != self._ledger.base:
-            raise ValueError(
-                f"model must be the base {self._ledger.base[:12]} that the system was made with, "
-                f"got {found[:12]} in {self.config.model!r}"
-            )
-
-    def _replay(self) -> tuple[str | None, str | None]:
-        """Name of the stage that was trained again, and what is wrong with it."""
-        chain = max(self._ledger.serving(), key=len)
-        if not chain:
-            return None, None
-        name, content = chain[-1].key.name, self._ledger.read_stage(chain[-1])
-        job = self._job(chain[-1], None)
-        if job is None:
-            return None, None
-        again = train_stage(job)
-        before, after = unpack_stage(content)[1].environment, unpack_stage(again)[1].environment
-        if before != after:
-            other = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
-            return name, f"stage {name} cannot be compared: it was trained with another {', '.join(other)}"
-        return name, None if again == content else f"stage {name} differs from what its records give when trained again"
+    def _accept(self, requests: Sequence[tuple[str, list[str]]], finish: bool) -> list[dict[str, Any]]:
+        """The receipts of requests, each with the keyed names of its records."""
+        receipts = self._ledger.tombstone(requests)
+        if finish:
+            self.finish()
+            receipts = [self._ledger.receipt(request) for request, _ in requests]
+        return receipts
 
     def _rows(self, records: Iterable[Mapping[str, Any]]) -> Iterable[RecordRow]:
         check, seen = RecordCheck(self.config), set()
@@ -440,16 +357,11 @@ class S3T:
                 raise ValueError(f"records must not repeat an id, got {identifier!r} again in record {number}")
             seen.add(identifier)
             subject = str(record.get("subject") or "").strip()
-            bare = {name: value for name, value in bare_record(record).items() if name != "subject"}
-            content = check(bare, identifier)
+            content = check(_fields(record), identifier)
+            name = record_name(self._ledger.key, identifier)
+            about = subject_name(self._ledger.key, subject) if subject else None
             shard, part = place(self._ledger.key, subject or identifier, self.config.shards, self.config.slices)
-            yield RecordRow.of(
-                record_name(self._ledger.key, identifier),
-                subject_name(self._ledger.key, subject) if subject else None,
-                shard,
-                part,
-                content,
-            )
+            yield RecordRow.of(name, about, shard, part, content)
 
     def _names(self, ids: Sequence[str], subjects: Sequence[str], request: str | None = None) -> list[str]:
         """Keyed names of records given by id and by subject; none where a known request has deleted all of them."""
@@ -457,23 +369,20 @@ class S3T:
         stripped = [str(identifier).strip() for identifier in ids]
         names = [record_name(self._ledger.key, identifier) for identifier in stripped]
         self._ledger.require_live(names, stripped, request)
+        wanted = dict.fromkeys(names)
         for subject in subjects:
             found = self._ledger.names_of_subject(subject_name(self._ledger.key, str(subject).strip()))
             if not found and not known:
                 raise ValueError(f"subjects must have records, got {subject!r} with none")
-            names += [name for name in found if name not in names]
-        if not names and not known:
+            wanted |= dict.fromkeys(found)
+        if not wanted and not known:
             raise ValueError("ids must name at least one record, got none")
-        return names
+        return list(wanted)
 
-    def _served_records(self) -> dict[int, int]:
-        """Number of records that the served stages of each live shard were trained on."""
-        counts = self._ledger.counts()
-        return {
-            shard: sum(counts[shard][part] for part in chain[-1].key.prefix)
-            for shard, chain in enumerate(self._ledger.serving())
-            if chain
-        }
+
+def _fields(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model is to see of a record."""
+    return {name: value for name, value in bare_record(record).items() if name != "subject"}
 
 
 def _placed(model: str, folder: str | os.PathLike[str]) -> str:
@@ -481,28 +390,3 @@ def _placed(model: str, folder: str | os.PathLike[str]) -> str:
     path, system = os.path.abspath(model), os.path.abspath(folder)
     beside = os.path.commonpath([path, system]) == os.path.dirname(system)
     return os.path.relpath(path, system) if beside else path
-
-
-def _check(config: S3TConfig) -> None:
-    ranges = {
-        "shards": config.shards >= 1,
-        "slices": config.slices >= 1,
-        "lora.r": config.lora.r >= 1,
-        "stage.epochs": config.stage.epochs >= 1,
-        "stage.batch_size": config.stage.batch_size >= 2,
-        "stage.max_length": config.stage.max_length >= 1,
-        "stage.threads": config.stage.threads >= 1,
-    }
-    for name, valid in ranges.items():
-        if not valid:
-            value = config
-            for part in name.split("."):
-                value = getattr(value, part)
-            least = 2 if name == "stage.batch_size" else 1
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    if config.prior is not None and len(config.prior) != config.slices:
-        raise ValueError(f"prior must hold a probability for each of {config.slices} slices, got {config.prior}")
-    if not 0 <= config.lora.dropout < 1:
-        raise ValueError(f"lora.dropout must be in [0, 1), got {config.lora.dropout}")
-    if not (0 < config.stage.lr < math.inf):
-        raise ValueError(f"stage.lr must be positive, got {config.stage.lr}")

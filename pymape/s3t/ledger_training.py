@@ -1,0 +1,117 @@
+"""Training the stages of a ledger: jobs made of what it holds, given to an engine, and landed."""
+
+from __future__ import annotations
+
+from tqdm import tqdm
+
+from pymape.s3t.adapters import load_base
+from pymape.s3t.config import EngineName, S3TConfig
+from pymape.s3t.engine import Engine, make_engine
+from pymape.s3t.ledger import Ledger, StageRow
+from pymape.s3t.ledger_stages import CACHE
+from pymape.s3t.stages import StageKey, unpack_stage
+from pymape.s3t.training import StageJob, train_stage
+
+__all__ = ["replay_stage", "stage_job", "train_planned"]
+
+
+def train_planned(
+    ledger: Ledger,
+    config: S3TConfig,
+    engine: EngineName | Engine = "local",
+    workers: int | None = None,
+    address: str | None = None,
+    cache: bool = True,
+    progress: bool | None = None,
+) -> dict[str, int]:
+    """Train all stages that a ledger has planned.
+
+    Args:
+        ledger: open for writing.
+        config: of the system.
+        engine: the name of one, which is closed afterwards, or an engine that stays open.
+        workers: as `make_engine`.
+        address: as `make_engine`.
+        cache: keep hidden states in the ledger's folder, where the engine's workers reach it.
+        progress: show a progress bar; default: on a terminal.
+
+    Returns:
+        Number of stages "trained", and of those "discarded" because a request deleted their records meanwhile.
+
+    Raises:
+        ValueError: a base model that has changed, or a stage whose training failed; all that finished has landed.
+    """
+    load_base(config.model, config.labels, ledger.base)  # what every worker would refuse is refused before they start
+    done = {"trained": 0, "discarded": 0}
+    failure: BaseException | None = None
+    chosen = make_engine(engine, workers=workers, address=address) if isinstance(engine, str) else engine
+    folder = str(ledger.folder / CACHE) if cache and chosen.reaches_cache else None
+    submitted: set[StageKey] = set()
+    total = ledger.stage_counts().get("planned", 0)
+    bar = tqdm(total=total, desc="train", unit="stage", disable=None if progress is None else not progress)
+    try:
+        while True:
+            # No job is made before a worker is free: a request may delete its records meanwhile.
+            for row in [] if failure else ledger.runnable():
+                if chosen.pending >= chosen.workers:
+                    break
+                if row.key not in submitted:
+                    submitted.add(row.key)
+                    job = stage_job(ledger, config, row, folder)
+                    if job is not None:
+                        chosen.submit(job)
+            if not chosen.pending:
+                break
+            job, result = chosen.wait()
+            bar.update()
+            if isinstance(result, BaseException):
+                failure = failure or result
+            else:
+                landed = ledger.land(job.provenance.key, result)
+                done["trained" if landed else "discarded"] += 1
+    finally:
+        bar.close()
+        if chosen is not engine:
+            chosen.close()
+    if failure is not None:
+        raise failure
+    return done
+
+
+def stage_job(ledger: Ledger, config: S3TConfig, row: StageRow, cache: str | None = None) -> StageJob | None:
+    """What trains a stage; None where a request has deleted one of its records since it was found.
+
+    Args:
+        ledger: that the stage is in.
+        config: of the system.
+        row: the stage, whose parents are trained.
+        cache: folder of a `PrefixCache`, or None.
+    """
+    with ledger.snapshot():
+        chain = ledger.chain(row.key)
+        if not chain:
+            return None
+        rows = [tuple(ledger.records(row.key.shard, [part])) for part in row.key.prefix]
+        parents = [ledger.read_stage(parent) for parent in chain[:-1]]
+        return StageJob.of(config, row.key, ledger.base, rows, parents, cache)
+
+
+def replay_stage(ledger: Ledger, config: S3TConfig) -> tuple[str | None, str | None]:
+    """Train the last stage of the deepest served chain again and compare bits.
+
+    Returns:
+        The stage's name, None where nothing is served; and what is wrong with it, in a sentence, or None.
+    """
+    chain = max(ledger.serving(), key=len)
+    if not chain:
+        return None, None
+    name, content = chain[-1].key.name, ledger.read_stage(chain[-1])
+    job = stage_job(ledger, config, chain[-1])
+    if job is None:
+        return None, None
+    again = train_stage(job)
+    before, after = unpack_stage(content)[1].environment, unpack_stage(again)[1].environment
+    if before != after:
+        other = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+        return name, f"stage {name} cannot be compared: it was trained with another {', '.join(other)}"
+    return name, None if again == content else f"stage {name} differs from what its records give when trained again"
