@@ -1,14 +1,19 @@
-"""Writing files so that a crash leaves the old content or the new, never a part."""
+"""Writing files so that a crash leaves the old content or the new, never a part, and one process at a time."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_write", "sync_tree", "umask"]
+__all__ = ["atomic_write", "sync_tree", "take_lock", "umask"]
+
+# A child that a killed writer had just forked, to run git for instance, holds the lock until it executes its program.
+_PATIENCE = 1.0  # seconds
 
 
 @contextmanager
@@ -50,6 +55,38 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def take_lock(path: Path, kind: str) -> int:
+    """Become the one writer of a file's folder, until the lock is closed or the process ends.
+
+    Args:
+        path: of the file to lock, made when absent; its folder is there.
+        kind: what the folder is, for the message.
+
+    Returns:
+        The file descriptor that holds the lock, for `os.close`.
+
+    Raises:
+        ValueError: the folder has another writer, in this process or elsewhere, who is not just ending.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    deadline = time.monotonic() + _PATIENCE
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return descriptor
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise ValueError(
+                        f"{kind} must have one writer at a time, got {str(path.parent)!r}, which is open for writing "
+                        "elsewhere"
+                    ) from error
+            time.sleep(0.01)
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def umask() -> int:

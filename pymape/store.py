@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pymape.files import atomic_write, sync_tree
+from pymape.files import atomic_write, sync_tree, take_lock
 
 __all__ = ["FIRST", "STATE", "FolderStore", "Step", "file_hash"]
 
 STATE, FIRST = "state.json", "step-0000"
 _LOCK, _STAGE = ".lock", ".stage"
-# A child that a killed writer had just forked, to run git for instance, holds the lock until it executes its program.
-_PATIENCE = 1.0  # seconds
 _OURS = re.compile(rf"\.stage|step-\d{{4,}}|\.{re.escape(STATE)}\..*")
 
 
@@ -75,7 +71,7 @@ class FolderStore:
         if mode == "read":
             self._read()
             return
-        self._take_lock()
+        self._lock = take_lock(self.folder / _LOCK, kind)
         try:
             if mode == "write":
                 self._read()
@@ -199,22 +195,6 @@ class FolderStore:
         foreign = [name for name in sorted(names) if not _OURS.fullmatch(name) or name > FIRST]
         if foreign:
             raise ValueError(f"{self.kind} must be a new or empty folder, got {str(self.folder)!r} with {foreign[0]!r}")
-
-    def _take_lock(self) -> None:
-        descriptor = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        deadline = time.monotonic() + _PATIENCE
-        while self._lock is None:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._lock = descriptor
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    os.close(descriptor)
-                    raise ValueError(
-                        f"{self.kind} must have one writer at a time, got {str(self.folder)!r}, which another process "
-                        "writes"
-                    ) from error
-                time.sleep(0.01)
 
 
 def file_hash(path: Path) -> str:

@@ -271,7 +271,7 @@ def test_receipts_name_records_by_key_or_plainly(new: Path, files: Path, form: s
 
 def test_one_writer_at_a_time(new: Path, files: Path) -> None:
     with UnlearnSession(new):
-        with pytest.raises(ValueError, match=r"session must have one writer at a time, got .*another process"):
+        with pytest.raises(ValueError, match=r"session must have one writer at a time, got .*elsewhere"):
             UnlearnSession(new)
         reader = UnlearnSession(new, read_only=True)
         assert reader.receipts == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -13,7 +12,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
-from pymape.files import atomic_write, sync_tree
+from pymape.files import atomic_write, sync_tree, take_lock
 from pymape.s3t import faults
 from pymape.s3t.audit import AuditEntry, AuditLog, first_entry
 from pymape.s3t.database import Database, create_database, now
@@ -53,7 +52,7 @@ class Ledger(LedgerRequests):
         if mode == "write":
             if not (self.folder / _DATABASE).is_file():
                 raise ValueError(f"ledger must be a folder with a {_DATABASE}, got {str(folder)!r} without")
-            self._lock = _take_lock(self.folder)
+            self._lock = take_lock(self.folder / _LOCK, "ledger")
         try:
             self._open(write=mode == "write")
         except BaseException:
@@ -90,7 +89,7 @@ class Ledger(LedgerRequests):
             raise ValueError(f"key must be 32 bytes, got {len(key)}")
         target = Path(folder).absolute()
         _check_free(target)
-        lock = _take_lock(target)
+        lock = take_lock(target / _LOCK, "ledger")
         try:
             _check_free(target)  # now that nobody else can be making it
             key = secrets.token_bytes(32) if key is None else key
@@ -364,18 +363,6 @@ def _check_free(folder: Path) -> None:
     foreign = sorted(names - {_KEY, _LOCK, _ANCHOR, STAGES})
     if foreign:
         raise ValueError(f"ledger must be made in a new or empty folder, got {str(folder)!r} with {foreign[0]!r}")
-
-
-def _take_lock(folder: Path) -> int:
-    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise ValueError(
-            f"ledger must have one writer at a time, got {str(folder)!r}, which is open for writing elsewhere"
-        ) from error
-    return descriptor
 
 
 def _write_key(path: Path, key: bytes) -> None:

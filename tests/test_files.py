@@ -1,0 +1,76 @@
+"""Files that one process writes, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from pymape.files import atomic_write, take_lock
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from pymape.files import take_lock
+take_lock(Path(sys.argv[1]), "store")
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "file.txt"
+
+    def write(text: str, error: Exception | None = None) -> None:
+        with atomic_write(target) as temporary:
+            temporary.write_text(text)
+            if error is not None:
+                raise error
+
+    with pytest.raises(RuntimeError, match="interrupted"):
+        write("first", RuntimeError("interrupted"))
+    assert not list(target.parent.iterdir())
+    write("first")
+    with pytest.raises(RuntimeError, match="interrupted"):
+        write("second", RuntimeError("interrupted"))
+    assert target.read_text() == "first"
+    assert [path.name for path in target.parent.iterdir()] == ["file.txt"]
+
+
+def test_a_lock_has_one_holder(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    message = f"store must have one writer at a time, got '{tmp_path}', which is open for writing elsewhere"
+    before = len(os.listdir("/proc/self/fd"))
+    held = take_lock(path, "store")
+    with pytest.raises(ValueError) as error:
+        take_lock(path, "store")
+    assert str(error.value) == message
+    os.close(held)
+    os.close(take_lock(path, "store"))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_holder_that_is_just_ending_is_waited_for(tmp_path: Path) -> None:
+    held = take_lock(tmp_path / "lock", "store")
+    started = time.monotonic()
+    threading.Timer(0.2, os.close, [held]).start()
+    os.close(take_lock(tmp_path / "lock", "store"))
+    assert time.monotonic() - started >= 0.2
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    command = [sys.executable, "-c", HOLDER, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="store must have one writer at a time"):
+            take_lock(path, "store")
+        holder.send_signal(signal.SIGKILL)
+    os.close(take_lock(path, "store"))
