@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import resource
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,7 +30,7 @@ from pymape.config import TrainConfig, UnlearnConfig, check_config
 from pymape.data import Records, load_ids, load_records, read_table, split_forget, validate_labels
 from pymape.importance import Importance, importance
 from pymape.masks import ModuleMasks
-from pymape.metrics import Predictions, mean_gap, predict, summarise
+from pymape.metrics import Predictions, mean_gap, measure_cost, predict, summarise
 from pymape.prefix_cache import PrefixCache
 from pymape.runs import environment, quiet_transformers, run_folder, write_summary
 from pymape.search import search
@@ -57,10 +55,10 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        started, worked = time.perf_counter(), time.process_time()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-        self.cpu_seconds[name] = self.cpu_seconds.get(name, 0.0) + time.process_time() - worked
+        with measure_cost() as cost:
+            yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + cost.wall_seconds
+        self.cpu_seconds[name] = self.cpu_seconds.get(name, 0.0) + cost.cpu_seconds
 
 
 @dataclass(frozen=True)
@@ -97,35 +95,37 @@ def run_unlearn(config: UnlearnConfig) -> dict[str, Any]:
     clock = Clock()
     scratch_folder = tempfile.TemporaryDirectory(prefix="pymape-")
     with run_folder(config.output) as folder, quiet_transformers(), scratch_folder as scratch:
-        source = load_records(config.data.path, config.data.id_column, argument="data.path")
-        forget = load_ids(config.data.forget, config.data.id_column, argument="data.forget")
-        retain = config.data.retain and load_ids(config.data.retain, config.data.id_column, argument="data.retain")
-        split = split_forget(source.ids, forget, retain or None)
-        set_seed(config.seed)
-        model, tokenizer = load_model(config, source)
-        encode = Encoder(config, model, tokenizer)
-        records = encode(source.columns, "data.path", source.ids)
-        data = Data([records[row] for row in split.forget], [records[row] for row in split.retain], *encode.others())
+        with measure_cost() as cost:
+            source = load_records(config.data.path, config.data.id_column, argument="data.path")
+            forget = load_ids(config.data.forget, config.data.id_column, argument="data.forget")
+            retain = config.data.retain and load_ids(config.data.retain, config.data.id_column, argument="data.retain")
+            split = split_forget(source.ids, forget, retain or None)
+            set_seed(config.seed)
+            model, tokenizer = load_model(config, source)
+            encode = Encoder(config, model, tokenizer)
+            records = encode(source.columns, "data.path", source.ids)
+            parts = ([records[row] for row in rows] for rows in (split.forget, split.retain))
+            data = Data(*parts, *encode.others())
 
-        start = copy.deepcopy(model) if config.compare_retrain else None
-        if config.train_first:
-            with clock.phase("train"):
-                fine_tune(model, records, config.train, config.seed, encode.collate, scratch)
-        models = {"original": judge(model, data, config, encode.collate)}
-        masks, _ = learn_masks(config, model, data, encode.collate, clock)
-        with clock.phase("unlearn"):
-            stopped = unlearn(config, model, data, masks, encode.collate, scratch)
-        models["unlearned"] = judge(model, data, config, encode.collate)
-        model.save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
-        if masks is not None:
-            masks.save(folder / "masks.safetensors")
-        if start is not None:
-            with clock.phase("retrain"):
-                forgotten = set(split.forget)
-                rest = [record for row, record in enumerate(records) if row not in forgotten]
-                fine_tune(start, rest, config.train, config.seed, encode.collate, scratch)
-            models["retrained"] = judge(start, data, config, encode.collate)
+            start = copy.deepcopy(model) if config.compare_retrain else None
+            if config.train_first:
+                with clock.phase("train"):
+                    fine_tune(model, records, config.train, config.seed, encode.collate, scratch)
+            models = {"original": judge(model, data, config, encode.collate)}
+            masks, _ = learn_masks(config, model, data, encode.collate, clock)
+            with clock.phase("unlearn"):
+                stopped = unlearn(config, model, data, masks, encode.collate, scratch)
+            models["unlearned"] = judge(model, data, config, encode.collate)
+            model.save_pretrained(folder / "model")
+            tokenizer.save_pretrained(folder / "model")
+            if masks is not None:
+                masks.save(folder / "masks.safetensors")
+            if start is not None:
+                with clock.phase("retrain"):
+                    forgotten = set(split.forget)
+                    rest = [record for row, record in enumerate(records) if row not in forgotten]
+                    fine_tune(start, rest, config.train, config.seed, encode.collate, scratch)
+                models["retrained"] = judge(start, data, config, encode.collate)
 
         summary = {
             **environment(),
@@ -139,7 +139,7 @@ def run_unlearn(config: UnlearnConfig) -> dict[str, Any]:
             "stopped": stopped,
             "seconds": clock.seconds,
             "cpu_seconds": clock.cpu_seconds,
-            "peak_memory_mib": _peak_memory(),
+            "peak_memory_mib": cost.peak_cpu_mib if cost.peak_gpu_mib is None else cost.peak_gpu_mib,
         }
         write_page(folder / "report.html", summary, masks, models)
         write_summary(folder, summary)
@@ -370,11 +370,3 @@ def _task_of(architecture: str) -> str | None:
 
 def _text(value: Any) -> str:
     return "" if value is None else str(value)
-
-
-def _peak_memory() -> float:
-    """Peak of this process so far, on the accelerator where there is one, in MiB."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

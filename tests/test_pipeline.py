@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 import re
 import shutil
@@ -100,6 +101,7 @@ def test_main_job_changes_the_selected_modules_only(
     assert summary["models"]["unlearned"]["forget_loss"] > summary["models"]["original"]["forget_loss"]
     assert summary["masks"]["cost"] <= 0.5
     assert {"importance", "search", "unlearn"} <= summary["seconds"].keys()
+    assert 10 < summary["peak_memory_mib"] < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**20
     assert "forget loss" in capsys.readouterr().out
 
     masks = ModuleMasks.load(

@@ -69,7 +69,7 @@ def _verify(found: dict[str, Any]) -> str:
     return "\n".join([*problems, f"checked {checked}", "everything is in order" if found["ok"] else "not in order"])
 
 
-def _forecast(found: dict[str, Any]) -> str:
+def _figures(found: dict[str, Any]) -> str:
     return "\n".join(_lines(found))
 
 
@@ -88,10 +88,6 @@ def _export(found: dict[str, Any]) -> str:
     return f"{len(found['files'])} files in {found['output']}"
 
 
-def _evaluate(found: dict[str, Any]) -> str:
-    return "\n".join(_lines(found))
-
-
 _WRITERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "init": _status,
     "ingest": _ingest,
@@ -101,7 +97,7 @@ _WRITERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "plan": _deletion,
     "delete": _delete,
     "verify": _verify,
-    "forecast": _forecast,
+    "forecast": _figures,
     "export": _export,
-    "evaluate": _evaluate,
+    "evaluate": _figures,
 }
