@@ -7,7 +7,7 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pymape.delta import tensor_digest
+from pymape.files import sync_tree
 
 __all__ = ["PrefixCache"]
 
@@ -34,8 +35,8 @@ class PrefixCache:
 
     Args:
         path: folder; made when first needed.
-        max_bytes: at most this much is stored (counted when opened and by this process's own writes; recounted at most
-            every ten seconds once full). Records beyond it are computed every time. None: no limit.
+        max_bytes: at most this much is stored (counted before the first write and by this process's own writes;
+            recounted at most every ten seconds once full). Records beyond it are computed every time. None: no limit.
 
     Raises:
         ValueError: a negative limit.
@@ -47,7 +48,8 @@ class PrefixCache:
         self.path = Path(path)
         self.max_bytes = max_bytes
         self.hits = self.misses = self.damaged = 0
-        self._count()
+        self._bytes = 0
+        self._counted: float | None = None  # when; without a limit nothing needs to be counted
 
     def get(self, prefix: str, record: str, inputs: str) -> Tensor | None:
         """Return what was put under the same three keys, or None.
@@ -110,26 +112,26 @@ class PrefixCache:
         names = {_name(record) for record in records}
         erased = 0
         for folder in self._folders():
-            found = [path for path in _entries(folder) if path.name.split(".")[0] in names]
+            found = [entry.path for entry in _entries(folder) if entry.name.partition(".")[0] in names]
             for path in found:
                 erased += self._remove(path)
             if found:
                 with contextlib.suppress(FileNotFoundError):
-                    _sync(folder)
+                    sync_tree(folder, deep=False)
         return erased
 
     def clear(self) -> None:
         """Remove everything that is stored."""
         for folder in self._folders():
-            for path in _entries(folder):
-                self._remove(path)
+            for entry in _entries(folder):
+                self._remove(entry.path)
             with contextlib.suppress(OSError):  # somebody else has put something there meanwhile
                 folder.rmdir()
         self._count()
 
     def __len__(self) -> int:
         """Number of stored tensors, counted on disk."""
-        return sum(path.suffix == _SUFFIX for folder in self._folders() for path in _entries(folder))
+        return sum(entry.name.endswith(_SUFFIX) for folder in self._folders() for entry in _entries(folder))
 
     @property
     def nbytes(self) -> int:
@@ -141,24 +143,24 @@ class PrefixCache:
         return self.path / prefix[:32] / (_name(record) + _SUFFIX)
 
     def _folders(self) -> list[Path]:
-        return [path for path in _entries(self.path) if path.is_dir()]
+        return [Path(entry.path) for entry in _entries(self.path) if entry.is_dir()]
 
     def _count(self) -> None:
         self._bytes, self._counted = 0, time.monotonic()
         for folder in self._folders():
-            for path in _entries(folder):
+            for entry in _entries(folder):
                 with contextlib.suppress(FileNotFoundError):
-                    self._bytes += path.stat().st_size
+                    self._bytes += entry.stat().st_size
 
     def _fits(self, size: int) -> bool:
-        if self.max_bytes is None or self._bytes + size <= self.max_bytes:
+        if self.max_bytes is None:
             return True
-        if time.monotonic() - self._counted < _RESCAN_SECONDS:
-            return False
-        self._count()
+        full = self._bytes + size > self.max_bytes
+        if self._counted is None or (full and time.monotonic() - self._counted >= _RESCAN_SECONDS):
+            self._count()
         return self._bytes + size <= self.max_bytes
 
-    def _remove(self, path: Path) -> bool:
+    def _remove(self, path: str | Path) -> bool:
         """Overwrite and delete a file; False if it is gone already."""
         try:
             with open(path, "r+b") as file:
@@ -166,7 +168,7 @@ class PrefixCache:
                 file.write(bytes(size))
                 file.flush()
                 os.fsync(file.fileno())
-            path.unlink()
+            os.unlink(path)
         except FileNotFoundError:
             return False
         self._bytes -= size
@@ -184,16 +186,10 @@ def _checksum(prefix: str, record: str, inputs: str, states: Tensor) -> str:
     return hasher.hexdigest()
 
 
-def _entries(folder: Path) -> Iterator[Path]:
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder; nothing where it is gone, as it may be at any time."""
     try:
-        yield from list(folder.iterdir())
+        with os.scandir(folder) as entries:
+            return list(entries)
     except (FileNotFoundError, NotADirectoryError):
-        return
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return []
