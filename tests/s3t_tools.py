@@ -1,4 +1,4 @@
-"""Tiny base models on disk, records that fit them, and options of S3T systems on them."""
+"""Tiny base models on disk, records that fit them, and options and stages of S3T systems on them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from torch import Tensor
 
 from pymape.s3t.adapters import base_hash
 from pymape.s3t.config import LoraConfig, S3TConfig, StageConfig
-from pymape.s3t.stages import StageKey, encode_row
+from pymape.s3t.stages import StageKey, encode_row, unpack_stage
 from pymape.s3t.training import StageJob, train_stage
 
 LENGTH = 8  # tokens of a text, padding included
+FAMILIES = ("bert", "roberta", "distilbert", "vit", "gpt2", "llama")
+SEQUENCE = (2, 0, 3, 1)
+
+Slices = list[list[Mapping[str, Any]]]
 
 _DEPTH = {"distilbert": "n_layers", "gpt2": "n_layer"}
 _WIDTH = {"distilbert": "hidden_dim", "gpt2": "n_inner"}
@@ -70,6 +74,15 @@ def same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool
 def parts(records: Sequence[Mapping[str, Any]], slices: int = 4) -> list[list[Mapping[str, Any]]]:
     """Records dealt out to slices in turn."""
     return [list(records[part::slices]) for part in range(slices)]
+
+
+def setting(folder: Path, family: str = "bert", **changes: Any) -> tuple[S3TConfig, Slices]:
+    """Options and slices of 5, 5, 4 and 4 records: none fills its batches of 4, or all alike."""
+    return options(write_base(folder / "base", family), **changes), parts(make_records(family, 18))
+
+
+def tensors_of(files: Sequence[bytes]) -> list[dict[str, Tensor]]:
+    return [unpack_stage(file)[0] for file in files]
 
 
 def make_job(

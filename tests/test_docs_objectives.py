@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from model_zoo import tiny_model
-from test_trainer import arguments, collate, records
+from trainer_tools import arguments, collate, records
 
 import pymape
 from pymape.objectives import objective_names

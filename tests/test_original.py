@@ -11,8 +11,8 @@ import pytest
 import torch
 from model_zoo import tiny_model
 from safetensors.torch import load_file, save_file
-from test_trainer import arguments, collate, records, some_masks
 from torch import Tensor
+from trainer_tools import arguments, collate, records, some_masks
 from transformers import TrainerControl, TrainerState
 
 from pymape.reference_cache import ReferenceCache, record_digest, weights_digest

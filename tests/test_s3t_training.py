@@ -11,9 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,32 +19,28 @@ import torch.nn.functional as F
 from conftest import threads
 from model_zoo import DECODERS, tiny_batch, tiny_model
 from peft import get_peft_model
-from s3t_tools import LENGTH, make_job, make_records, options, parts, same_tensors, train_chain, write_base
-from safetensors.torch import load_file
-from torch import Tensor
+from s3t_tools import (
+    FAMILIES,
+    LENGTH,
+    SEQUENCE,
+    Slices,
+    make_job,
+    options,
+    parts,
+    same_tensors,
+    setting,
+    tensors_of,
+    train_chain,
+    write_base,
+)
 
-from pymape.architectures import find_layers
 from pymape.prefix_cache import PrefixCache
-from pymape.s3t import states, training
+from pymape.s3t import training
 from pymape.s3t.adapters import SlicedAdapters, load_base
 from pymape.s3t.config import LoraConfig, S3TConfig, StageConfig
 from pymape.s3t.rows import RecordCheck, stack_rows
 from pymape.s3t.stages import Provenance, StageKey, decode_row, encode_row, pack_stage, unpack_stage
 from pymape.s3t.training import StageJob, config_digest, stage_seed, train_stage
-
-FAMILIES = ("bert", "roberta", "distilbert", "vit", "gpt2", "llama")
-SEQUENCE = (2, 0, 3, 1)
-
-Slices = list[list[Mapping[str, Any]]]
-
-
-def setting(folder: Path, family: str = "bert", **changes: Any) -> tuple[S3TConfig, Slices]:
-    """Options and slices of 5, 5, 4 and 4 records: none fills its batches of 4, or all alike."""
-    return options(write_base(folder / "base", family), **changes), parts(make_records(family, 18))
-
-
-def tensors_of(files: Sequence[bytes]) -> list[dict[str, Tensor]]:
-    return [unpack_stage(file)[0] for file in files]
 
 
 @pytest.fixture
@@ -79,46 +73,6 @@ def test_what_survives_a_deletion_is_what_training_without_it_gives(family: str,
     other = train_chain(config, (2, 0, 1, 3), slices, cache=cache)
     assert other[:2] == files[:2]
     assert not any(same_tensors(*pair) for pair in zip(*map(tensors_of, (other[2:], files[2:])), strict=True))
-
-
-def stored(cache: Path) -> dict[Path, bytes]:
-    """The states in every file of a prefix cache."""
-    return {file: load_file(file)["states"].numpy().tobytes() for file in cache.rglob("*.safetensors")}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_the_prefix_cache_changes_no_bit(family: str, dropout: float, tmp_path: Path) -> None:
-    lora = LoraConfig(r=2, alpha=4.0, targets="all", dropout=dropout)
-    config, slices = setting(tmp_path, family, lora=lora)
-    cache = tmp_path / "cache"
-    plain = train_chain(config, SEQUENCE, slices)
-    assert train_chain(config, SEQUENCE, slices, cache=cache) == plain  # empty
-    written = stored(cache)
-    assert train_chain(config, SEQUENCE, slices, cache=cache) == plain  # full
-    assert stored(cache) == written
-    draw = random.Random(0)
-    for file in written:
-        fate = draw.random()
-        if fate < 0.4:
-            file.unlink()
-        elif fate < 0.5:
-            file.write_bytes(file.read_bytes()[:-3])
-    assert train_chain(config, SEQUENCE, slices, cache=cache) == plain  # half full, and damaged
-    assert stored(cache) == written
-
-
-@pytest.mark.parametrize("change", [{"batch_size": 3}, {"threads": 2}, {"max_length": LENGTH + 3}])
-def test_states_of_another_batch_shape_or_thread_count_are_not_used(change: dict[str, int], tmp_path: Path) -> None:
-    config, slices = setting(tmp_path)
-    cache = tmp_path / "cache"
-    train_chain(config, SEQUENCE, slices, cache=cache)
-    before = stored(cache)
-    other = dataclasses.replace(config, stage=dataclasses.replace(config.stage, **change))
-    assert train_chain(other, SEQUENCE, slices, cache=cache) == train_chain(other, SEQUENCE, slices)
-    after = stored(cache)
-    assert before.items() < after.items()
-    assert len(after) == 2 * len(before)
 
 
 def test_training_is_the_plain_loop(tmp_path: Path) -> None:
@@ -296,71 +250,6 @@ def test_a_fresh_process_gives_the_same_bits(tmp_path: Path) -> None:
     assert pickle.loads(out.read_bytes()) == files[::-1]
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
-def test_layers_below_run_once_for_a_record(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, slices = setting(tmp_path, family, stage=StageConfig(epochs=4, batch_size=4, max_length=LENGTH))
-    cache = tmp_path / "cache"
-    training._loaded = None
-    runs: list[tuple[int, int]] = []
-
-    def count(self: SlicedAdapters, *arguments: Any) -> None:
-        build(self, *arguments)
-        for number, layer in enumerate(find_layers(self.base)):
-            layer.output.register_forward_hook(lambda m, args, o, number=number: runs.append((number, len(args[0]))))
-
-    build = SlicedAdapters.__init__
-    monkeypatch.setattr(SlicedAdapters, "__init__", count)
-    train_chain(config, SEQUENCE[:1], slices, cache=cache)  # 4 records: one batch
-    # Layers 0 to 2: once for the states of all deeper stages, and once for the comparison of the first batch.
-    assert [sum(number == layer for number, _ in runs) for layer in range(4)] == [2, 2, 2, 4]
-    runs.clear()
-    train_chain(config, SEQUENCE[:2], slices, cache=cache)
-    # Stage 1 again: what layers return is learnt from one record, then the comparison. Stage 2: 5 new records.
-    below = [sum(number == layer for number, _ in runs) for layer in range(4)]
-    assert below[:2] == [2 + 1 + 2 + 1, 2 + 1 + 2 + 1]
-    # Never at another batch shape than that of training, but to learn the form, whose result is not used.
-    assert {size for _, size in runs} == {1, 4}
-    assert sum(size == 1 for _, size in runs) <= 2 * 3
-    training._loaded = None
-
-
-def test_more_records_than_memory(bert: tuple[S3TConfig, Slices], tmp_path: Path, monkeypatch: Any) -> None:
-    config, slices = bert
-    expected = train_chain(config, SEQUENCE, slices)
-    for memory in (0, 1000):
-        make = states.StageStates.__init__.__defaults__
-        monkeypatch.setattr(states.StageStates.__init__, "__defaults__", (memory,))
-        assert train_chain(config, SEQUENCE, slices, cache=tmp_path / "cache") == expected
-        # Nor room on the disk.
-        with monkeypatch.context() as full:
-            full.setattr(PrefixCache, "put", lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left")))
-            assert train_chain(config, SEQUENCE, slices, cache=tmp_path / f"full {memory}") == expected
-        monkeypatch.setattr(states.StageStates.__init__, "__defaults__", make)
-    # Files that vanish while a stage is trained.
-    key = StageKey(0, SEQUENCE[:1])
-    monkeypatch.setattr(states.StageStates.__init__, "__defaults__", (0,))
-    cache = tmp_path / "vanishing"
-    job = make_job(config, key, slices, cache=cache)
-    assert train_stage(job, progress=lambda done, total: shutil.rmtree(cache, ignore_errors=True)) == expected[0]
-
-
-def test_cached_states_with_other_bits_are_refused(bert: tuple[S3TConfig, Slices], tmp_path: Path) -> None:
-    config, slices = bert
-    job = make_job(config, StageKey(0, (0,)), slices, cache=tmp_path / "cache")
-    put = states._Strict.put
-
-    def off(self: Any, prefix: str, record: str, inputs: str, values: Tensor) -> bool:
-        return put(self, prefix, record, inputs, torch.nextafter(values, values + 1))
-
-    with pytest.MonkeyPatch.context() as patch:  # written by a machine that rounds otherwise
-        patch.setattr(states._Strict, "put", off)
-        expected = train_stage(job)
-    with pytest.raises(ValueError, match="cache must be None for this model on this machine"):
-        train_stage(job)
-    shutil.rmtree(tmp_path / "cache")
-    assert train_stage(job) == train_stage(dataclasses.replace(job, cache=None)) == expected
-
-
 def test_what_is_frozen_stays_frozen(bert: tuple[S3TConfig, Slices], monkeypatch: pytest.MonkeyPatch) -> None:
     config, slices = bert
     files = train_chain(config, (0, 1), slices)
@@ -504,51 +393,3 @@ def test_seed_and_digest() -> None:
     for name, value in dataclasses.asdict(config.stage).items():
         changed = dataclasses.replace(config, stage=dataclasses.replace(config.stage, **{name: value + 1}))
         assert config_digest(changed) != config_digest(config)
-
-
-@pytest.mark.parametrize("family", ["bert", "vit", "llama"])
-def test_records_are_checked_before_they_are_ingested(family: str, tmp_path: Path) -> None:
-    config, slices = setting(tmp_path, family)
-    check = RecordCheck(config)
-    good = slices[0][0]
-    assert check(good, "r0") == encode_row(good)
-    wrong: list[tuple[dict[str, Any], str]] = [
-        (
-            {name: value for name, value in good.items() if name != "labels"},
-            "fields must be those of the other records",
-        ),
-        ({**good, "more": 1}, "fields must be those of the other records"),
-    ]
-    if family == "vit":
-        wrong += [({**good, "pixel_values": [[[0.0]]]}, "pixel_values must be .* as in the other records")]
-    else:
-        wrong += [
-            ({**good, "input_ids": []}, "input_ids must be a list of at least one token"),
-            ({**good, "input_ids": [1, 50]}, r"input_ids must lie in \[0, 50\), got values from 1 to 50"),
-        ]
-    for record, message in wrong:
-        with pytest.raises(ValueError, match=f"record 'bad': {message}"):
-            check(record, "bad")
-    label = 7 if family != "llama" else [99] * len(good["labels"])
-    with pytest.raises(ValueError, match=r"labels must be in \[0, .*\), got .* for id 'bad'"):
-        check({**good, "labels": label}, "bad")
-    if family == "llama":
-        with pytest.raises(ValueError, match="labels must have a value for each of"):
-            check({**good, "labels": 1}, "bad")
-    if family == "bert":
-        long = dataclasses.replace(config, stage=StageConfig(max_length=65))
-        with pytest.raises(ValueError, match="max_length must be at most 64 for this model, got 65"):
-            RecordCheck(long)(good, "r0")
-
-
-def test_texts_are_cut_and_padded() -> None:
-    model = tiny_model("llama")
-    rows = [decode_row(encode_row({"input_ids": ids, "labels": ids})) for ids in ([3, 4, 5, 6], [7], [8, 9])]
-    batch = stack_rows(model, rows, 3)
-    assert batch["input_ids"].tolist() == [[3, 4, 5], [7, 0, 0], [8, 9, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
-    assert batch["labels"].tolist() == [[3, 4, 5], [7, -100, -100], [8, 9, -100]]
-    # A label per class is no label per token, even where there are as many.
-    model = tiny_model("bert", "multi_label")
-    rows = [decode_row(encode_row({"input_ids": [3] * n, "labels": [1.0, 0.0, 1.0]})) for n in (3, 2)]
-    assert stack_rows(model, rows, 4)["labels"].tolist() == [[1, 0, 1], [1, 0, 1]]
