@@ -23,6 +23,7 @@ from transformers import (
 from pymape.batching import PaddingCollator, bare_record
 from pymape.digits import load_digits, small_vit
 from pymape.experiments.config import SettingConfig, TaskConfig
+from pymape.metrics import QuestionSet
 
 __all__ = ["Forgetting", "Split", "Task", "forgetting", "make_task", "train"]
 
@@ -49,12 +50,17 @@ class Task:
         fingerprint: digest of the data, and of the pretrained model where there is one.
         split: seed -> its records.
         start: seed -> a model with that seed's initial weights.
+        tokenizer: of texts; None for images.
+        questions: what is forgotten -> questions about it and about the rest, in TOFU's form, by the names of
+            `tofu_metrics`; None where there are none.
     """
 
     classes: int
     fingerprint: str
     split: Callable[[int], Split]
     start: Callable[[int], PreTrainedModel]
+    tokenizer: Any = None
+    questions: Callable[[Forgetting], dict[str, QuestionSet]] | None = None
 
 
 @dataclass(frozen=True)
