@@ -19,7 +19,7 @@ from pymape.architectures import find_layers
 from pymape.cli import main
 from pymape.config import DemoConfig
 from pymape.demo import run_demo
-from pymape.experiments import runner
+from pymape.experiments import runner, unit
 from pymape.experiments.config import ExperimentConfig, MethodConfig, SelectionConfig, find_experiment, read_experiment
 from pymape.experiments.methods import Chosen, Measured, choose, unlearn
 from pymape.experiments.runner import run_experiment
@@ -40,6 +40,7 @@ selections:
   learned: {kind: modules, budget: 0.3}
 lrs: [1.0e-3, 5.0e-3]
 steps: 2
+evidence: null
 """
 
 
@@ -79,7 +80,7 @@ def test_what_is_done_is_not_done_again(
         if f'"selection_score": {last["selection_score"]!r}' in path.read_text()
     )
     lost.unlink()
-    monkeypatch.setattr(runner, "train", lambda *_: pytest.fail("the models are on disk"))
+    monkeypatch.setattr(unit, "train", lambda *_: pytest.fail("the models are on disk"))
     again = run_experiment(str(file), output=str(folder))
     assert again["computed"] == 1
     costs = {"seconds", "wall_seconds", "cpu_seconds", "peak_cpu_mib", "choose_seconds"}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 __all__ = [
+    "EvidenceConfig",
     "ExperimentConfig",
     "MethodConfig",
     "SelectionConfig",
@@ -131,6 +133,48 @@ class MethodConfig:
 
 
 @dataclass
+class EvidenceConfig:
+    """What is measured of the chosen models once the grid is done.
+
+    Args:
+        selections: names of the selections whose models are looked at; None takes all.
+        relearn_steps: optimizer steps of the relearning attack; 0 leaves it out.
+        relearn_every: steps between two of its measurements.
+        relearn_lr: its learning rate.
+        shadows: classifiers retrained from other initial weights, for the likelihood-ratio attack; 0 leaves it out.
+        gradients: also attack by gradient norms, one backward pass a record.
+        max_new_tokens: most tokens of an answer to a question, which ROUGE judges; 0 leaves ROUGE out.
+    """
+
+    selections: list[str] | None = None
+    relearn_steps: int = 50
+    relearn_every: int = 5
+    relearn_lr: float = 1e-4
+    shadows: int = 0
+    gradients: bool = False
+    max_new_tokens: int = 200
+
+    def check(self, selections: Collection[str]) -> None:
+        """Refuse options out of range, and names that are not among the experiment's selections.
+
+        Raises:
+            ValueError: saying which.
+        """
+        ranges: dict[str, tuple[Any, bool, str]] = {
+            "relearn_steps": (self.relearn_steps, self.relearn_steps >= 0, "not negative"),
+            "relearn_every": (self.relearn_every, self.relearn_every >= 1, "at least 1"),
+            "relearn_lr": (self.relearn_lr, 0 < self.relearn_lr < math.inf, "positive and finite"),
+            "shadows": (self.shadows, self.shadows == 0 or self.shadows >= 2, "0, or 2 or more"),
+            "max_new_tokens": (self.max_new_tokens, self.max_new_tokens >= 0, "not negative"),
+        }
+        unknown = [name for name in self.selections or () if name not in selections]
+        ranges["selections"] = (", ".join(unknown), not unknown, f"among {', '.join(selections)}")
+        for name, (value, valid, expected) in ranges.items():
+            if not valid:
+                raise ValueError(f"evidence.{name} must be {expected}, got {value}")
+
+
+@dataclass
 class ExperimentConfig:
     """A grid: settings x seeds x methods x values of what is tuned.
 
@@ -147,6 +191,7 @@ class ExperimentConfig:
         baselines: selections that the others are held against, objective by objective.
         title: heading of the report.
         note: sentence about the experiment for the report.
+        evidence: what is measured of the chosen models once the grid is done; None for nothing.
     """
 
     task: TaskConfig
@@ -161,10 +206,13 @@ class ExperimentConfig:
     baselines: list[str] = field(default_factory=lambda: ["everything"])
     title: str = ""
     note: str = ""
+    evidence: EvidenceConfig | None = field(default_factory=EvidenceConfig)
 
     def __post_init__(self) -> None:
         self._check_numbers()
         self._check_names()
+        if self.evidence is not None:
+            self.evidence.check(self.selections)
 
     @property
     def all_methods(self) -> list[MethodConfig]:

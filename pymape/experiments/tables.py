@@ -16,6 +16,7 @@ from pymape.metrics.evaluation import METRICS, mean_gap
 
 __all__ = [
     "EVERYWHERE",
+    "EVIDENCE",
     "LOST_COLUMNS",
     "PAIRED_COLUMNS",
     "POOLED_COLUMNS",
@@ -23,6 +24,7 @@ __all__ = [
     "RESULT_COLUMNS",
     "SELECTION_RULE",
     "bootstrap_interval",
+    "choose_cells",
     "lost_pairs",
     "paired_cells",
     "pool",
@@ -51,7 +53,7 @@ SELECTION_RULE = (
     "first of equals wins. Neither the test records nor the retrained model have a part in it."
 )
 
-RESULTS = "results.jsonl"
+RESULTS, EVIDENCE = "results.jsonl", "evidence.jsonl"
 _RESAMPLES = 10_000
 EVERYWHERE = "all"  # stands for every setting
 
@@ -68,6 +70,11 @@ def read_cells(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"run must hold an intact {path.name}, got {str(path)!r}: {error}") from error
 
 
+def choose_cells(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """The cell of every grid that `SELECTION_RULE` chooses, with "at_edge"; one that failed where all have."""
+    return [_chosen(grid) for grid in _groups(cells, "setting", "seed", "objective", "selection").values()]
+
+
 def summarise_cells(cells: Sequence[Cell], baselines: Sequence[str]) -> dict[str, Any]:
     """Choose within every grid, then hold the chosen models against the retrained ones.
 
@@ -80,7 +87,7 @@ def summarise_cells(cells: Sequence[Cell], baselines: Sequence[str]) -> dict[str
         "table": the same over the seeds; "pairs": two selections of one objective, setting and seed; "paired": their
         differences of gaps over the seeds; "pooled": over everything; "failed": the cells without a model.
     """
-    chosen = [_chosen(grid) for grid in _groups(cells, "setting", "seed", "objective", "selection").values()]
+    chosen = choose_cells(cells)
     gold = {(row["setting"], row["seed"]): row for row in chosen if row["objective"] == "retrained"}
     for row in chosen:
         row["gap"] = math.nan if "failed" in row else mean_gap(row, gold[row["setting"], row["seed"]])
