@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gzip
 import json
 import math
@@ -20,11 +21,18 @@ from pymape.cli import main
 from pymape.config import DemoConfig
 from pymape.demo import run_demo
 from pymape.experiments import runner, unit
-from pymape.experiments.config import ExperimentConfig, MethodConfig, SelectionConfig, find_experiment, read_experiment
+from pymape.experiments.config import (
+    ExperimentConfig,
+    MethodConfig,
+    SelectionConfig,
+    TaskConfig,
+    find_experiment,
+    read_experiment,
+)
 from pymape.experiments.methods import Chosen, Measured, choose, unlearn
 from pymape.experiments.runner import run_experiment
 from pymape.experiments.tables import bootstrap_interval, pool, read_cells, summarise_cells
-from pymape.experiments.tasks import TaskConfig, forgetting, make_task, train
+from pymape.experiments.tasks import forgetting, make_task, train
 from pymape.metrics import METRICS
 
 YAML = """
@@ -104,6 +112,22 @@ def test_a_change_recomputes_only_what_depends_on_it(finished: tuple[Path, Path,
     new = [cell for cell in runner.cells_of(config, task) if cell.key not in before]
     assert {cell.objective for cell in new} == {"gd"}
     assert len(new) == 8
+
+
+def test_cells_keep_their_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key that changes throws away what was computed: new options must not enter it where they are not used."""
+    file = tmp_path / "small.yaml"
+    file.write_text(YAML)
+    config = read_experiment(file)
+    task = dataclasses.replace(make_task(config.task), fingerprint="fingerprint")
+    monkeypatch.setattr(runner.importlib.metadata, "version", lambda _: "0")
+    monkeypatch.setattr(runner, "__version__", "0")
+    keys = {
+        (cell.setting, cell.objective, cell.selection, cell.value): cell.key for cell in runner.cells_of(config, task)
+    }
+    assert keys["class", "original", "", None] == "f04a6a69c7fe8a8d1039944f38949d75"
+    assert keys["class", "gd", "learned", 1e-3] == "9cf62f9a8ebef121a953d8002751478e"
+    assert keys["random", "gd", "everything", 5e-3] == "8fc953006850e4913acf8ae77838cdf1"
 
 
 def test_page_and_tables_show_the_result(finished: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -1,0 +1,35 @@
+"""The data and the models that experiments run on, a module for each kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pymape.experiments.config import TaskConfig
+from pymape.experiments.tasks.base import Forgetting, Split, Task, forgetting
+from pymape.experiments.tasks.images import make_arrays, make_digits, make_folder
+from pymape.experiments.tasks.table import make_table
+from pymape.experiments.tasks.training import train
+
+__all__ = ["Forgetting", "Split", "Task", "forgetting", "make_task", "train"]
+
+
+def make_task(config: TaskConfig) -> Task:
+    """The task that a configuration names.
+
+    Raises:
+        ValueError: data that is missing, or options that the task does not have.
+    """
+    maker, needed = {
+        "digits": (make_digits, ()),
+        "arrays": (make_arrays, ("data",)),
+        "folder": (make_folder, ("data",)),
+        "table": (make_table, ("data", "model")),
+    }[config.name]
+    given = {name: getattr(config, name) for name in needed}
+    for name, value in given.items():
+        if value is None or not Path(value).exists():
+            raise ValueError(f"task.{name} must be an existing path for task {config.name!r}, got {value!r}")
+    try:
+        return maker(**given, **config.options)  # type: ignore[operator]
+    except TypeError as error:
+        raise ValueError(f"task.options must fit task {config.name!r}: {error}") from error

@@ -1,0 +1,100 @@
+"""Texts, or pairs of texts, with a label, in csv and tsv files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from pymape.experiments.tasks.base import VALIDATION, Record, Split, Task, digest
+
+__all__ = ["make_table"]
+
+
+def make_table(
+    data: str,
+    model: str,
+    train: str = "train.tsv",
+    test: str = "dev.tsv",
+    text: str | int = "text",
+    pair: str | int | None = None,
+    label: str | int = "label",
+    header: bool = True,
+    max_length: int = 64,
+    records: int | None = None,
+) -> Task:
+    """Texts, or pairs of texts, with a label, and a pretrained encoder that gets a new task head.
+
+    Args:
+        data: folder of the files.
+        model: folder of the encoder and its tokenizer.
+        train: csv or tsv file (gzipped with .gz); a fifth of it, drawn by the seed, is for validation.
+        test: the same for the test.
+        text: name of the column, or its number where there is no header.
+        pair: column of the second text.
+        label: column of the label; names are numbered in alphabetical order.
+        header: whether the first line names the columns.
+        max_length: tokens to cut texts to.
+        records: draw so many of the training file, by the seed, before anything else; None takes all.
+    """
+    from sklearn.model_selection import train_test_split
+
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    tables = [_read(Path(data) / name, header) for name in (train, test)]
+    columns = [name for name in (text, pair, label) if name is not None]
+    for name, table in zip((train, test), tables, strict=True):
+        missing = [column for column in columns if column not in table.columns]
+        if missing:
+            raise ValueError(f"{name} must have the columns {columns}, got none named {missing[0]!r}")
+    names = sorted(set(tables[0][label]))
+    places = {name: place for place, name in enumerate(names)}
+
+    def read(kind: str, table: Any) -> list[Record]:
+        unknown = sorted(set(table[label]) - set(names))
+        if unknown:
+            raise ValueError(f"{kind} labels must be among {names}, got {unknown[0]!r}")
+        second = None if pair is None else list(table[pair])
+        encoded = tokenizer(list(table[text]), second, truncation=True, max_length=max_length)
+        return [
+            {"id": f"{kind}-{row:06}", **{key: encoded[key][row] for key in encoded}, "labels": places[name]}
+            for row, name in enumerate(table[label])
+        ]
+
+    source, judged = read("train", tables[0]), read("test", tables[1])
+    targets = [record["labels"] for record in source]
+
+    def split(seed: int) -> Split:
+        rows = list(range(len(source)))
+        if records is not None and records < len(rows):
+            rows, _ = train_test_split(rows, train_size=records, random_state=seed, stratify=targets)
+        kept, validation = train_test_split(
+            rows, test_size=VALIDATION, random_state=seed, stratify=[targets[row] for row in rows]
+        )
+        return Split([source[row] for row in kept], [source[row] for row in validation], judged)
+
+    def start(seed: int) -> PreTrainedModel:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return AutoModelForSequenceClassification.from_pretrained(
+                model, local_files_only=True, num_labels=len(names)
+            )
+
+    files = [Path(data) / train, Path(data) / test, *sorted(path for path in Path(model).iterdir() if path.is_file())]
+    return Task(len(names), digest(*(path.read_bytes() for path in files)), split, start)
+
+
+def _read(path: Path, header: bool) -> Any:
+    import csv
+
+    import pandas as pd
+
+    if not path.is_file():
+        raise ValueError(f"task.data must hold the file {path.name}, got none in {str(path.parent)!r}")
+    tabs = ".tsv" in path.suffixes
+    # In tab-separated files quotation marks are part of the text.
+    quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+    return pd.read_csv(
+        path, sep="\t" if tabs else ",", header=0 if header else None, quoting=quoting, dtype=str, keep_default_na=False
+    )
