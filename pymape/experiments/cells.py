@@ -53,10 +53,8 @@ def cells_of(config: ExperimentConfig, task: Task) -> list[Cell]:
     common = {"code": CODE, "pymape": __version__, **versions, "data": task.fingerprint, "task": training(config)}
     cells = []
     for setting_name, setting in config.settings.items():
-        judged = {"forget": setting.forget, "share": setting.share if setting.forget == "random" else None}
-        judged |= _given(setting, apart={"forget", "share", "lam"})
         for seed in config.seeds:
-            place = {**common, "setting": judged, "seed": seed}
+            place = {**common, "setting": setting.identity(), "seed": seed}
             cells += [
                 Cell(setting_name, seed, name, "", "", None, digest({**place, "objective": name}))
                 for name in REFERENCES

@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 _FOLDER = "experiments"
+_GROUPED = ("questions", "tofu")  # tasks whose records come in groups instead of classes
 # What a kind of selection depends on.
 _READ = {
     "everything": (),
@@ -37,18 +38,19 @@ class TaskConfig:
     """Data and model.
 
     Args:
-        name: "digits" (scikit-learn's), "arrays" (an npz file of images), "folder" (one folder of images a class), or
-            "table" (text files with a label column).
+        name: "digits" (scikit-learn's), "arrays" (an npz file of images), "folder" (one folder of images a class),
+            "table" (text files with a label column), "questions" (questions about articles, a SQuAD file), or "tofu"
+            (questions about invented authors, for a small language model).
         data: the file or folder that the task reads; digits need none.
-        model: folder of a pretrained encoder and its tokenizer, for "table".
-        options: further arguments of the task.
+        model: folder of a pretrained encoder and its tokenizer, for "table" and "questions".
+        options: further arguments of the task, see `pymape.experiments.tasks`.
         epochs: passes over the data when the original and the retrained model are trained.
         lr: their peak learning rate.
         batch_size: their records a step.
         weight_decay: theirs.
     """
 
-    name: Literal["digits", "arrays", "folder", "table"]
+    name: Literal["digits", "arrays", "folder", "table", "questions", "tofu"]
     data: str | None = None
     model: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -63,14 +65,25 @@ class SettingConfig:
     """What is forgotten.
 
     Args:
-        forget: a whole class (the seed modulo the number of classes), or random training records.
+        forget: a whole class (the seed modulo the number of classes), random training records, or all training records
+            of whole groups (articles, authors).
         share: share of the training records, in (0, 1), for random ones.
+        groups: number of groups, at least 1.
+        which: groups drawn by the seed, or the last ones in the order of the data.
         lam: weight of the retain set where masks are learned.
     """
 
-    forget: Literal["class", "random"] = "random"
+    forget: Literal["class", "random", "groups"] = "random"
     share: float = 0.1
+    groups: int = 1
+    which: Literal["drawn", "last"] = "drawn"
     lam: float = 1.0
+
+    def identity(self) -> dict[str, Any]:
+        """All that the choice of the records depends on, beside the seed."""
+        if self.forget == "groups":
+            return {"forget": self.forget, "groups": self.groups, "which": self.which}
+        return {"forget": self.forget, "share": self.share if self.forget == "random" else None}
 
 
 @dataclass
@@ -210,6 +223,7 @@ class ExperimentConfig:
 
     def __post_init__(self) -> None:
         self._check_numbers()
+        self._check_settings()
         self._check_names()
         if self.evidence is not None:
             self.evidence.check(self.selections)
@@ -235,6 +249,7 @@ class ExperimentConfig:
         }
         for name, setting in self.settings.items():
             ranges[f"settings.{name}.share"] = (setting.share, 0 < setting.share < 1, "in (0, 1)")
+            ranges[f"settings.{name}.groups"] = (setting.groups, setting.groups >= 1, "at least 1")
             ranges[f"settings.{name}.lam"] = (setting.lam, 0 <= setting.lam < math.inf, "finite and not negative")
         for name, selection in self.selections.items():
             ranges[f"selections.{name}.budget"] = (selection.budget, 0 < selection.budget <= 1, "in (0, 1]")
@@ -245,6 +260,16 @@ class ExperimentConfig:
         for name, (value, valid, expected) in ranges.items():
             if not valid:
                 raise ValueError(f"{name} must be {expected}, got {value}")
+
+    def _check_settings(self) -> None:
+        """Refuse what the task has nothing of to forget."""
+        for name, setting in self.settings.items():
+            kinds = ("random", "groups") if self.task.name in _GROUPED else ("random", "class")
+            if setting.forget not in kinds:
+                raise ValueError(
+                    f"settings.{name}.forget must be {' or '.join(kinds)} for task {self.task.name!r}, "
+                    f"got {setting.forget!r}"
+                )
 
     def _check_names(self) -> None:
         if not self.objectives and not self.methods:

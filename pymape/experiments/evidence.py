@@ -15,8 +15,9 @@ from torch import nn
 
 from pymape.experiments.cells import REFERENCES, Cell, digest, read_rows
 from pymape.experiments.config import EvidenceConfig
+from pymape.experiments.methods import pass_size
 from pymape.experiments.tables import choose_cells
-from pymape.experiments.unit import BATCH, Unit
+from pymape.experiments.unit import Unit
 from pymape.losses import task_of
 from pymape.metrics import (
     METRICS,
@@ -168,8 +169,9 @@ class Evidence:
         tokenizer, decode = self.unit.task.tokenizer, None
         if task_of(model) == LANGUAGE_MODEL and tokenizer is not None:
             decode = partial(tokenizer.decode, skip_special_tokens=True)
+        records = self.unit.data.sets[part]
         return record_scores(
-            model, self.unit.data.sets[part], batch_size=BATCH, decode=decode, progress=False,
+            model, records, batch_size=pass_size(records), decode=decode, progress=False,
             gradients=self.options.gradients and part != "retain",
         )  # fmt: skip
 
@@ -184,7 +186,8 @@ class Evidence:
             end_token=end_token,
             seed=self.unit.seed,
         )
-        metrics |= model_distance(seen.model, gold.model, self.unit.data.forget, batch_size=BATCH).figures()
+        forget = self.unit.data.forget
+        metrics |= model_distance(seen.model, gold.model, forget, batch_size=pass_size(forget)).figures()
         if seen.answers:
             metrics |= tofu_metrics(seen.answers, retrained=gold.answers.get("forget"), end_token=end_token)
         if seen.curve is not None and gold.curve is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
 from pymape.architectures import layout
-from pymape.batching import PaddingCollator, bare_record
+from pymape.batching import PaddingCollator, bare_record, record_lengths
 from pymape.experiments.config import ExperimentConfig, MethodConfig, SelectionConfig
 from pymape.importance import Importance, importance
 from pymape.learned_gates import learn_gates
@@ -24,12 +24,14 @@ from pymape.objectives import get_objective
 from pymape.search import search
 from pymape.trainer import UnlearnTrainer
 
-__all__ = ["Chosen", "Measured", "check_methods", "choose", "unlearn"]
+__all__ = ["Chosen", "Measured", "check_methods", "choose", "pass_size", "unlearn"]
 
 Record = dict[str, Any]
 
-_BATCH = 256  # records a pass where nothing is trained
+_BATCH = 256  # most records a pass where nothing is trained
 _GATE_BATCH = 64
+_ALTERNATIVES = ("tofu",)  # tasks whose records have alternative answers
+_TOKENS = 2**14  # most tokens a pass, with padding
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Measured:
         records = self.sample(name, count)
         if (name, len(records)) not in self._found:
             started = time.perf_counter()
-            found = importance(self.model, records, batch_size=_BATCH, progress=False)
+            found = importance(self.model, records, batch_size=pass_size(records), progress=False)
             self._found[name, len(records)] = found, time.perf_counter() - started
         return self._found[name, len(records)]
 
@@ -78,12 +80,15 @@ def check_methods(config: ExperimentConfig) -> None:
     """Refuse what cannot run before anything does.
 
     Raises:
-        ValueError: an unknown objective, or a one-shot objective on entries or adapters.
+        ValueError: an unknown objective, one that needs alternative answers where there are none, or a one-shot
+            objective on entries or adapters.
     """
     for method in config.all_methods:
         found = get_objective(method.objective)
-        if found.alternative:
-            raise ValueError(f"objectives must need no alternative answers, got {method.objective!r}")
+        if found.alternative and config.task.name not in _ALTERNATIVES:
+            raise ValueError(
+                f"objectives must need no alternative answers for task {config.task.name!r}, got {method.objective!r}"
+            )
         for name in method.selections:
             kind = config.selections[name].kind
             if found.one_shot and kind in ("saliency", "lora"):
@@ -204,6 +209,12 @@ def unlearn(
     return model, {"seconds": time.perf_counter() - started, "trained": trained / total}
 
 
+def pass_size(records: list[Record], most: int = _BATCH) -> int:
+    """How many records to run a model on at a time where nothing is trained: fewer than `most` where they are long."""
+    lengths = record_lengths(records)
+    return most if lengths is None else max(1, min(most, _TOKENS // max(lengths)))
+
+
 @contextmanager
 def _only(model: nn.Module, entries: Sequence[Tensor] | None) -> Iterator[None]:
     """Zero the gradients of all other entries of the parameters.
@@ -249,9 +260,9 @@ def _adapters(model: Any, rank: int | None, seed: int) -> Iterator[Callable[[], 
     yield fold
 
 
-def _batches(model: Any, records: list[Record], size: int) -> list[dict[str, Tensor]]:
+def _batches(model: Any, records: list[Record], most: int) -> list[dict[str, Tensor]]:
     collate = PaddingCollator(getattr(model.config, "pad_token_id", None) or 0)
-    rows = [bare_record(record) for record in records]
+    rows, size = [bare_record(record) for record in records], pass_size(records, most)
     return [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 

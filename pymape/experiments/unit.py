@@ -15,18 +15,16 @@ from transformers import PreTrainedModel
 
 from pymape.experiments.cells import CODE, REFERENCES, Cell, Place, digest, training
 from pymape.experiments.config import ExperimentConfig
-from pymape.experiments.methods import Chosen, Measured, choose, unlearn
+from pymape.experiments.methods import Chosen, Measured, choose, pass_size, unlearn
 from pymape.experiments.tasks import Forgetting, Task, forgetting, train
 from pymape.files import atomic_write
-from pymape.losses import task_of
-from pymape.metrics import Predictions, predict, record_scores, summarise
+from pymape.metrics import record_scores, summarise
 from pymape.metrics.costs import Cost, measure_cost
 
-__all__ = ["BATCH", "Unit"]
+__all__ = ["Unit"]
 
 Record = dict[str, Any]
 
-BATCH = 256  # records a pass where nothing is trained
 _MODELS = "models"
 # Errors of a method at a value of its grid, which then cannot be chosen; any other ends the run.
 _RESULTS_TOO = ("must stay finite", "must select at least one")
@@ -131,7 +129,10 @@ class Unit:
         return model, seconds
 
     def _figures(self, model: PreTrainedModel) -> dict[str, float]:
-        found = {name: _predict(model, records) for name, records in self.data.sets.items()}
+        found = {
+            name: record_scores(model, records, batch_size=pass_size(records), progress=False).predictions()
+            for name, records in self.data.sets.items()
+        }
         figures = summarise(found["forget"], found["retain"], found["test"], seed=self.seed)
         figures |= {f"{name}_accuracy": predictions.accuracy for name, predictions in found.items()}
         return figures | {f"{name}_loss": predictions.loss.mean().item() for name, predictions in found.items()}
@@ -146,9 +147,3 @@ class Unit:
         target = 0.0 if self.setting.forget == "class" else before["validation_accuracy"]
         kept = sum(abs(figures[f"{name}_accuracy"] - before[f"{name}_accuracy"]) for name in ("retain", "validation"))
         return abs(figures["forget_accuracy"] - target) + kept
-
-
-def _predict(model: PreTrainedModel, records: list[Record]) -> Predictions:
-    if task_of(model) == "question answering":
-        return record_scores(model, records, batch_size=BATCH, progress=False).predictions()
-    return predict(model, records, batch_size=BATCH)

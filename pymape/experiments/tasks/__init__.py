@@ -7,7 +7,9 @@ from pathlib import Path
 from pymape.experiments.config import TaskConfig
 from pymape.experiments.tasks.base import Forgetting, Split, Task, forgetting
 from pymape.experiments.tasks.images import make_arrays, make_digits, make_folder
+from pymape.experiments.tasks.questions import make_questions
 from pymape.experiments.tasks.table import make_table
+from pymape.experiments.tasks.tofu import make_tofu
 from pymape.experiments.tasks.training import train
 
 __all__ = ["Forgetting", "Split", "Task", "forgetting", "make_task", "train"]
@@ -24,6 +26,8 @@ def make_task(config: TaskConfig) -> Task:
         "arrays": (make_arrays, ("data",)),
         "folder": (make_folder, ("data",)),
         "table": (make_table, ("data", "model")),
+        "questions": (make_questions, ("data", "model")),
+        "tofu": (make_tofu, ("data",)),
     }[config.name]
     given = {name: getattr(config, name) for name in needed}
     for name, value in given.items():

@@ -2,47 +2,42 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from pymape.experiments.config import SettingConfig
+from pymape.metrics import QuestionSet
 
-__all__ = ["VALIDATION", "Forgetting", "Record", "Split", "Task", "digest", "forgetting"]
+__all__ = ["VALIDATION", "Forgetting", "Record", "Split", "Task", "digest", "forgetting", "read_bytes"]
 
 Record = dict[str, Any]
 
 VALIDATION = 0.2  # of the training records, where the test records are given apart
+_NAMED = 4  # groups that a description names
 
 
 @dataclass(frozen=True)
 class Split:
-    """The records of one seed; all have an id and labels."""
+    """The records of one seed; all have an id and labels.
+
+    Args:
+        train: what the original model is trained on, in the order of the data.
+        validation: never trained on; methods are chosen by it.
+        test: never trained on; methods are judged by it.
+        groups: record id -> group of every training record, where records come in groups.
+    """
 
     train: list[Record]
     validation: list[Record]
     test: list[Record]
-
-
-@dataclass(frozen=True)
-class Task:
-    """Data and model of an experiment.
-
-    Args:
-        classes: number of classes.
-        fingerprint: digest of the data, and of the pretrained model where there is one.
-        split: seed -> its records.
-        start: seed -> a model with that seed's initial weights.
-    """
-
-    classes: int
-    fingerprint: str
-    split: Callable[[int], Split]
-    start: Callable[[int], PreTrainedModel]
+    groups: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,17 +58,79 @@ class Forgetting:
         return {"forget": self.forget, "retain": self.retain, "validation": self.validation, "test": self.test}
 
 
+@dataclass(frozen=True)
+class Task:
+    """Data and model of an experiment.
+
+    Args:
+        classes: number of classes; 0 where records have none.
+        fingerprint: digest of the data, and of the pretrained model where there is one.
+        split: seed -> its records.
+        start: seed -> a model with that seed's initial weights.
+        tokenizer: of a language model.
+        questions: what is forgotten -> sets of questions on "forget" and "retain", as far as there are any, for TOFU's
+            figures of a language model.
+        facts: what is to be told about the data, by name.
+    """
+
+    classes: int
+    fingerprint: str
+    split: Callable[[int], Split]
+    start: Callable[[int], PreTrainedModel]
+    tokenizer: Any = None
+    questions: Callable[[Forgetting], dict[str, QuestionSet]] | None = None
+    facts: Mapping[str, int] = field(default_factory=dict)
+
+
 def forgetting(setting: SettingConfig, seed: int, split: Split, classes: int) -> Forgetting:
-    """Divide a seed's records: a whole class (the seed modulo the number of classes), or a random share."""
-    if setting.forget == "random":
+    """Divide a seed's records: a whole class (the seed modulo the number of classes), a random share, or whole groups.
+
+    Raises:
+        ValueError: nothing would be forgotten or nothing kept, or records without groups.
+    """
+    if setting.forget == "class":
+        return _without_class(seed % classes, split)
+    if setting.forget == "groups":
+        if split.groups is None:
+            raise ValueError("records must come in groups where groups are forgotten, got none")
+        of = [split.groups[record["id"]] for record in split.train]
+        names = list(dict.fromkeys(of))
+        groups = _chosen_groups(setting, seed, names)
+        chosen = {row for row, group in enumerate(of) if group in groups}
+        shown = ", ".join(groups[:_NAMED]) + (", ..." if len(groups) > _NAMED else "")
+        text = f"all {len(chosen)} training records of {len(groups)} of {len(names)} groups ({shown})"
+    else:
         generator = torch.Generator().manual_seed(seed)
         count = max(1, round(setting.share * len(split.train)))
         chosen = set(torch.randperm(len(split.train), generator=generator)[:count].tolist())
-        forget = [record for row, record in enumerate(split.train) if row in chosen]
-        retain = [record for row, record in enumerate(split.train) if row not in chosen]
         text = f"{count} random training records ({setting.share:.0%})"
-        return Forgetting(text, forget, retain, split.validation, split.test)
-    label = seed % classes
+    forget = [record for row, record in enumerate(split.train) if row in chosen]
+    retain = [record for row, record in enumerate(split.train) if row not in chosen]
+    return Forgetting(text, forget, retain, split.validation, split.test)
+
+
+def digest(*parts: bytes) -> str:
+    """One sha256 of several contents, in their order."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(hashlib.sha256(part).digest())
+    return found.hexdigest()
+
+
+def read_bytes(path: Path) -> bytes:
+    """Content of a file, unpacked if its name ends in .gz.
+
+    Raises:
+        ValueError: there is no such file, or it is no gzip file.
+    """
+    try:
+        content = path.read_bytes()
+        return gzip.decompress(content) if path.suffix == ".gz" else content
+    except (OSError, EOFError) as error:
+        raise ValueError(f"task.data must be readable, got {str(path)!r}: {error}") from error
+
+
+def _without_class(label: int, split: Split) -> Forgetting:
     forget = [record for record in split.train if int(record["labels"]) == label]
     if not forget:
         raise ValueError(f"training records must hold class {label}, got none of it")
@@ -84,9 +141,11 @@ def forgetting(setting: SettingConfig, seed: int, split: Split, classes: int) ->
     return Forgetting(f"all {len(forget)} training records of class {label}", forget, *parts)
 
 
-def digest(*parts: bytes) -> str:
-    """One sha256 of several contents, in their order."""
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(hashlib.sha256(part).digest())
-    return found.hexdigest()
+def _chosen_groups(setting: SettingConfig, seed: int, names: list[str]) -> list[str]:
+    """The groups to forget, in the order of the data."""
+    if not setting.groups < len(names):
+        raise ValueError(f"groups must leave at least one of the {len(names)} to keep, got {setting.groups}")
+    if setting.which == "last":
+        return names[-setting.groups :]
+    generator = torch.Generator().manual_seed(seed)
+    return [names[place] for place in torch.randperm(len(names), generator=generator)[: setting.groups].sort().values]
