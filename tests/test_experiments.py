@@ -20,7 +20,7 @@ from pymape.architectures import find_layers
 from pymape.cli import main
 from pymape.config import DemoConfig
 from pymape.demo import run_demo
-from pymape.experiments import runner, unit
+from pymape.experiments import cells, methods, unit
 from pymape.experiments.config import (
     ExperimentConfig,
     MethodConfig,
@@ -103,13 +103,13 @@ def test_a_change_recomputes_only_what_depends_on_it(finished: tuple[Path, Path,
     file, folder, _ = finished
     config = read_experiment(file)
     task = make_task(config.task)
-    before = {cell.key for cell in runner.cells_of(config, task)}
+    before = {cell.key for cell in cells.cells_of(config, task)}
     assert before == {path.stem for path in (folder / "cells").iterdir()}
     config.settings["class"].lam = 3.0
-    new = [cell for cell in runner.cells_of(config, task) if cell.key not in before]
+    new = [cell for cell in cells.cells_of(config, task) if cell.key not in before]
     assert [(cell.setting, cell.selection) for cell in new] == [("class", "learned")] * 2
     config.steps = 3
-    new = [cell for cell in runner.cells_of(config, task) if cell.key not in before]
+    new = [cell for cell in cells.cells_of(config, task) if cell.key not in before]
     assert {cell.objective for cell in new} == {"gd"}
     assert len(new) == 8
 
@@ -120,10 +120,10 @@ def test_cells_keep_their_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     file.write_text(YAML)
     config = read_experiment(file)
     task = dataclasses.replace(make_task(config.task), fingerprint="fingerprint")
-    monkeypatch.setattr(runner.importlib.metadata, "version", lambda _: "0")
-    monkeypatch.setattr(runner, "__version__", "0")
+    monkeypatch.setattr(cells.importlib.metadata, "version", lambda _: "0")
+    monkeypatch.setattr(cells, "__version__", "0")
     keys = {
-        (cell.setting, cell.objective, cell.selection, cell.value): cell.key for cell in runner.cells_of(config, task)
+        (cell.setting, cell.objective, cell.selection, cell.value): cell.key for cell in cells.cells_of(config, task)
     }
     assert keys["class", "original", "", None] == "f04a6a69c7fe8a8d1039944f38949d75"
     assert keys["class", "gd", "learned", 1e-3] == "9cf62f9a8ebef121a953d8002751478e"
@@ -408,5 +408,5 @@ def test_files_that_come_with_the_project_are_valid() -> None:
     assert "digits" in names
     for name in names:
         config = read_experiment(find_experiment(name))
-        runner.check_methods(config)
+        methods.check_methods(config)
         assert len(config.seeds) >= 3
