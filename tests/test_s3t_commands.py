@@ -36,6 +36,7 @@ def test_from_init_to_evaluate(tmp_path: Path, files: Path, capsys: pytest.Captu
     small = ["--stage.epochs", 1, "--stage.batch-size", 4, "--stage.max-length", 8, "--lora.r", 2]
     text = run(capsys, "init", system, "--model", files / "model", "--shards", 2, "--slices", 2, *small)
     assert "sequences: 01 10" in text
+    assert text.count("not trained") == 2
     assert run(capsys, "ingest", system, "--data", files / "train.csv") == "40 records added, 0 already there\n"
     assert result(capsys, "ingest", system, "--data", files / "train.csv") == {"added": 0, "already_there": 40}
     assert run(capsys, "train", system, "--engine", "inline") == "8 stages trained\n"
@@ -62,6 +63,7 @@ def test_from_init_to_evaluate(tmp_path: Path, files: Path, capsys: pytest.Captu
     assert scores["live_shards"]
     assert "accuracy" in run(capsys, "evaluate", system, "--data", files / "test.csv", "--combination", "vote")
     assert "next shard dead" in run(capsys, "forecast", system, "--rate", 2)
+    assert "rate: -\n" in run(capsys, "forecast", system)
     assert result(capsys, "verify", system, "--replay")["checked"]["replayed"]
     assert result(capsys, "repair", system, "--engine", "inline")["trained"] > 0
     assert [shard["depth"] for shard in result(capsys, "status", system)["shards"]] == [2, 2]

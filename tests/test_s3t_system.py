@@ -111,7 +111,7 @@ def test_repair_restores_depth_without_the_record(tmp_path: Path, bases: dict[st
         report = system.verify(replay=True)
         assert report["ok"], report["problems"]
         assert report["checked"]["replayed"] is not None
-        with pytest.raises(ValueError, match="deleted by 'first'"):
+        with pytest.raises(ValueError, match=f"got '{gone}', deleted by 'first'"):
             system.ingest([record for record in make_records("bert", RECORDS) if record["id"] == gone])
 
 
@@ -151,6 +151,23 @@ def test_subjects_are_deleted_together_and_share_a_slice(tmp_path: Path, bases: 
         assert system.delete(subjects=["person-3"], request_id="person") == receipt
         with pytest.raises(ValueError, match="subjects must have records, got 'person-3' with none"):
             system.delete(subjects=["person-3"], request_id="again")
+
+
+def test_subjects_may_be_numbers_and_missing(tmp_path: Path, bases: dict[str, str]) -> None:
+    missing = (None, "", " ", float("nan"))
+    subjects = [0, "0", *missing, 1.5, 0]
+    records = [
+        {**record, "subject": subject}
+        for record, subject in zip(make_records("bert", len(subjects)), subjects, strict=True)
+    ]
+    with S3T.create(tmp_path / "system", options(bases["bert"])) as system:
+        system.ingest(records)
+        assert system.plan(subjects=["0"])["records"] == system.plan(subjects=[0])["records"] == 3
+        assert len(system.plan(subjects=["0"])["shards"]) == 1
+        assert system.plan(subjects=["1.5"])["records"] == 1
+        for nobody in ("nan", "None", ""):
+            with pytest.raises(ValueError, match="subjects must have records"):
+                system.plan(subjects=[nobody])
 
 
 def test_requests_are_idempotent_and_batches_are_whole(tmp_path: Path, bases: dict[str, str]) -> None:
@@ -194,6 +211,8 @@ def test_a_reader_looks_on_while_a_writer_is_there(tmp_path: Path, bases: dict[s
         system.train(engine="inline")
         assert reader.status() == system.status()
         assert reader.evaluate(make_records("bert", 9, seed=1))["live_shards"] == [0]
+        with pytest.raises(ValueError, match="records must be added before a stage is trained, got 'late' after"):
+            system.ingest([{**make_records("bert", 1, seed=1)[0], "id": "late"}])
 
 
 def test_evaluation_and_death(tmp_path: Path, bases: dict[str, str]) -> None:
@@ -249,6 +268,7 @@ def test_bad_records(tmp_path: Path, bases: dict[str, str]) -> None:
         good = make_records("bert", 3)
         for bad, message in (
             ([*good, {**good[0], "id": ""}], "got none in record 4"),
+            ([{**good[0], "id": None}], "got none in record 1"),
             ([*good, good[1]], "got 'r1' again in record 4"),
             ([{**good[0], "labels": 7}], r"labels must be in \[0, 3\), got 7 for id 'r0'"),
         ):
@@ -256,7 +276,7 @@ def test_bad_records(tmp_path: Path, bases: dict[str, str]) -> None:
                 system.ingest(bad)
         assert system.ingest(good) == {"added": 3, "already_there": 0}
         assert system.ingest(good) == {"added": 0, "already_there": 3}
-        with pytest.raises(ValueError, match="changed"):
+        with pytest.raises(ValueError, match="got 'r0', which has changed"):
             system.ingest([{**good[0], "labels": (good[0]["labels"] + 1) % 3}])
         with pytest.raises(ValueError, match="records must fill every slice"):
             system.train(engine="inline")

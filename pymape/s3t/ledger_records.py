@@ -31,6 +31,7 @@ class RecordRow:
         slice: of that shard.
         digest: `stages.row_digest` of the content.
         content: the encoded record, without its id.
+        label: what the caller calls it in errors, and nowhere else; default: the name.
     """
 
     name: str
@@ -39,11 +40,19 @@ class RecordRow:
     slice: int
     digest: str
     content: bytes
+    label: str | None = None
 
     @classmethod
-    def of(cls, name: str, subject: str | None, shard: int, slice: int, content: bytes) -> RecordRow:
+    def of(
+        cls, name: str, subject: str | None, shard: int, slice: int, content: bytes, label: str | None = None
+    ) -> RecordRow:
         """The row of a record, with the digest of its content."""
-        return cls(name, subject, shard, slice, row_digest(content), content)
+        return cls(name, subject, shard, slice, row_digest(content), content, label)
+
+    @property
+    def shown(self) -> str:
+        """The record in errors."""
+        return self.name if self.label is None else self.label
 
 
 @dataclass(frozen=True)
@@ -111,14 +120,14 @@ class LedgerRecords:
                 for row in chunk:
                     self._check_row(row)
                     if row.name in seen:
-                        raise ValueError(f"records must not repeat a name, got {row.name!r} twice")
+                        raise ValueError(f"records must not repeat a name, got {row.shown!r} twice")
                     seen.add(row.name)
                     if row.name in known:
                         _check_same(row, *known[row.name])
                         there += 1
                         continue
                     if closed:
-                        raise ValueError(f"records must be added before a stage is trained, got {row.name!r} after")
+                        raise ValueError(f"records must be added before a stage is trained, got {row.shown!r} after")
                     new.append(row)
                 self._insert(new)
                 added += len(new)
@@ -294,10 +303,10 @@ def _check_same(
     row: RecordRow, digest: bytes, shard: int, part: int, subject: bytes | None, request: str | None
 ) -> None:
     if request is not None:
-        raise ValueError(f"records must not have been deleted, got {row.name!r}, deleted by {request!r}")
+        raise ValueError(f"records must not have been deleted, got {row.shown!r}, deleted by {request!r}")
     same = (bytes.fromhex(row.digest), row.shard, row.slice, row.subject and bytes.fromhex(row.subject))
     if same != (digest, shard, part, subject):
-        raise ValueError(f"records must be what they were when they were added, got {row.name!r}, which has changed")
+        raise ValueError(f"records must be what they were when they were added, got {row.shown!r}, which has changed")
 
 
 def _bytes(name: str, argument: str) -> bytes:

@@ -350,28 +350,27 @@ class S3T:
     def _rows(self, records: Iterable[Mapping[str, Any]]) -> Iterable[RecordRow]:
         check, seen = RecordCheck(self.config), set()
         for number, record in enumerate(records, start=1):
-            identifier = str(record.get("id", "")).strip()
+            identifier, subject = _identifier(record.get("id")), _identifier(record.get("subject"))
             if not identifier:
                 raise ValueError(f"records must each have an id, got none in record {number}")
             if identifier in seen:
                 raise ValueError(f"records must not repeat an id, got {identifier!r} again in record {number}")
             seen.add(identifier)
-            subject = str(record.get("subject") or "").strip()
             content = check(_fields(record), identifier)
             name = record_name(self._ledger.key, identifier)
             about = subject_name(self._ledger.key, subject) if subject else None
             shard, part = place(self._ledger.key, subject or identifier, self.config.shards, self.config.slices)
-            yield RecordRow.of(name, about, shard, part, content)
+            yield RecordRow.of(name, about, shard, part, content, identifier)
 
     def _names(self, ids: Sequence[str], subjects: Sequence[str], request: str | None = None) -> list[str]:
         """Keyed names of records given by id and by subject; none where a known request has deleted all of them."""
         known = bool(subjects) and request is not None and self._ledger.has_request(request)
-        stripped = [str(identifier).strip() for identifier in ids]
+        stripped = [_identifier(identifier) for identifier in ids]
         names = [record_name(self._ledger.key, identifier) for identifier in stripped]
         self._ledger.require_live(names, stripped, request)
         wanted = dict.fromkeys(names)
         for subject in subjects:
-            found = self._ledger.names_of_subject(subject_name(self._ledger.key, str(subject).strip()))
+            found = self._ledger.names_of_subject(subject_name(self._ledger.key, _identifier(subject)))
             if not found and not known:
                 raise ValueError(f"subjects must have records, got {subject!r} with none")
             wanted |= dict.fromkeys(found)
@@ -383,6 +382,11 @@ class S3T:
 def _fields(record: Mapping[str, Any]) -> dict[str, Any]:
     """What the model is to see of a record."""
     return {name: value for name, value in bare_record(record).items() if name != "subject"}
+
+
+def _identifier(value: Any) -> str:
+    """An id as text; empty where there is none, which tables say with NaN too."""
+    return "" if value is None or value != value else str(value).strip()
 
 
 def _placed(model: str, folder: str | os.PathLike[str]) -> str:

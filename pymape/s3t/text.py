@@ -22,8 +22,9 @@ def describe(command: str, found: dict[str, Any]) -> str:
 
 def _status(found: dict[str, Any]) -> str:
     rows = [["shard", "records", "depth", "serving slices", "generation"]]
+    nothing = "dead" if found["stages"].keys() & {"tombstoned", "erased"} else "not trained"
     for shard in found["shards"]:
-        prefix = " ".join(map(str, shard["serving"])) or "dead"
+        prefix = " ".join(map(str, shard["serving"])) or nothing
         depth = f"{shard['depth']} of {found['slices']}"
         rows.append([str(shard["shard"]), str(shard["records"]), depth, prefix, str(shard["generation"])])
     stages = ", ".join(f"{count} {state}" for state, count in found["stages"].items()) or "none yet"
@@ -80,7 +81,8 @@ def _lines(found: dict[str, Any], indent: str = "") -> list[str]:
         if isinstance(value, dict):
             lines += [label, *_lines(value, indent + "  ")]
         else:
-            lines.append(f"{label} {value:.1f}" if isinstance(value, float) else f"{label} {value}")
+            text = f"{value:.1f}" if isinstance(value, float) else "-" if value is None else str(value)
+            lines.append(f"{label} {text}")
     return lines
 
 
