@@ -22,12 +22,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose first `labels` columns are text and whose others are numbers."""
+    """A table whose first `labels` columns are text and whose others are numbers; its title stands above it."""
 
     columns: Sequence[str]
     rows: Sequence[Row]
     labels: int = 1
     note: str = ""
+    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,9 @@ def _table(table: Table) -> str:
 
     note = f"<p class=note>{escape(table.note)}</p>" if table.note else ""
     body = "".join(line(row.cells, "td", row.kind) for row in table.rows)
-    return f"<div class=wide><table><thead>{line(table.columns, 'th')}</thead><tbody>{body}</tbody></table></div>{note}"
+    title = f"<h3>{escape(table.title)}</h3>" if table.title else ""
+    head = line(table.columns, "th")
+    return f"{title}<div class=wide><table><thead>{head}</thead><tbody>{body}</tbody></table></div>{note}"
 
 
 def _definitions(items: Mapping[str, str]) -> str:
@@ -146,20 +149,21 @@ _STYLE = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);
 font:16px/1.55 system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
-main{max-width:1040px;margin:0 auto;padding:40px 24px 64px}
+main{max-width:1160px;margin:0 auto;padding:40px 24px 64px}
 h1{font-size:30px;line-height:1.2;margin:0 0 10px}
 h2{font-size:20px;margin:40px 0 8px;padding-top:14px;border-top:1px solid var(--line)}
-p{max-width:78ch;margin:8px 0}
+h3{font-size:16px;margin:28px 0 0}
+p{max-width:88ch;margin:8px 0}
 .lead{font-size:18px;color:var(--soft)}
-.note,figcaption{font-size:14px;color:var(--soft);max-width:92ch;margin:6px 0 18px}
+.note,figcaption{font-size:14px;color:var(--soft);max-width:110ch;margin:6px 0 18px}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(170px,1fr));gap:12px;margin:24px 0}
 .tiles div{background:var(--panel);border-radius:8px;padding:12px 16px}
-.tiles b{display:block;font-size:24px;color:var(--accent);font-variant-numeric:tabular-nums}
+.tiles b{display:block;font-size:22px;line-height:1.25;color:var(--accent);font-variant-numeric:tabular-nums}
 .tiles span{font-size:14px;color:var(--soft)}
 .wide{overflow-x:auto;margin:14px 0 4px}
-table{border-collapse:collapse;width:100%;font-size:15px;font-variant-numeric:tabular-nums}
-th,td{text-align:left;padding:6px 10px;border-bottom:1px solid var(--line);white-space:nowrap}
-th{font-weight:600;color:var(--soft);font-size:13px}
+table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums}
+th,td{text-align:left;padding:5px 8px;border-bottom:1px solid var(--line);white-space:nowrap}
+th{font-weight:600;color:var(--soft);font-size:13px;white-space:normal;vertical-align:bottom}
 .n{text-align:right}
 tr.reference td{color:var(--soft);font-style:italic}
 tr.best td{background:var(--mark);font-weight:600}

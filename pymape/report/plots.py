@@ -26,13 +26,21 @@ def mask_picture(masks: ModuleMasks) -> str:
         return _svg(masks.plot(None))
 
 
-def histograms(panels: Mapping[str, Mapping[str, Tensor]], label: str, *, log: bool = False, columns: int = 30) -> str:
+def histograms(
+    panels: Mapping[str, Mapping[str, Tensor]],
+    label: str,
+    *,
+    log: bool = False,
+    log_shares: bool = False,
+    columns: int = 30,
+) -> str:
     """Side-by-side histograms over one common axis: share of the records in each bin.
 
     Args:
         panels: title of a panel to {name of a distribution: [N] values}.
         label: name of the horizontal axis.
         log: draw the horizontal axis logarithmic where the values span two decades (those below 1e-6 count as 1e-6).
+        log_shares: draw the vertical axis logarithmic, where most records share one bin.
         columns: number of bins.
 
     Returns:
@@ -62,6 +70,9 @@ def histograms(panels: Mapping[str, Mapping[str, Tensor]], label: str, *, log: b
                 axis.xaxis.set_major_locator(LogLocator(numticks=7))
                 axis.xaxis.set_minor_formatter(NullFormatter())
             axis.legend(frameon=False, fontsize="small")
+        if log_shares:
+            axes[0].set_yscale("log")
+            axes[0].yaxis.set_major_formatter("{x:g}")
         axes[0].set_ylabel("% of records")
         return _svg(figure)
 
@@ -104,13 +115,20 @@ def bars(groups: Mapping[str, Mapping[str, list[float]]], label: str) -> str:
         return _svg(figure)
 
 
-def lines(panels: Mapping[str, Mapping[str, Sequence[float | None]]], label: str, *, steps: bool = False) -> str:
-    """Side-by-side curves over a common axis that counts from 0.
+def lines(
+    panels: Mapping[str, Mapping[str, Sequence[float | None]]],
+    label: str,
+    *,
+    steps: bool = False,
+    places: Sequence[float] | None = None,
+) -> str:
+    """Side-by-side curves over a common axis.
 
     Args:
-        panels: name of a vertical axis to {name of a curve: values at 0, 1, 2, ...; None where it has ended}.
+        panels: name of a vertical axis to {name of a curve: its values; None where it has ended}.
         label: name of the horizontal axis.
         steps: draw steps instead of straight lines between the values.
+        places: where the values of a curve lie on the axis; default 0, 1, 2, ...
 
     Returns:
         SVG markup.
@@ -122,14 +140,17 @@ def lines(panels: Mapping[str, Mapping[str, Sequence[float | None]]], label: str
         axes = np.atleast_1d(figure.subplots(1, len(panels)))
         for axis, (title, curves) in zip(axes, panels.items(), strict=True):
             for color, (name, values) in zip(_COLORS, curves.items(), strict=False):
-                places = [place for place, value in enumerate(values) if value is not None]
-                kept = [value for value in values if value is not None]
-                axis.plot(places, kept, color=color, linewidth=1.8, drawstyle="steps-post" if steps else "default")
-                if places:
-                    axis.plot(places[-1:], kept[-1:], "o", color=color, markersize=5, label=name)
+                along = range(len(values)) if places is None else places
+                points = [(x, y) for x, y in zip(along, values, strict=True) if y is not None]
+                drawn, kept = [x for x, _ in points], [y for _, y in points]
+                axis.plot(drawn, kept, color=color, linewidth=1.8, drawstyle="steps-post" if steps else "default")
+                if points:
+                    axis.plot(drawn[-1:], kept[-1:], "o", color=color, markersize=5, label=name)
             axis.set(title=title, xlabel=label)
             axis.xaxis.get_major_locator().set_params(integer=True)
-        axes[0].legend(frameon=False, fontsize="small")
+        # Above the panels: within them it would lie on the curves.
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False, fontsize="small")
         return _svg(figure)
 
 

@@ -48,9 +48,10 @@ def evidence_section(
             "retrained model has them (left) and leave the retain set's where they were (right).",
         ),
         Figure(
-            histograms(confidences, "probability of the true class"),
-            "What the membership attack sees: the probability each model gives the true class. The attack learns to "
-            "tell retain records (members) from test records (non-members) and is then asked about the forget set.",
+            histograms(confidences, "probability of the true class", log_shares=True),
+            "What the membership attack sees: the probability each model gives the true class (the vertical axis is "
+            "logarithmic). The attack learns to tell retain records (members) from test records (non-members) and is "
+            "then asked about the forget set.",
         ),
     ]
     if masks is not None:
