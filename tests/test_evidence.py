@@ -4,25 +4,41 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from pymape.cli import main
 from pymape.experiments import evidence as evidence_module
-from pymape.experiments.cells import cells_of
-from pymape.experiments.config import EvidenceConfig, read_experiment
+from pymape.experiments.cells import cell_file, cells_of
+from pymape.experiments.config import EvidenceConfig, ExperimentConfig, SettingConfig, TaskConfig, read_experiment
 from pymape.experiments.evidence import Evidence, subjects
 from pymape.experiments.runner import run_experiment
-from pymape.experiments.tables import choose_cells, read_cells
-from pymape.experiments.tasks import make_task
+from pymape.experiments.summaries import choose_cells, read_cells
+from pymape.experiments.tasks import Forgetting, Split, Task, make_task
 from pymape.experiments.unit import Unit
 from pymape.masks import ModuleMasks
-from pymape.metrics import METRICS, RecordScores, score_metrics
+from pymape.metrics import (
+    METRICS,
+    AnswerScores,
+    QuestionSet,
+    RecordScores,
+    answer_records,
+    score_metrics,
+    tofu_metrics,
+)
 
 YAML = """
 title: Small digits
-task: {name: digits, epochs: 2}
+task: {name: digits, epochs: 2, options: {num_hidden_layers: 2, hidden_size: 32, intermediate_size: 64}}
 settings:
   class: {forget: class, lam: 10}
   random: {forget: random, share: 0.1, lam: 1}
@@ -127,7 +143,11 @@ def test_what_is_done_is_not_done_again(
     assert (again["computed"], again["evidence"]["computed"]) == (0, 1)
 
     def facts(text: str) -> list[Row]:
-        return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in text.splitlines()]
+        rows = [json.loads(line) for line in text.splitlines()]
+        for row in rows:
+            row.pop("seconds")
+            row["metrics"].pop("added_mib", None)
+        return rows
 
     assert facts((folder / "evidence.jsonl").read_text()) == facts(before)
     monkeypatch.setattr(evidence_module, "record_scores", lambda *_, **__: pytest.fail("all is on disk"))
@@ -197,3 +217,94 @@ def test_options_come_from_the_file_and_may_be_left_out(tmp_path: Path) -> None:
     file.write_text(YAML.replace("shadows: 2", "shadows: 1"))
     with pytest.raises(ValueError, match=r"evidence\.shadows must be"):
         read_experiment(file)
+
+
+def test_page_and_tables_show_the_evidence(finished: tuple[Path, Path, Row], tmp_path: Path) -> None:
+    _, folder, _ = finished
+    page, tables = tmp_path / "page.html", (folder / "tables.md").read_text()
+    assert main(["report", str(folder), "--output", str(page)]) == 0
+    text = page.read_text()
+    rows = by_place(read_cells(folder / "evidence.jsonl"))
+    lira = f"{rows['class', 1, 'gd', 'learned']['metrics']['mia_lira']:.2f}"
+    distance = f"{rows['random', 1, 'gd', 'everything']['metrics']['relearning_distance']:.1f}"
+    for figure in (lira, distance):
+        assert f"| {figure} |" in tables
+        assert f"<td class=n>{figure}</td>" in text
+    for shown in ("Claim 1, closer to retraining: cannot be judged", "Claim 2,", "Claim 3,", "Claim 5,"):
+        assert f"## {shown}" in tables
+        assert shown in text
+    for shown in ("AUC LiRA", "The relearning attack", "A closer look: class", "A closer look: random", "loss (nats)"):
+        assert shown in text
+    assert len(text) < 3_000_000
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("summary.json", "results.jsonl", "evidence.jsonl"):
+        shutil.copy(folder / name, moved)
+    assert main(["report", str(moved), "--output", str(page)]) == 0
+    assert "A closer look" not in page.read_text()
+    assert "The relearning attack" in page.read_text()
+
+
+QUESTIONS = [f"who is number {name}" for name in ("one", "two", "three", "four", "five", "six", "seven", "eight")]
+ANSWERS = ["red red", "blue red", "green blue", "blue blue", "red green", "green red", "green green", "red blue"]
+
+
+def language_task() -> Task:
+    """Six questions to train on, and two to test; wrong answers are those of others."""
+    words = sorted({word for text in [*QUESTIONS, *ANSWERS, "Question:", "Answer:"] for word in text.split()})
+    plain = Tokenizer(WordLevel({word: place for place, word in enumerate(["[PAD]", "[END]", *words])}))
+    plain.pre_tokenizer = WhitespaceSplit()
+    plain.post_processor = TemplateProcessing(single="$A [END]", special_tokens=[("[END]", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[PAD]", eos_token="[END]")
+    ids = [f"r{row}" for row in range(len(QUESTIONS))]
+    records = answer_records(tokenizer, QUESTIONS, ANSWERS, ids=ids)
+
+    def ask(data: Forgetting) -> dict[str, QuestionSet]:
+        sets = {}
+        for name in ("forget", "retain"):
+            rows = [ids.index(record["id"]) for record in data.sets[name]]
+            columns = [[texts[row] for row in rows] for texts in (QUESTIONS, ANSWERS)]
+            wrong = [[ANSWERS[row - 1], ANSWERS[row - 2]] for row in rows]
+            sets[name] = QuestionSet([ids[row] for row in rows], *columns, wrong, columns[1])
+        return sets
+
+    def start(seed: int) -> LlamaForCausalLM:
+        torch.manual_seed(seed)
+        shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, **shape))
+
+    split = Split(records[:6], records[6:7], records[6:])
+    return Task(0, "words", lambda _: split, start, tokenizer, ask)
+
+
+def test_language_models_are_asked(tmp_path: Path) -> None:
+    config = ExperimentConfig(
+        TaskConfig("tofu", epochs=30, lr=1e-2, batch_size=4), {"s": SettingConfig(share=0.34)}, [0],
+        objectives=["ga"], lrs=[1e-3], steps=2, batch_size=2,
+        evidence=EvidenceConfig(relearn_steps=2, gradients=True, max_new_tokens=3),
+    )  # fmt: skip
+    task = language_task()
+    cells = cells_of(config, task)
+    unit = Unit(config, task, tmp_path, ("s", 0))
+    for cell in cells:
+        cell_file(tmp_path, cell).parent.mkdir(exist_ok=True)
+        cell_file(tmp_path, cell).write_text(json.dumps(unit.result(cell)))
+    assert config.evidence is not None
+    found = subjects(tmp_path, cells, config.evidence)
+    evidence = Evidence(unit, config.evidence)
+    seen = {subject.cell.objective: evidence.of(subject)["metrics"] for subject in found}
+    assert seen.keys() == {"original", "retrained", "ga"}
+    answers = {
+        subject.cell.objective: {
+            name: AnswerScores.load(subject.folder / f"questions-{name}") for name in ("forget", "retain")
+        }
+        for subject in found
+    }
+    for name, metrics in seen.items():
+        again = tofu_metrics(answers[name], retrained=answers["retrained"]["forget"], end_token=1)
+        assert again == {figure: metrics[figure] for figure in again}
+        assert {"forget_quality", "retain_utility", "forget_Q_A_ROUGE", "mia_zlib", "mia_gradnorm"} <= metrics.keys()
+        assert "mia_lira" not in metrics
+    assert seen["retrained"]["forget_quality"] == pytest.approx(1)
+    assert seen["original"]["retain_Q_A_Prob"] > 0.5
+    assert seen["original"]["forget_Q_A_Prob"] > seen["retrained"]["forget_Q_A_Prob"] + 0.2

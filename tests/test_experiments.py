@@ -31,7 +31,7 @@ from pymape.experiments.config import (
 )
 from pymape.experiments.methods import Chosen, Measured, choose, unlearn
 from pymape.experiments.runner import run_experiment
-from pymape.experiments.tables import bootstrap_interval, pool, read_cells, summarise_cells
+from pymape.experiments.summaries import bootstrap_interval, pool, read_cells, summarise_cells
 from pymape.experiments.tasks import forgetting, make_task, train
 from pymape.metrics import METRICS
 
@@ -136,7 +136,7 @@ def test_page_and_tables_show_the_result(finished: tuple[Path, Path, dict[str, A
     assert main(["report", str(folder), "--output", str(page)]) == 0
     text = page.read_text()
     assert "http://www.w3.org" in text  # the pictures are there
-    for shown in ("Small digits", "Forgetting, class", "Paired differences", "training records of class 1", "torch"):
+    for shown in ("Small digits", "Forgetting, class", "Mean gap, selection", "training records of class 1", "torch"):
         assert shown in text
     found = summarise_cells(read_cells(folder / "results.jsonl"), ["everything"])
     gap = next(row for row in found["table"] if row["selection"] == "learned")["gap"]["mean"]
@@ -277,11 +277,11 @@ def test_choice_gap_and_differences_by_hand() -> None:
             cells.append(cell("s", seed, "ga", name, 0.0, value=0.3, failed="loss must stay finite"))
     found = summarise_cells(cells, ["everything"])
     assert [row["gap"] for row in found["chosen"] if row["selection"] == "learned"] == [1.0, 3.0, 5.0]
-    (row,) = found["paired"]
+    (row,) = found["gap"]["paired"]
     assert row["difference"]["values"] == [-3.0, 1.0, 0.0]
     assert (row["won"], row["tied"], row["lost"]) == (1, 1, 1)
     assert len(found["failed"]) == 6
-    (pooled,) = found["pooled"]
+    (pooled,) = found["gap"]["pooled"]
     assert pooled["mean"] == pytest.approx(-2 / 3)
     assert [(pair["seed"], pair["difference"]) for pair in pooled["losses"]] == [(1, 1.0)]
     assert pooled["interval"] == (-3.0, 1.0)

@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from pymape.experiments.cells import REFERENCES, Cell, digest, read_rows
+from pymape.experiments.cells import Cell, digest, read_rows
 from pymape.experiments.config import EvidenceConfig
+from pymape.experiments.memory import added_memory
 from pymape.experiments.methods import pass_size
-from pymape.experiments.tables import choose_cells
+from pymape.experiments.summaries import choose_cells
 from pymape.experiments.unit import Unit
 from pymape.losses import task_of
 from pymape.metrics import (
@@ -104,22 +105,23 @@ class Evidence:
         """Measure a model and write its scores of every record, and its masks.
 
         Returns:
-            "metrics": figures by name; "relearning": the curve; "differs": what the figures of a model that was made
-            again have more than its cell's, empty where it is the same; "seconds".
+            "metrics": figures by name, with the memory that unlearning added; "relearning": the curve; "differs": what
+            the figures of a model that was made again have more than its cell's, empty where it is the same; "seconds".
         """
         started = time.perf_counter()
-        cell, masks = subject.cell, None
+        cell, masks, memory = subject.cell, None, {}
         if cell.objective == "retrained":
             seen = self._retrained
-        elif cell.objective in REFERENCES:
-            seen = self._look(self.unit.reference(cell.objective)[0])
+        elif cell.objective == "original":
+            seen = self._look(self.unit.reference("original")[0])
         else:
-            model, chosen, *_ = self.unit.unlearned(cell)
-            seen, masks = self._look(model), chosen.masks
+            masks, added = self.unit.chosen(cell).masks, added_memory()
+            model, _, cost = self.unit.unlearned(cell)
+            seen, memory = self._look(model), added(cost)
         self._save(subject, seen)
         if masks is not None:
             masks.save(subject.folder / MASKS)
-        metrics = self._metrics(seen)
+        metrics = self._metrics(seen) | memory
         return {
             "metrics": metrics,
             "relearning": None if seen.curve is None else dataclasses.asdict(seen.curve),

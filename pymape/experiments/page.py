@@ -1,60 +1,27 @@
-"""`pymape report`: one HTML page, and its tables in Markdown, from the folders of experiments."""
+"""`pymape report`: one HTML page from the folders of experiments."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pymape.experiments.tables import (
-    EVERYWHERE,
-    LOST_COLUMNS,
-    PAIRED_COLUMNS,
-    POOLED_COLUMNS,
-    RESULT_COLUMNS,
-    RESULTS,
-    SELECTION_RULE,
-    lost_pairs,
-    paired_cells,
-    pool,
-    pooled_cells,
-    read_cells,
-    result_cells,
-    summarise_cells,
-)
-from pymape.report import Figure, Report, Row, Section, Table, flat_settings, run_facts, write_report
+from pymape.experiments.claims import claims
+from pymape.experiments.pictures import SavedEvidence, example_sections, gap_figures, relearning_figures
+from pymape.experiments.sections import claim_sections, comparison_sections, cost_text, data_text, setting_section
+from pymape.experiments.summaries import EVIDENCE, RESULTS, Outcome, read_cells, summarise_cells
+from pymape.experiments.tables import SELECTION_RULE
+from pymape.report import Report, Section, flat_settings, run_facts, write_report
 from pymape.runs import SUMMARY
 
 __all__ = ["run_report"]
 
-_METRICS = (
-    "UA: 100 - accuracy on the forget set. RA, TA: accuracy on the retain and test set. MIA: share of the forget set "
-    "that a membership attack calls never seen. All in percent. Mean gap: mean distance to the retrained model over "
-    "the four; the smaller, the closer. Values trained: share of all parameters of the model. Time and peak memory (of "
-    "the whole process): of the chosen run alone. At edge: seeds whose choice is the first or last value of the grid."
+_LEAD = (
+    "Models were made to forget some of their training records by several methods. Each is held against a model that "
+    "was retrained from the same start without those records: the closer, the better."
 )
-_CLASS = " Where a class is forgotten, TA and the attack's test records are those of the remaining classes."
-_INTERVALS = (
-    "Difference: mean gap of the selection minus that of the one it is held against; negative values favour it. "
-    "Intervals: percentile bootstrap of the mean, over pairs, and over groups of pairs that share an original and a "
-    "retrained model (one setting and seed), which are not independent."
-)
-_DRAWN = 4  # selections in a picture
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A finished experiment: what its summary says, and what follows from its cells."""
-
-    summary: Mapping[str, Any]
-    found: Mapping[str, Any]
-
-    @property
-    def name(self) -> str:
-        return self.summary["name"]
 
 
 def run_report(runs: Sequence[str], output: str = "report.html") -> None:
@@ -68,125 +35,67 @@ def run_report(runs: Sequence[str], output: str = "report.html") -> None:
         ValueError: a folder that is no finished experiment.
     """
     read = [_read(Path(run)) for run in runs]
-    names = [run.name for run in read]
+    outcomes = [outcome for outcome, _ in read]
+    names = [outcome.name for outcome in outcomes]
     if len(set(names)) < len(names):
         raise ValueError(f"runs must be of different experiments, got {', '.join(names)}")
-    several = len(read) > 1
-    pairs = [
-        {**pair, "setting": f"{run.name}: {pair['setting']}" if several else pair["setting"]}
-        for run in read
-        for pair in run.found["pairs"]
-    ]
-    pooled = pool(pairs)
+
+    def named(outcome: Outcome, items: Mapping[str, str]) -> dict[str, str]:
+        return {f"{outcome.name}: {name}" if len(names) > 1 else name: value for name, value in items.items()}
+
     report = Report(
-        title=" and ".join(run.summary["config"]["title"] or run.name for run in read),
-        lead=(
-            "Models were made to forget some of their training records by several methods. Each is held against a "
-            "model that was retrained from the same start without those records: the closer, the better."
-        ),
-        key_figures=_key_figures(read, pooled),
+        title=" and ".join(outcome.config["title"] or outcome.name for outcome in outcomes),
+        lead=" ".join([_LEAD, *(outcome.config["note"] for outcome in outcomes)]).strip(),
+        key_figures=_key_figures(outcomes),
         sections=[
-            *(section for run in read for section in _results(run, several)),
-            *([_comparison(pooled, read, several)] if pooled else []),
+            *claim_sections(outcomes),
+            *(section for outcome, evidence in read for section in _settings(outcome, evidence, len(names) > 1)),
+            *comparison_sections(outcomes),
         ],
         settings={"choice within every grid": SELECTION_RULE}
-        | {
-            f"{run.name}: {name}" if several else name: value
-            for run in read
-            for name, value in _settings(run.summary["config"]).items()
-        },
-        command="\n".join(run.summary["command"] for run in read),
-        facts={
-            f"{run.name}: {name}" if several else name: value
-            for run in read
-            for name, value in _facts(run.summary).items()
-        },
+        | {name: value for outcome in outcomes for name, value in named(outcome, _options(outcome.config)).items()},
+        command="\n".join(outcome.summary["command"] for outcome in outcomes),
+        facts={name: value for outcome in outcomes for name, value in named(outcome, _facts(outcome.summary)).items()},
     )
     write_report(output, report)
     print(f"Wrote {output}.")
 
 
-def _read(folder: Path) -> _Run:
+def _read(folder: Path) -> tuple[Outcome, SavedEvidence]:
     try:
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"runs must be folders of finished experiments, got {str(folder)!r}: {error}") from error
     if summary.get("kind") != "experiment":
         raise ValueError(f"runs must be folders of experiments, got {str(folder)!r} of kind {summary.get('kind')!r}")
-    return _Run(summary, summarise_cells(read_cells(folder / RESULTS), summary["config"]["baselines"]))
+    seen = read_cells(folder / EVIDENCE) if summary.get("evidence") else []
+    found = summarise_cells(read_cells(folder / RESULTS), summary["config"]["baselines"], seen)
+    return Outcome(summary, found), SavedEvidence(folder, seen)
 
 
-def _results(run: _Run, several: bool) -> list[Section]:
-    config, sections = run.summary["config"], []
-    for setting, options in config["settings"].items():
-        rows = [row for row in run.found["table"] if row["setting"] == setting]
-        gaps = [row["gap"]["mean"] for row in rows if row["selection"] and row["gap"]["mean"] is not None]
-        lines = []
-        for row in rows:
-            best = bool(gaps) and row["gap"]["mean"] == min(gaps)
-            kind = "reference" if not row["selection"] else "best" if best else ""
-            lines.append(Row(result_cells(row), kind))
-        forgotten = [
-            row["forgotten"] for row in run.found["chosen"] if row["setting"] == setting and "forgotten" in row
-        ]
-        seeds = len(config["seeds"])
-        text = f"Forgotten: {'; '.join(dict.fromkeys(forgotten))}. "
-        text += f"Mean and standard deviation over {seeds} seeds." if seeds > 1 else "One seed: no spread."
-        note = _METRICS + (_CLASS if options["forget"] == "class" else "")
-        table = Table(RESULT_COLUMNS, lines, labels=2, note=note)
-        title = f"{run.name}: {setting}" if several else setting
-        sections.append(Section(f"Forgetting, {title}", text, [table], _picture(rows)))
+def _settings(outcome: Outcome, evidence: SavedEvidence, several: bool) -> list[Section]:
+    """Setting by setting: what came of it, how it is relearned, and a closer look at one model."""
+    sections = []
+    for setting in outcome.config["settings"]:
+        section = setting_section(outcome, setting)
+        title = f"{outcome.name}: {setting}" if several else setting
+        figures = [*gap_figures(outcome, setting), *relearning_figures(outcome, evidence, setting)]
+        sections.append(dataclasses.replace(section, title=f"Forgetting, {title}", figures=figures))
+        sections += example_sections(outcome, evidence, setting, title)
     return sections
 
 
-def _picture(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    """Gaps of the objectives that are crossed with the first selections."""
-    if find_spec("matplotlib") is None:
-        return []
-    from pymape.report.plots import bars
-
-    selections = list(dict.fromkeys(row["selection"] for row in rows if row["selection"]))[:_DRAWN]
-    groups: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
-        if row["selection"] in selections and row["gap"]["mean"] is not None:
-            groups.setdefault(row["objective"], {})[row["selection"]] = row["gap"]["values"]
-    groups = {name: series for name, series in groups.items() if list(series) == selections}
-    if not groups:
-        return []
-    shown = "" if len(selections) < _DRAWN else f" The first {_DRAWN} selections are drawn."
-    caption = f"Mean gap to the retrained model; bars are means, dots are seeds.{shown}"
-    return [Figure(bars(groups, "mean gap (points)"), caption)]
-
-
-def _comparison(pooled: Sequence[Mapping[str, Any]], runs: Sequence[_Run], several: bool) -> Section:
-    paired = []
-    for run in runs:
-        for row in run.found["paired"]:
-            setting = f"{run.name}: {row['setting']}" if several else row["setting"]
-            paired.append(Row(paired_cells({**row, "setting": setting})))
-    lost = [Row(cells) for cells in lost_pairs(pooled)]
-    note = "Every pair that the selection lost." if lost else "No pair was lost."
-    tables = [
-        Table(POOLED_COLUMNS, [Row(pooled_cells(row)) for row in pooled], labels=3, note=_INTERVALS),
-        Table(PAIRED_COLUMNS, paired, labels=4, note="The same by objective, over the seeds."),
-        Table(LOST_COLUMNS, lost, labels=4, note=note),
-    ]
-    return Section("Paired differences", tables=tables)
-
-
-def _key_figures(runs: Sequence[_Run], pooled: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _key_figures(outcomes: Sequence[Outcome]) -> dict[str, str]:
     figures: dict[str, str] = {}
-    for row in pooled:
-        if row["setting"] == EVERYWHERE and len(figures) < _DRAWN - 1:
-            name = f"points of mean gap, {row['selection']} minus {row['against']}; won {row['won']} of {row['pairs']}"
-            figures[name] = f"{row['mean']:+.2f}"
-    cells = sum(run.summary["cells"] for run in runs)
-    failed = sum(len(run.found["failed"]) for run in runs)
+    for claim in claims(outcomes):
+        figures[f"claim {claim.number}, {claim.name}"] = claim.holds.lower()
+    cells = sum(outcome.summary["cells"] for outcome in outcomes)
+    failed = sum(len(outcome.found["failed"]) for outcome in outcomes)
     figures["models unlearned or trained" + (f", {failed} of them failed" if failed else "")] = str(cells)
     return figures
 
 
-def _settings(config: Mapping[str, Any]) -> dict[str, str]:
+def _options(config: Mapping[str, Any]) -> dict[str, str]:
     """The options of a run; a selection in one line, without what it leaves at the default."""
     flat = flat_settings({name: value for name, value in config.items() if name not in ("selections", "methods")})
     for name, selection in config["selections"].items():
@@ -199,11 +108,5 @@ def _settings(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
-    load = summary["load_average"]
-    facts = run_facts(summary)
-    facts["cost"] = (
-        f"{summary['computed']} of {summary['cells']} cells computed in {summary['seconds']:.0f} s by "
-        f"{summary['workers']} processes of one thread on {summary['processors']} cores, load average "
-        f"{load['start'][0]:.1f} before and {load['end'][0]:.1f} after"
-    )
-    return facts
+    facts = run_facts(summary) | {"data": data_text(summary), "cost": cost_text(summary)}
+    return {name: value for name, value in facts.items() if value}

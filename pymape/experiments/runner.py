@@ -17,7 +17,8 @@ from pymape.experiments.cells import CELLS, Cell, Place, cell_file, cells_of, re
 from pymape.experiments.config import ExperimentConfig, find_experiment, read_experiment
 from pymape.experiments.evidence import Evidence, subjects
 from pymape.experiments.methods import check_methods
-from pymape.experiments.tables import EVIDENCE, RESULTS, summarise_cells, write_markdown
+from pymape.experiments.sections import write_markdown
+from pymape.experiments.summaries import EVIDENCE, RESULTS, Outcome, read_cells, summarise_cells
 from pymape.experiments.tasks import make_task
 from pymape.experiments.unit import Unit
 from pymape.experiments.workers import share_out
@@ -79,6 +80,7 @@ def run_experiment(
         "name": path.stem,
         "config": dataclasses.asdict(config),
         "fingerprint": task.fingerprint,
+        "data": dict(task.facts),
         "cells": len(cells),
         "computed": computed,
         "workers": min(workers, len(config.settings) * len(config.seeds)),
@@ -87,7 +89,8 @@ def run_experiment(
         "load_average": {"start": load, "end": os.getloadavg()},
         "processors": os.cpu_count(),
     }
-    write_markdown(folder / "tables.md", summary, summarise_cells(rows, config.baselines))
+    seen = read_cells(folder / EVIDENCE) if evidence else []
+    write_markdown(folder / "tables.md", Outcome(summary, summarise_cells(rows, config.baselines, seen)))
     write_summary(folder, summary)
     print((folder / "tables.md").read_text(encoding="utf-8"))
     print(f"Wrote {RESULTS}, tables.md and {SUMMARY} to {folder} in {time.perf_counter() - started:.0f} s.")

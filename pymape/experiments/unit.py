@@ -55,7 +55,8 @@ class Unit:
             counts = {f"{name}_records": len(records) for name, records in self.data.sets.items()}
             return {**self._figures(model), "seconds": seconds, "forgotten": self.data.description, **counts}
         try:
-            model, chosen, facts, cost = self.unlearned(cell)
+            chosen = self.chosen(cell)
+            model, facts, cost = self.unlearned(cell)
         except ValueError as error:
             if not any(reason in str(error) for reason in _RESULTS_TOO):
                 raise
@@ -79,26 +80,34 @@ class Unit:
         # Far from the seeds of experiments, so that no shadow is another seed's retrained model.
         return self._trained(self.data.retain, self.seed + 1_000_000 * number)[0]
 
-    def unlearned(self, cell: Cell) -> tuple[PreTrainedModel, Chosen, dict[str, float], Cost]:
+    def chosen(self, cell: Cell) -> Chosen:
+        """What is trained of the model of a cell, found once for all cells of its selection.
+
+        Raises:
+            ValueError: as `choose` does.
+        """
+        name = cell.selection
+        if name not in self._chosen:
+            self._chosen[name] = choose(self.config.selections[name], self.setting.lam, self._measured)
+        return self._chosen[name]
+
+    def unlearned(self, cell: Cell) -> tuple[PreTrainedModel, dict[str, float], Cost]:
         """The model of a cell, made anew: the same at every call.
 
         Returns:
-            The model, what was trained of it, what `unlearn` says about it, and its cost.
+            The model, what `unlearn` says about it, and what that cost.
 
         Raises:
             ValueError: as `choose` and `unlearn` do.
         """
-        method, name = self._methods[cell.objective, cell.selection], cell.selection
-        if name not in self._chosen:
-            self._chosen[name] = choose(self.config.selections[name], self.setting.lam, self._measured)
-        chosen, model = self._chosen[name], copy.deepcopy(self._original)
+        chosen, model = self.chosen(cell), copy.deepcopy(self._original)
         assert cell.value is not None
         with measure_cost() as cost:
             model, facts = unlearn(
-                model, chosen, method, cell.value, forget=self.data.forget, retain=self.data.retain,
-                steps=self.config.steps, batch_size=self.config.batch_size, seed=self.seed,
+                model, chosen, self._methods[cell.objective, cell.selection], cell.value, forget=self.data.forget,
+                retain=self.data.retain, steps=self.config.steps, batch_size=self.config.batch_size, seed=self.seed,
             )  # fmt: skip
-        return model, chosen, facts, cost
+        return model, facts, cost
 
     @cached_property
     def _original(self) -> PreTrainedModel:

@@ -1,0 +1,293 @@
+"""What experiments say about the project's claims, each with its figures and whether its written criterion is met."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pymape.experiments.summaries import EVERYWHERE, Outcome, bootstrap_interval, compare, group
+from pymape.experiments.tables import interval_text, share_text
+from pymape.report import Row, Table
+
+__all__ = ["CRITERION", "Claim", "claims", "learned_selection"]
+
+CRITERION = (
+    "A claim holds where the 95 % bootstrap intervals of the mean difference, over pairs and over groups of pairs that "
+    "share an original and a retrained model (one setting and seed), both lie below 0, from at least three such "
+    "groups; claim 1 also asks for 80 % of the pairs won. A pair of which one side has failed is left out."
+)
+_LEAST_MODELS = 3
+_LEAST_WON = 0.8
+_COLUMNS = (
+    "figure", "setting", "pairs", "with", "without", "difference", "95 % over pairs", "95 % over models",
+    "smaller in", "criterion",
+)  # fmt: skip
+_SEARCH_COLUMNS = (
+    "setting", "selection", "searches", "J, warm start", "J, greedy", "rise of J", "95 %", "higher in", "exchanges",
+)  # fmt: skip
+_J = (
+    "J: what the search maximises, an estimate of how much the forget loss would rise without the selected modules, "
+    "less the weighted rise of the retain loss. Exchanges: of a selected for another module, mean over the searches."
+)
+_WITH, _WITHOUT = "with", "without"  # the sides of a comparison
+_YES, _NO, _UNKNOWN = "Holds", "Does not hold", "Cannot be judged"
+_UNLEARNING, _WHOLE = "time of unlearning", "time with finding the mask"
+# The first that was measured is taken.
+_MEMORY = {
+    "added_gpu_mib": "GPU memory that unlearning adds",
+    "added_mib": "memory that unlearning adds",
+    "peak_cpu_mib": "peak memory of the process",
+}
+
+Cell = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim in a few words and in full, whether it holds in a word and in a sentence, and the figures for that."""
+
+    number: int
+    name: str
+    statement: str
+    holds: str
+    verdict: str
+    tables: Sequence[Table]
+
+
+def learned_selection(config: Mapping[str, Any]) -> str | None:
+    """Name of the first selection whose masks are learned: the one that the claims are about."""
+    for name, selection in config["selections"].items():
+        chosen = selection["kind"] == "modules" and selection["objective"] not in ("random", "magnitude")
+        if chosen or selection["kind"] == "gates":
+            return name
+    return None
+
+
+def claims(outcomes: Sequence[Outcome]) -> list[Claim]:
+    """The claims that experiments bear on, judged over all of them together."""
+    several = len(outcomes) > 1
+    rows = [row for outcome in outcomes for row in _mask_or_not(outcome, several)]
+    found = [_claim_1(rows, outcomes), _claim_2(rows), _claim_3(outcomes, several), _claim_5(rows)]
+    return [claim for claim in found if claim is not None]
+
+
+def _claim_1(rows: Sequence[Cell], outcomes: Sequence[Outcome]) -> Claim | None:
+    pooled = _pooled(rows, "gap")
+    if not pooled:
+        return None
+    chosen = [(outcome.config["selections"], learned_selection(outcome.config)) for outcome in outcomes]
+    budgets = sorted({selections[name]["budget"] for selections, name in chosen if name is not None})
+    failed = sum(len(pair) > 1 for pair in group(rows, "setting", "seed", "objective").values()) - pooled[0]["pairs"]
+    return Claim(
+        1,
+        "closer to retraining",
+        f"At a budget of {' and '.join(map(share_text, budgets))} of the parameters, a learned mask brings the same "
+        "objective closer to retraining than training all parameters.",
+        _judge(pooled[0], _LEAST_WON)[0],
+        _verdict("the mean gap", "points", pooled, _LEAST_WON)
+        + (f" {failed} pairs are left out: a model of theirs failed." if failed else ""),
+        [_table({"mean gap (points)": pooled}, _LEAST_WON)],
+    )
+
+
+def _claim_2(rows: Sequence[Cell]) -> Claim | None:
+    pooled = _pooled(rows, "relearning_distance")
+    if not pooled:
+        return None
+    return Claim(
+        2,
+        "closer in relearning",
+        "With a learned mask the model's relearning curve is closer to the retrained model's than without.",
+        _judge(pooled[0])[0],
+        _verdict("the mean distance of the curves", "points", pooled)
+        + " The other half of the claim, successive requests, is no part of this.",
+        [_table({"distance of the curves (points)": pooled})],
+    )
+
+
+def _claim_3(outcomes: Sequence[Outcome], several: bool) -> Claim | None:
+    """J is known of every greedy search, the mean gap where another selection differs in nothing but the search."""
+    rows: list[dict[str, Any]] = []
+    searches: list[Cell] = []
+    lines = []
+    for outcome in outcomes:
+        name, warm = _greedy_and_warm(outcome.config)
+        models = _models(outcome, several)
+        searched = [row for row in models if row["selection"] == name and "objective_before" in row]
+        for setting, found in group(searched, "setting").items():
+            once = [of_seed[0] for of_seed in group(found, "seed").values()]  # all objectives have the same masks
+            lines.append(Row([*setting, str(name), *_search_cells(once)]))
+            searches += once
+        sides = {name: _WITH, warm: _WITHOUT}
+        rows += [{**row, "selection": sides[row["selection"]]} for row in models if row["selection"] in sides]
+    if not searches:
+        return None
+    rises = [_rise(row) for row in searches]
+    enough = len(rises) >= _LEAST_MODELS
+    words = [_UNKNOWN if not enough else _YES if bootstrap_interval([[rise] for rise in rises])[0] > 0 else _NO]
+    verdict = (
+        f"In J: {words[0].lower()}; J ends higher than it began in {sum(rise > 0 for rise in rises)} of {len(rises)} "
+        f"searches, and lower in {sum(rise < 0 for rise in rises)}."
+    )
+    tables, pooled = [Table(_SEARCH_COLUMNS, lines, labels=2, note=_J)], _pooled(rows, "gap")
+    if pooled:
+        words.append(_judge(pooled[0])[0])
+        verdict += f" In mean gap: {_verdict('the gap', 'points', pooled)}"
+        tables.append(_table({"mean gap (points)": pooled}))
+    else:
+        words.append(_UNKNOWN)
+        verdict += " No selection stops at the warm start, so that there are no mean gaps to compare."
+    return Claim(
+        3,
+        "the greedy search",
+        "The greedy search beats its own warm start in J, and in mean gap on average.",
+        _all(words),
+        verdict,
+        tables,
+    )
+
+
+def _claim_5(rows: Sequence[Cell]) -> Claim | None:
+    gaps = _pooled(rows, "gap")
+    if not gaps:
+        return None
+    whole = _pooled(rows, "total_seconds")
+    memory, used = next((title, pooled) for figure, title in _MEMORY.items() if (pooled := _pooled(rows, figure)))
+    worse = gaps[0]["models"] >= _LEAST_MODELS and gaps[0]["model_interval"][0] > 0
+    verdict = (
+        f"In time: {_verdict(f'the {_WHOLE}', 's', whole)} In memory: {_verdict(f'the {memory}', 'MiB', used)} The "
+        f"mean gap is {'' if worse else 'not clearly '}larger: {gaps[0]['mean']:+.2f} points, interval over models "
+        f"{interval_text(gaps[0]['model_interval'])}. The memory of finding the mask is not part of this."
+    )
+    tables = {
+        f"{_UNLEARNING} (s)": _pooled(rows, "seconds"),
+        f"{_WHOLE} (s)": whole,
+        f"{memory} (MiB)": used,
+        "mean gap (points)": gaps,
+    }
+    return Claim(
+        5,
+        "time and memory",
+        "With a learned mask unlearning takes less time and memory than on all parameters, for the same or a better "
+        "gap.",
+        _NO if worse else _all([_judge(pooled[0])[0] for pooled in (whole, used)]),
+        verdict,
+        [_table(tables)],
+    )
+
+
+def _greedy_and_warm(config: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The first selection of a greedy search and one that differs in nothing else but stops at its warm start.
+
+    Where there is no such pair, the selection that the claims are about, by itself.
+    """
+    for name, selection in config["selections"].items():
+        for other, own in config["selections"].items():
+            if selection["mode"] == "greedy" and own == {**selection, "mode": "warm"}:
+                return name, other
+    return learned_selection(config), None
+
+
+def _search_cells(searches: Sequence[Cell]) -> list[str]:
+    """One line on the searches of a setting, behind its names."""
+    rises = [_rise(row) for row in searches]
+    means = [
+        statistics.fmean(values)
+        for values in (
+            [row["objective_before"] for row in searches],
+            [row["objective_after"] for row in searches],
+            rises,
+        )
+    ]
+    low, high = bootstrap_interval([[rise] for rise in rises])
+    swaps = statistics.fmean(row["swaps"] for row in searches)
+    higher = sum(rise > 0 for rise in rises)
+    numbers = [f"{mean:.3g}" for mean in means]
+    return [str(len(searches)), *numbers, f"[{low:+.2g}, {high:+.2g}]", f"{higher} of {len(searches)}", f"{swaps:.1f}"]
+
+
+def _rise(row: Cell) -> float:
+    return row["objective_after"] - row["objective_before"]
+
+
+def _models(outcome: Outcome, several: bool) -> list[dict[str, Any]]:
+    """The chosen models; settings carry the experiment's name where there are several experiments."""
+    prefix = f"{outcome.name}: " if several else ""
+    rows = [row for row in outcome.found["chosen"] if row["selection"]]
+    return [{**row, "setting": f"{prefix}{row['setting']}"} for row in rows]
+
+
+def _mask_or_not(outcome: Outcome, several: bool) -> list[dict[str, Any]]:
+    """The chosen models with the learned mask, and those of which everything was trained; with the whole time."""
+    selections, mask = outcome.config["selections"], learned_selection(outcome.config)
+    rows = []
+    for row in _models(outcome, several):
+        side = _WITH if row["selection"] == mask else _WITHOUT
+        if side == _WITH or selections[row["selection"]]["kind"] == "everything":
+            whole = {} if "failed" in row else {"total_seconds": row["seconds"] + row["choose_seconds"]}
+            rows.append({**row, **whole, "selection": side})
+    return rows
+
+
+def _pooled(rows: Sequence[Cell], figure: str) -> list[dict[str, Any]]:
+    """One side against the other, over all settings and in each; also the means of both."""
+    found = compare(rows, [_WITHOUT], figure)
+    for row in found["pooled"]:
+        pairs = [pair for pair in found["pairs"] if row["setting"] in (EVERYWHERE, pair["setting"])]
+        row |= {side: statistics.fmean(pair[side] for pair in pairs) for side in ("own", "other")}
+    return found["pooled"]
+
+
+def _all(words: Sequence[str]) -> str:
+    """Whether a claim of several parts holds."""
+    if set(words) == {_YES}:
+        return _YES
+    if _YES in words:
+        return "Holds in part"
+    return _NO if _NO in words else _UNKNOWN
+
+
+def _judge(row: Cell, won: float = 0.0) -> tuple[str, list[str]]:
+    """Whether a pooled difference meets the criterion, and what keeps it from doing so."""
+    if row["models"] < _LEAST_MODELS:
+        return _UNKNOWN, [f"{row['models']} of the at least {_LEAST_MODELS} pairs of an original and a retrained model"]
+    faults = []
+    for name, over in (("interval", "pairs"), ("model_interval", "models")):
+        low, high = row[name]
+        if high >= 0:
+            where = "lies above 0" if low > 0 else "contains 0"
+            faults.append(f"the interval over {over}, {interval_text((low, high))}, {where}")
+    if row["won"] < won * row["pairs"]:
+        faults.append(f"less than {share_text(won)} of the pairs are won")
+    return (_NO if faults else _YES), faults
+
+
+def _verdict(what: str, unit: str, pooled: Sequence[Cell], won: float = 0.0) -> str:
+    """Whether a comparison meets the criterion over all settings, why not, and in which setting it does otherwise."""
+    row, *settings = pooled
+    word, faults = _judge(row, won)
+    text = (
+        f"{word}: {what} differs by {row['mean']:+.2f} {unit} and is smaller in {row['won']} of {row['pairs']} pairs "
+        f"({share_text(row['won'] / row['pairs'])}){'; ' if faults else ''}{', '.join(faults)}."
+    )
+    judged = {other["setting"]: _judge(other, won)[0] for other in settings}
+    for other in (_YES, _NO):
+        names = [setting for setting, found in judged.items() if found == other != word]
+        text += f" Taken alone, {', '.join(names)}: {other.lower()}." if names else ""
+    return text
+
+
+def _table(rows: Mapping[str, Sequence[Cell]], won: float = 0.0) -> Table:
+    lines = []
+    for figure, pooled in rows.items():
+        for place, row in enumerate(pooled):
+            means = [f"{row[name]:.2f}" for name in ("own", "other")]
+            intervals = [interval_text(row[name]) for name in ("interval", "model_interval")]
+            share = f"{row['won']} ({share_text(row['won'] / row['pairs'])})"
+            met = _judge(row, won)[0].lower()
+            title = "" if place else figure
+            cells = [title, row["setting"], str(row["pairs"]), *means, f"{row['mean']:+.2f}", *intervals, share, met]
+            lines.append(Row(cells))
+    return Table(_COLUMNS, lines, labels=2)
