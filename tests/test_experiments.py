@@ -389,6 +389,10 @@ def test_texts_with_a_pretrained_encoder(tmp_path: Path) -> None:
         with gzip.open(tmp_path / name, "wt") as file:
             file.writelines(f'"{word} film\t{label}\n' for word, label in [("good", 1), ("bad", 0)] * (count // 2))
     files = {"train": "train.tsv.gz", "test": "dev.tsv.gz", "text": 0, "label": 1, "header": False, "records": 10}
+    few = make_task(TaskConfig("table", str(tmp_path), str(tmp_path / "encoder"), {**files, "test_records": 2})).split(
+        0
+    )
+    assert [record["labels"] for record in few.test] in ([1, 0], [0, 1])
     config = TaskConfig("table", str(tmp_path), str(tmp_path / "encoder"), files, epochs=1, batch_size=4)
     task = make_task(config)
     split = task.split(0)

@@ -263,7 +263,8 @@ def _adapters(model: Any, rank: int | None, seed: int) -> Iterator[Callable[[], 
 def _batches(model: Any, records: list[Record], most: int) -> list[dict[str, Tensor]]:
     collate = PaddingCollator(getattr(model.config, "pad_token_id", None) or 0)
     rows, size = [bare_record(record) for record in records], pass_size(records, most)
-    return [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
+    batches = (collate(rows[start : start + size]) for start in range(0, len(rows), size))
+    return [{name: value.to(model.device) for name, value in batch.items()} for batch in batches]
 
 
 def _last_layers(model: nn.Module, count: int) -> ModuleMasks:
@@ -291,7 +292,7 @@ def _salient(model: nn.Module, forget: list[Record], share: float) -> list[Tenso
         for total, gradient in zip(totals, gradients, strict=True):
             total += gradient
     flat = torch.cat([total.abs().flatten() for total in totals])
-    keep = torch.zeros(len(flat), dtype=torch.bool)
+    keep = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
     keep[flat.argsort(descending=True, stable=True)[: round(share * len(flat))]] = True
     parts = keep.split([total.numel() for total in totals])
     return [part.view_as(total) for part, total in zip(parts, totals, strict=True)]

@@ -24,6 +24,7 @@ def make_table(
     header: bool = True,
     max_length: int = 64,
     records: int | None = None,
+    test_records: int | None = None,
 ) -> Task:
     """Texts, or pairs of texts, with a label, and a pretrained encoder that gets a new task head.
 
@@ -38,6 +39,7 @@ def make_table(
         header: whether the first line names the columns.
         max_length: tokens to cut texts to.
         records: draw so many of the training file, by the seed, before anything else; None takes all.
+        test_records: the same of the test file.
     """
     from sklearn.model_selection import train_test_split
 
@@ -63,16 +65,16 @@ def make_table(
         ]
 
     source, judged = read("train", tables[0]), read("test", tables[1])
-    targets = [record["labels"] for record in source]
 
     def split(seed: int) -> Split:
-        rows = list(range(len(source)))
-        if records is not None and records < len(rows):
-            rows, _ = train_test_split(rows, train_size=records, random_state=seed, stratify=targets)
-        kept, validation = train_test_split(
-            rows, test_size=VALIDATION, random_state=seed, stratify=[targets[row] for row in rows]
-        )
-        return Split([source[row] for row in kept], [source[row] for row in validation], judged)
+        def divide(rows: list[Record], size: int | float) -> tuple[list[Record], list[Record]]:
+            classes = [row["labels"] for row in rows]
+            return train_test_split(rows, test_size=size, random_state=seed, stratify=classes)
+
+        def drawn(rows: list[Record], count: int | None) -> list[Record]:
+            return rows if count is None or count >= len(rows) else divide(rows, len(rows) - count)[0]
+
+        return Split(*divide(drawn(source, records), VALIDATION), drawn(judged, test_records))
 
     def start(seed: int) -> PreTrainedModel:
         with torch.random.fork_rng():

@@ -22,7 +22,7 @@ _POOL = 8  # batches that are sorted by length together
 
 
 def train(model: PreTrainedModel, records: list[Record], config: TaskConfig, seed: int) -> float:
-    """Train in place on one thread of control, in the order of the seed; returns the seconds that it took.
+    """Train in place, where the model is, in the order of the seed; returns the seconds that it took.
 
     AdamW with a one-cycle learning rate.
     """
@@ -41,7 +41,8 @@ def train(model: PreTrainedModel, records: list[Record], config: TaskConfig, see
             batches = torch.randperm(len(rows), generator=order).split(config.batch_size)
             for chosen in batches if lengths is None else _bucketed(batches, lengths, order):
                 optimizer.zero_grad()
-                model(**collate([rows[row] for row in chosen.tolist()])).loss.backward()
+                batch = collate([rows[row] for row in chosen.tolist()])
+                model(**{name: value.to(model.device) for name, value in batch.items()}).loss.backward()
                 optimizer.step()
                 schedule.step()
     model.eval()
