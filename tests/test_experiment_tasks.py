@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import copy
 import gzip
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizer
+from transformers import BertConfig, BertModel, BertTokenizer, LlamaConfig, ViTConfig
 
-from pymape.experiments.config import ExperimentConfig, MethodConfig, SelectionConfig, SettingConfig, TaskConfig
+from pymape.experiments import tasks
+from pymape.experiments.config import (
+    ExperimentConfig,
+    MethodConfig,
+    SelectionConfig,
+    SettingConfig,
+    TaskConfig,
+    find_experiment,
+    read_experiment,
+)
 from pymape.experiments.methods import Measured, check_methods, choose, unlearn
+from pymape.experiments.runner import run_experiment
 from pymape.experiments.tasks import Split, Task, forgetting, make_task, train
 from pymape.metrics import record_scores, score_answers, tofu_metrics
 
@@ -359,6 +370,55 @@ def test_objectives_on_a_language_model(method: MethodConfig, tofu: Task) -> Non
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, original[name])}
     assert changed
     assert all(name.startswith("model.layers.1.") for name in changed)
+
+
+GRID = """
+task: {task}
+settings:
+  group: {{forget: groups, groups: 1}}
+seeds: [0]
+objectives: [{objectives}]
+selections:
+  everything: {{}}
+  learned: {{kind: modules, budget: 0.3}}
+lrs: [1.0e-3]
+steps: 2
+batch_size: 4
+evidence: {{relearn_steps: 2, relearn_every: 1, max_new_tokens: 4}}
+"""
+
+
+@pytest.mark.parametrize("kind", ["tofu", "questions"])
+def test_experiments_run_from_end_to_end(kind: str, corpus: Path, encoder: Path, tmp_path: Path) -> None:
+    task: dict[str, Any] = {"name": kind, "epochs": 1, "batch_size": 16}
+    if kind == "tofu":
+        task |= {"data": str(corpus), "options": {"authors": 3, "held_out": 2, "vocab_size": 300, **TINY}}
+    else:
+        file = squad(tmp_path / "questions.json.gz")
+        task |= {"data": str(file), "model": str(encoder), "options": {"max_length": 20}}
+    objectives = "gd, dpo" if kind == "tofu" else "gd, npo"
+    (tmp_path / "grid.yaml").write_text(GRID.format(task=json.dumps(task), objectives=objectives))
+    summary = run_experiment(str(tmp_path / "grid.yaml"), output=str(tmp_path / "run"))
+    assert summary["cells"] == 6
+    rows = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
+    assert all("failed" not in row and row["forget_loss"] > 0 for row in rows)
+    counts = {"tofu": (20, 40, 20, 20), "questions": (2, 10, 4, 4)}[kind]
+    names = ("forget", "retain", "validation", "test")
+    assert all(tuple(row[f"{name}_records"] for name in names) == counts for row in rows[:2])
+    assert rows[0]["forgotten"].startswith(f"all {counts[0]} training records of 1 of ")
+
+
+def test_options_of_the_files_that_come_with_the_project_fit_their_tasks() -> None:
+    for path in find_experiment("digits").parent.glob("*.yaml"):
+        if "\nsettings:" not in path.read_text():
+            continue
+        config = read_experiment(path).task
+        maker, needed = tasks._MAKERS[config.name]
+        known = inspect.signature(maker)
+        known.bind(**dict.fromkeys(needed, ""), **config.options)
+        models = {"tofu": LlamaConfig, "folder": ViTConfig, "arrays": ViTConfig, "digits": ViTConfig}
+        others = set(config.options) - set(known.parameters) - {"size"}
+        assert not others or others <= set(models[config.name]().to_dict()), path
 
 
 def test_alternative_answers_only_where_records_have_them() -> None:
