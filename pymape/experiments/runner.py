@@ -30,7 +30,7 @@ __all__ = ["run_experiment"]
 
 def run_experiment(
     name: str, *, output: str | None = None, seeds: list[int] | None = None, workers: int = 1,
-    data: str | None = None, model: str | None = None,
+    settings: list[str] | None = None, data: str | None = None, model: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Run what is missing of an experiment, print its tables and write them.
 
@@ -44,6 +44,7 @@ def run_experiment(
         output: folder to write; default `runs/NAME`.
         seeds: in place of the file's.
         workers: processes; each uses one thread.
+        settings: names of those to run; default: all of the file's.
         data: in place of the file's task.data.
         model: in place of the file's task.model.
 
@@ -57,8 +58,12 @@ def run_experiment(
         raise ValueError(f"workers must be at least 1, got {workers}")
     path = find_experiment(name)
     config = read_experiment(path)
+    unknown = [name for name in settings or () if name not in config.settings]
+    if unknown:
+        raise ValueError(f"settings must be among {', '.join(config.settings)}, got {unknown[0]!r}")
     config = dataclasses.replace(
         config,
+        settings={name: config.settings[name] for name in settings or config.settings},
         seeds=config.seeds if seeds is None else seeds,
         task=dataclasses.replace(config.task, data=data or config.task.data, model=model or config.task.model),
     )
