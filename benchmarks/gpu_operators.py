@@ -41,7 +41,7 @@ class Case(NamedTuple):
         return tensors
 
 
-def _cases() -> Iterator[Case]:
+def cases() -> Iterator[Case]:
     for size, batch, tokens, width in (
         ("tiny", 1, 5, 17),
         ("tiny", 2, 33, 64),
@@ -122,7 +122,7 @@ def _ffn(name: str, shape: tuple[int, ...], activation: str, gated: bool) -> Cas
     return Case(f"{name} ffn", *pair, shapes, ("cuda", "triton"), gate=2)
 
 
-def _gradients(function: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+def gradients(function: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
     leaves = [x.detach().requires_grad_() for x in tensors]
     result = function(*leaves)
     # Quarters are exact in every dtype, so that all precisions see the same gradient come in.
@@ -132,7 +132,7 @@ def _gradients(function: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tenso
 
 PARAMETERS = [
     pytest.param(case, backend if DEVICE == "cuda" else "cpu", id=f"{case.name} {backend}".replace(" ", "-"))
-    for case in _cases()
+    for case in cases()
     for backend in case.backends
 ]
 
@@ -156,8 +156,8 @@ def test_result(case: Case, backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case, backend", [p for p in PARAMETERS if p.id.split("-")[1] != "lora"])  # forward only
 def test_gradients(case: Case, backend: str, dtype: torch.dtype) -> None:
     inputs = case.draw(dtype)
-    for i, gradient in enumerate(_gradients(partial(case.op, backend=backend), *inputs)):
-        assert_as_good_as_torch(gradient, lambda *xs, i=i: _gradients(case.reference, *xs)[i], *inputs)
+    for i, gradient in enumerate(gradients(partial(case.op, backend=backend), *inputs)):
+        assert_as_good_as_torch(gradient, lambda *xs, i=i: gradients(case.reference, *xs)[i], *inputs)
 
 
 @pytest.mark.parametrize("mode", ["swap", "rearrange"])

@@ -28,10 +28,13 @@ constexpr double kInvSqrt2Pi = 0.398942280401432678;  // 1 / sqrt(2 pi)
 constexpr double kTanhScale = 1.595769121605730712;   // 2 sqrt(2 / pi): tanh-GELU is x sigmoid(kTanhScale (x + c x^3))
 constexpr double kTanhCubic = 0.044715;
 
-// 2^(-x scale) for products in [0, 126]. The product is rounded once at most where the processor has FMA.
+// 2^(-x scale) for products in [0, 126]; the product is rounded once at most where the processor has FMA. And quotients of
+// denominators in [1, 2^126]: a GPU takes a quarter of the instructions for one that is right to 2 ulp.
 #if defined(__CUDACC__)
 PYMAPE_INLINE float exp2_negative(float x, float scale) { return exp2f(-x * scale); }
+PYMAPE_INLINE float divide(float top, float bottom) { return __fdividef(top, bottom); }
 #else
+PYMAPE_INLINE float divide(float top, float bottom) { return top / bottom; }
 PYMAPE_INLINE float exp2_negative(float x, float scale) {
   constexpr float kRounder = 0x1.8p23f;  // adding it leaves the nearest integer in the low mantissa bits
   const float shifted = kRounder - x * scale;
@@ -62,7 +65,7 @@ PYMAPE_INLINE Tail<float> tail(float x) {
     bottom = bottom * x + 1.46190837e+00f;
     top = top * x + 4.99999975e-01f;
     bottom = bottom * x + 1.0f;
-    return {e * (top / bottom), static_cast<float>(kInvSqrt2Pi) * e};
+    return {e * divide(top, bottom), static_cast<float>(kInvSqrt2Pi) * e};
   } else if constexpr (A == Activation::relu) {
     return {0.0f, 0.0f};
   } else {
@@ -75,7 +78,7 @@ PYMAPE_INLINE Tail<float> tail(float x) {
     } else {
       e = exp2_negative(x, kLog2E);
     }
-    const float one_minus_q = 1.0f / (1.0f + e);
+    const float one_minus_q = divide(1.0f, 1.0f + e);
     const float q = e * one_minus_q;
     return {q, q * one_minus_q * v_slope};
   }

@@ -183,15 +183,20 @@ void bind_greedy_swap(py::module_& m) {
 #ifdef PYMAPE_CUDA
   m.def(
       "greedy_swap_cuda",
-      [](const TensorView& rows, std::int64_t forget_samples, const std::optional<TensorView>& linear, double lam,
-         std::int64_t max_swaps, const std::string& mode, const TensorView& mask, const TensorView& before,
-         const TensorView& after, const TensorView& swaps, const TensorView& workspace, std::uintptr_t stream) {
+      [](const TensorView& rows, std::int64_t forget_samples, std::int64_t retain_samples,
+         const std::optional<TensorView>& linear, double lam, std::int64_t max_swaps, const std::string& mode,
+         const TensorView& mask, const TensorView& before, const TensorView& after, const TensorView& swaps,
+         const TensorView& workspace, std::uintptr_t stream) {
         const pymape::GreedySwapOutputs outputs{mask, before, after, swaps};
         const TensorView* linear_view = linear ? &*linear : nullptr;
         require(rows.ndim == 3 && rows.is_contiguous() && (rows.dtype == DType::f32 || rows.dtype == DType::f64) &&
                     rows.device != kCpu,
                 "rows must be a contiguous [L, M, N] CUDA tensor of float32 or float64");
-        require(forget_samples > 0 && forget_samples <= rows.shape[2], "forget_samples must be in [1, N]");
+        require(reinterpret_cast<std::uintptr_t>(rows.data) % 16 == 0 &&
+                    rows.shape[2] % (rows.dtype == DType::f32 ? 4 : 2) == 0,
+                "every row must begin at a multiple of 16 bytes");
+        require(forget_samples > 0 && retain_samples >= 0 && forget_samples + retain_samples <= rows.shape[2],
+                "forget_samples and retain_samples must add up to at most N");
         check_greedy_swap_outputs(rows, rows.shape[0], rows.shape[1], linear_view, outputs);
         require(workspace.ndim == 2 && workspace.is_contiguous() && workspace.dtype == DType::f64 &&
                     workspace.device == rows.device && workspace.shape[0] == rows.shape[0] &&
@@ -199,12 +204,12 @@ void bind_greedy_swap(py::module_& m) {
                 "workspace must be a contiguous [L, greedy_swap_workspace(M, N)] float64 tensor");
         const pymape::SwapMode chosen = swap_mode(mode);
         py::gil_scoped_release release;
-        pymape::greedy_swap_cuda(rows, forget_samples, linear_view, lam, max_swaps, chosen, outputs, workspace,
-                                 reinterpret_cast<cudaStream_t>(stream));
+        pymape::greedy_swap_cuda(rows, forget_samples, retain_samples, linear_view, lam, max_swaps, chosen, outputs,
+                                 workspace, reinterpret_cast<cudaStream_t>(stream));
       },
-      py::arg("rows"), py::arg("forget_samples"), py::arg("linear"), py::arg("lam"), py::arg("max_swaps"),
-      py::arg("mode"), py::arg("mask"), py::arg("before"), py::arg("after"), py::arg("swaps"), py::arg("workspace"),
-      py::arg("stream"));
+      py::arg("rows"), py::arg("forget_samples"), py::arg("retain_samples"), py::arg("linear"), py::arg("lam"),
+      py::arg("max_swaps"), py::arg("mode"), py::arg("mask"), py::arg("before"), py::arg("after"), py::arg("swaps"),
+      py::arg("workspace"), py::arg("stream"));
   m.def("greedy_swap_workspace", &pymape::greedy_swap_workspace, py::arg("modules"), py::arg("samples"));
 #endif
 }

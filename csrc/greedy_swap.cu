@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
+constexpr int kRows = 4;  // modules whose rows a warp reads at once
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr double kTolerance = 1e-12;  // as in greedy_swap.cpp, like the two below
 constexpr double kInflation = 1e-7;
@@ -79,7 +80,7 @@ struct Layer {
   const double* linear;                     // [M] or null
   bool* selected;                           // [M]
   double *half, *forget_radius, *retain_radius, *norm;  // [M], global memory
-  double *gain, *sum;                       // [M], [N], shared memory where they fit
+  double *gain, *sum, *weighted;            // [M], [N], [N], shared memory where they fit
   double* scratch;                          // [kWarps], shared
   Exchange* exchanges;                      // [kWarps], shared
   unsigned long long* floor;                // the best gain any warp has found: gains are not negative, so bits order them
@@ -92,13 +93,22 @@ struct Layer {
     return n < p.forget_samples ? -p.forget_weight : 0.0;
   }
 
-  // Row m times the steering form times a vector over samples; every lane gets the result.
-  template <typename V>
-  __device__ double warp_product(std::int64_t m, const V* vector) const {
-    const T* row = rows + m * p.samples;
+  using Values = Pack<T, 16 / sizeof(T)>;
+  static constexpr int kPack = 16 / sizeof(T);
+
+  __device__ Values load(std::int64_t m, std::int64_t n) const {
+    return *reinterpret_cast<const Values*>(rows + m * p.samples + n);
+  }
+
+  // Row i times the steering form times row j; every lane gets the result.
+  __device__ double coupling(std::int64_t i, std::int64_t j) const {
     double total = 0;
-    for (std::int64_t n = threadIdx.x % 32; n < p.samples; n += 32)
-      total += static_cast<double>(row[n]) * (steering_weight(n) * static_cast<double>(vector[n]));
+    for (std::int64_t n = threadIdx.x % 32 * kPack; n < p.samples; n += 32 * kPack) {
+      const Values one = load(i, n), other = load(j, n);
+#pragma unroll
+      for (int k = 0; k < kPack; ++k)
+        total += static_cast<double>(one.values[k]) * (steering_weight(n + k) * static_cast<double>(other.values[k]));
+    }
     return warp_reduce(total, Sum());
   }
 
@@ -156,10 +166,32 @@ struct Layer {
     __syncthreads();
   }
 
+  // What every module gains by itself: one pass over all rows, which is what a step takes most of its time for.
   __device__ void update_gains() {
-    for (std::int64_t m = threadIdx.x / 32; m < p.modules; m += kWarps) {
-      const double coupling = warp_product(m, sum) - (kSwap ? offset(m) : 0.0);
-      if (threadIdx.x % 32 == 0) gain[m] = selected[m] ? half[m] - coupling : half[m] + coupling;
+    for (std::int64_t n = threadIdx.x; n < p.samples; n += kThreads) weighted[n] = steering_weight(n) * sum[n];
+    __syncthreads();
+    for (std::int64_t first = threadIdx.x / 32 * kRows; first < p.modules; first += kWarps * kRows) {
+      double total[kRows] = {};
+      for (std::int64_t n = threadIdx.x % 32 * kPack; n < p.samples; n += 32 * kPack) {
+        Values values[kRows];
+#pragma unroll
+        for (int row = 0; row < kRows; ++row)
+          values[row] = load(first + row < p.modules ? first + row : p.modules - 1, n);
+#pragma unroll
+        for (int k = 0; k < kPack; ++k) {
+          const double factor = weighted[n + k];
+#pragma unroll
+          for (int row = 0; row < kRows; ++row) total[row] += static_cast<double>(values[row].values[k]) * factor;
+        }
+      }
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        const std::int64_t m = first + row;
+        const double product = warp_reduce(total[row], Sum());
+        if (threadIdx.x % 32 != 0 || m >= p.modules) continue;
+        const double own = product - (kSwap ? offset(m) : 0.0);
+        gain[m] = selected[m] ? half[m] - own : half[m] + own;
+      }
     }
     __syncthreads();
   }
@@ -194,8 +226,7 @@ struct Layer {
       const unsigned found = __ballot_sync(kAllLanes, reachable);
       for (unsigned votes = found; votes != 0; votes &= votes - 1) {
         const int enters = static_cast<int>(base) + __ffs(votes) - 1;
-        const double coupling = warp_product(enters, rows + leaves * p.samples);
-        best.offer((gain[enters] + alone) - coupling, enters, leaves);
+        best.offer((gain[enters] + alone) - coupling(enters, leaves), enters, leaves);
       }
       if (found != 0 && threadIdx.x % 32 == 0)
         atomicMax(floor, static_cast<unsigned long long>(__double_as_longlong(best.gain)));
@@ -215,8 +246,8 @@ struct Layer {
       const Exchange outside = extreme(false), inside = extreme(true);
       if (outside.enters == INT_MAX || inside.enters == INT_MAX) return done;
       Exchange best{least, INT_MAX, INT_MAX};
-      const double coupling = warp_product(outside.enters, rows + inside.enters * p.samples);
-      best.offer((outside.gain + inside.gain) - coupling, outside.enters, inside.enters);
+      const double shared = coupling(outside.enters, inside.enters);
+      best.offer((outside.gain + inside.gain) - shared, outside.enters, inside.enters);
       start_floor(best.gain);
       for (int leaves = threadIdx.x / 32; leaves < p.modules; leaves += kWarps) {
         if (!selected[leaves]) continue;
@@ -271,7 +302,8 @@ greedy_swap_kernel(const T* __restrict__ rows, const double* __restrict__ linear
   double* moving = p.gains_in_shared ? dynamic : base + 4 * modules;
   Layer<T, kMode> state{
       p,    rows + layer * modules * p.samples, linear ? linear + layer * modules : nullptr, mask + layer * modules,
-      base, base + modules, base + 2 * modules, base + 3 * modules, moving, moving + modules, scratch, exchanges, &floor};
+      base, base + modules, base + 2 * modules, base + 3 * modules, moving, moving + modules,
+      moving + modules + p.samples, scratch, exchanges, &floor};
   double widest_forget, widest_retain;
   const double threshold = state.prepare(widest_forget, widest_retain);
   const double start = state.objective();
@@ -288,7 +320,7 @@ void launch(const TensorView& rows, const TensorView* linear, const GreedySwapOu
   cuda_check(cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, rows.device), "greedy_swap");
   cudaFuncAttributes attributes;
   cuda_check(cudaFuncGetAttributes(&attributes, kernel), "greedy_swap");
-  const std::size_t wanted = sizeof(double) * static_cast<std::size_t>(p.modules + p.samples);
+  const std::size_t wanted = sizeof(double) * static_cast<std::size_t>(p.modules + 2 * p.samples);
   p.gains_in_shared = wanted + attributes.sharedSizeBytes <= static_cast<std::size_t>(available);
   const std::size_t bytes = p.gains_in_shared ? wanted : 0;
   cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
@@ -308,12 +340,11 @@ void run(SwapMode mode, const TensorView& rows, const TensorView* linear, const 
 
 }  // namespace
 
-void greedy_swap_cuda(const TensorView& rows, std::int64_t forget_samples, const TensorView* linear, double lam,
-                      std::int64_t max_swaps, SwapMode mode, const GreedySwapOutputs& outputs,
-                      const TensorView& workspace, cudaStream_t stream) {
+void greedy_swap_cuda(const TensorView& rows, std::int64_t forget_samples, std::int64_t retain_samples,
+                      const TensorView* linear, double lam, std::int64_t max_swaps, SwapMode mode,
+                      const GreedySwapOutputs& outputs, const TensorView& workspace, cudaStream_t stream) {
   if (rows.shape[0] == 0) return;
   const DeviceGuard guard(rows.device);
-  const std::int64_t retain_samples = rows.shape[2] - forget_samples;
   Problem p{};
   p.modules = rows.shape[1], p.samples = rows.shape[2], p.forget_samples = forget_samples, p.max_swaps = max_swaps;
   p.forget_weight = retain_samples > 0 ? static_cast<double>(retain_samples) : 1.0;

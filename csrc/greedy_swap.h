@@ -25,13 +25,13 @@ void greedy_swap(const TensorView& forget, const TensorView* retain, const Tenso
                  std::int64_t max_swaps, SwapMode mode, const GreedySwapOutputs& outputs, int num_threads);
 
 #ifdef PYMAPE_CUDA
-constexpr std::int64_t greedy_swap_workspace(std::int64_t modules, std::int64_t samples) { return 5 * modules + samples; }
+constexpr std::int64_t greedy_swap_workspace(std::int64_t modules, std::int64_t samples) { return 5 * modules + 2 * samples; }
 
-// rows: [L, M, N] contiguous, f32 or f64, the first forget_samples of the N columns forget gradients and the others retain
-// gradients; workspace: [L, greedy_swap_workspace(M, N)] f64. All layers run in one launch, one block each.
-void greedy_swap_cuda(const TensorView& rows, std::int64_t forget_samples, const TensorView* linear, double lam,
-                      std::int64_t max_swaps, SwapMode mode, const GreedySwapOutputs& outputs,
-                      const TensorView& workspace, cudaStream_t stream);
+// rows: [L, M, N] contiguous, f32 or f64, N a multiple of 16 bytes: in its columns the forget gradients, then the retain
+// gradients, then zeros. workspace: [L, greedy_swap_workspace(M, N)] f64. All layers run in one launch, one block each.
+void greedy_swap_cuda(const TensorView& rows, std::int64_t forget_samples, std::int64_t retain_samples,
+                      const TensorView* linear, double lam, std::int64_t max_swaps, SwapMode mode,
+                      const GreedySwapOutputs& outputs, const TensorView& workspace, cudaStream_t stream);
 #endif
 
 }  // namespace pymape

@@ -41,16 +41,23 @@ struct Input {
         gate_stride(in.gate ? in.gate->strides[0] : 0), activation(in.activation) {}
 };
 
-// N neighbouring values, or a constant where there are none.
-template <typename ACC, int N>
-__device__ __forceinline__ void load_vector(const ACC* from, std::int64_t offset, ACC otherwise, ACC (&to)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) to[i] = from ? from[offset + i] : otherwise;
-}
-
 template <typename T, int N>
 __device__ __forceinline__ Pack<T, N> load_pack(const T* from) {
   return *reinterpret_cast<const Pack<T, N>*>(from);
+}
+
+// N neighbouring values, or a constant where there are none.
+template <typename ACC, int N>
+__device__ __forceinline__ void load_vector(const ACC* from, std::int64_t offset, ACC otherwise, ACC (&to)[N]) {
+  constexpr int kPack = N == 1 ? 1 : 16 / sizeof(ACC);
+  static_assert(N % kPack == 0);
+#pragma unroll
+  for (int first = 0; first < N; first += kPack) {
+    Pack<ACC, kPack> values;
+    if (from) values = load_pack<ACC, kPack>(from + offset + first);
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) to[first + i] = from ? values.values[i] : otherwise;
+  }
 }
 
 template <typename ACC>
@@ -160,6 +167,14 @@ bool rows_aligned(const OptionalView& view, int vector) {
   return !view || (aligned(view->data, 16) && view->strides[0] % vector == 0 && view->strides[1] % vector == 0);
 }
 
+// The same of what has one value per filter, and of the gate's rows.
+bool vectors_aligned(const ActivationInput& in, std::int64_t elements) {
+  bool all = !in.gate || in.gate->strides[0] % elements == 0;
+  for (const OptionalView* vector : {&in.bias, &in.up_bias, &in.gate})
+    all = all && (!*vector || aligned((*vector)->data, 16));
+  return all;
+}
+
 dim3 grid_of(std::int64_t filters, int vector, std::int64_t splits, std::int64_t batch) {
   const std::int64_t packs = (filters + vector - 1) / vector;
   return {static_cast<unsigned>((packs + kThreads - 1) / kThreads), static_cast<unsigned>(splits),
@@ -181,8 +196,8 @@ void forward(const ActivationInput& view, const TensorView& result, cudaStream_t
   constexpr int kVector = 16 / sizeof(T);
   if (result.numel() == 0) return;
   const Input<T, ACC> in(view);
-  const bool vector = in.filters % kVector == 0 && rows_aligned(view.pre, kVector) && rows_aligned(view.up, kVector) &&
-                      rows_aligned(result, kVector);
+  const bool vector = in.filters % kVector == 0 && vectors_aligned(view, 16 / sizeof(ACC)) &&
+                      rows_aligned(view.pre, kVector) && rows_aligned(view.up, kVector) && rows_aligned(result, kVector);
   if (vector)
     launch_forward<T, ACC, kVector>(in, rows_of<T>(result), stream);
   else
@@ -211,7 +226,7 @@ void backward(const TensorView& grad, const ActivationInput& view, const Activat
                                          : std::clamp<std::int64_t>((in.tokens + kForwardTokens - 1) / kForwardTokens, 1, kMaxGrid);
   if (in.filters == 0) return;
   if (in.batch > 0) {
-    bool vector = in.filters % kVector == 0 && rows_aligned(grad, kVector);
+    bool vector = in.filters % kVector == 0 && vectors_aligned(view, 16 / sizeof(ACC)) && rows_aligned(grad, kVector);
     for (const OptionalView& rows : {OptionalView(view.pre), view.up, out.d_pre, out.d_up})
       vector = vector && rows_aligned(rows, kVector);
     if (vector)

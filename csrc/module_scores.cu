@@ -1,5 +1,7 @@
 #include "module_scores.h"
 
+#include <algorithm>
+
 #include "cuda_utils.cuh"
 
 namespace pymape {
@@ -7,9 +9,10 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kUnroll = 4;  // tokens in flight per thread
+constexpr std::int64_t kMaxGrid = 65535;
 
 struct Layout {
-  std::int64_t tokens, modules, width, stride_ab, stride_at, stride_am, stride_bb, stride_bt, stride_bm;
+  std::int64_t batch, tokens, modules, width, stride_ab, stride_at, stride_am, stride_bb, stride_bt, stride_bm;
 };
 
 // One thread owns N neighbouring lanes (lane = m * D + d) and sums them over the tokens of its split.
@@ -21,56 +24,64 @@ sum_tokens_kernel(const T* __restrict__ a, const T* __restrict__ b, ACC* __restr
   const std::int64_t lane = (static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x) * N;
   if (lane >= lanes) return;
   const std::int64_t module = lane / s.width, column = lane % s.width;
-  const T* row_a = a + blockIdx.z * s.stride_ab + module * s.stride_am + column;
-  const T* row_b = b + blockIdx.z * s.stride_bb + module * s.stride_bm + column;
-
-  ACC sum[N] = {};
   const std::int64_t step = gridDim.y;
-  std::int64_t t = blockIdx.y;
-  for (; t + (kUnroll - 1) * step < s.tokens; t += kUnroll * step) {
-    Pack<T, N> left[kUnroll], right[kUnroll];
+
+  for (std::int64_t sample = blockIdx.z; sample < s.batch; sample += gridDim.z) {
+    const T* row_a = a + sample * s.stride_ab + module * s.stride_am + column;
+    const T* row_b = b + sample * s.stride_bb + module * s.stride_bm + column;
+    ACC sum[N] = {};
+    std::int64_t t = blockIdx.y;
+    for (; t + (kUnroll - 1) * step < s.tokens; t += kUnroll * step) {
+      Pack<T, N> left[kUnroll], right[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      left[u] = *reinterpret_cast<const Pack<T, N>*>(row_a + (t + u * step) * s.stride_at);
-      right[u] = *reinterpret_cast<const Pack<T, N>*>(row_b + (t + u * step) * s.stride_bt);
+      for (int u = 0; u < kUnroll; ++u) {
+        left[u] = *reinterpret_cast<const Pack<T, N>*>(row_a + (t + u * step) * s.stride_at);
+        right[u] = *reinterpret_cast<const Pack<T, N>*>(row_b + (t + u * step) * s.stride_bt);
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u)
+#pragma unroll
+        for (int i = 0; i < N; ++i) sum[i] += to_acc<ACC>(left[u].values[i]) * to_acc<ACC>(right[u].values[i]);
     }
+    for (; t < s.tokens; t += step) {
+      const Pack<T, N> left = *reinterpret_cast<const Pack<T, N>*>(row_a + t * s.stride_at);
+      const Pack<T, N> right = *reinterpret_cast<const Pack<T, N>*>(row_b + t * s.stride_bt);
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
+      for (int i = 0; i < N; ++i) sum[i] += to_acc<ACC>(left.values[i]) * to_acc<ACC>(right.values[i]);
+    }
+    ACC* out = partial + (sample * gridDim.y + blockIdx.y) * lanes + lane;
 #pragma unroll
-      for (int i = 0; i < N; ++i) sum[i] += to_acc<ACC>(left[u].values[i]) * to_acc<ACC>(right[u].values[i]);
+    for (int i = 0; i < N; ++i) out[i] = sum[i];
   }
-  for (; t < s.tokens; t += step) {
-    const Pack<T, N> left = *reinterpret_cast<const Pack<T, N>*>(row_a + t * s.stride_at);
-    const Pack<T, N> right = *reinterpret_cast<const Pack<T, N>*>(row_b + t * s.stride_bt);
-#pragma unroll
-    for (int i = 0; i < N; ++i) sum[i] += to_acc<ACC>(left.values[i]) * to_acc<ACC>(right.values[i]);
-  }
-  ACC* out = partial + (static_cast<std::int64_t>(blockIdx.z) * gridDim.y + blockIdx.y) * lanes + lane;
-#pragma unroll
-  for (int i = 0; i < N; ++i) out[i] = sum[i];
 }
 
-// scores[b, m] = sum over splits and d of partial[b, split, m * D + d], in a fixed order: one warp per module.
+// scores[b, m] = sum over splits and d of partial[b, split, m * D + d], in a fixed order. A module has `group` threads, a
+// power of two up to 32: where a module is one lane, neighbouring threads read neighbouring lanes.
 template <typename ACC>
 __global__ void __launch_bounds__(kThreads)
-fold_kernel(const ACC* __restrict__ partial, ACC* __restrict__ scores, std::int64_t splits, std::int64_t modules,
-            std::int64_t width) {
-  const std::int64_t module = static_cast<std::int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-  if (module >= modules) return;
-  const ACC* base = partial + blockIdx.y * splits * modules * width + module * width;
-  ACC sum = 0;
-  for (std::int64_t split = 0; split < splits; ++split)
-    for (std::int64_t d = threadIdx.x % 32; d < width; d += 32) sum += base[split * modules * width + d];
-  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_down_sync(0xffffffffu, sum, offset);
-  if (threadIdx.x % 32 == 0) scores[blockIdx.y * modules + module] = sum;
+fold_kernel(const ACC* __restrict__ partial, ACC* __restrict__ scores, std::int64_t batch, std::int64_t splits,
+            std::int64_t modules, std::int64_t width, int group) {
+  const std::int64_t module = (static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x) / group;
+  const int member = static_cast<int>(threadIdx.x) % group;
+  for (std::int64_t sample = blockIdx.y; sample < batch; sample += gridDim.y) {
+    ACC sum = 0;
+    if (module < modules) {
+      const ACC* base = partial + sample * splits * modules * width + module * width;
+      for (std::int64_t split = 0; split < splits; ++split)
+        for (std::int64_t d = member; d < width; d += group) sum += base[split * modules * width + d];
+    }
+    for (int offset = group / 2; offset > 0; offset /= 2) sum += __shfl_down_sync(0xffffffffu, sum, offset, group);
+    if (member == 0 && module < modules) scores[sample * modules + module] = sum;
+  }
 }
 
 template <typename T, typename ACC, int N>
 void launch_sum(const TensorView& output, const TensorView& grad, ACC* partial, std::int64_t splits, const Layout& s,
                 cudaStream_t stream) {
   const std::int64_t vectors = (s.modules * s.width + N - 1) / N;
+  if (vectors == 0) return;
   const dim3 grid(static_cast<unsigned>((vectors + kThreads - 1) / kThreads), static_cast<unsigned>(splits),
-                  static_cast<unsigned>(output.shape[0]));
+                  static_cast<unsigned>(std::min(s.batch, kMaxGrid)));
   sum_tokens_kernel<T, ACC, N><<<grid, kThreads, 0, stream>>>(output.as<T>(), grad.as<T>(), partial, s);
 }
 
@@ -78,10 +89,10 @@ template <typename T, typename ACC>
 void run(const TensorView& output, const TensorView& grad, const TensorView& scores, const TensorView& workspace,
          cudaStream_t stream) {
   constexpr int kVector = 16 / sizeof(T);
-  const Layout s{output.shape[1],   output.shape[2],   output.shape[3], output.strides[0], output.strides[1],
-                 output.strides[2], grad.strides[0], grad.strides[1], grad.strides[2]};
-  const std::int64_t batch = output.shape[0], splits = workspace.shape[1];
-  if (batch == 0 || s.modules == 0) return;
+  const Layout s{output.shape[0],   output.shape[1],   output.shape[2], output.shape[3], output.strides[0],
+                 output.strides[1], output.strides[2], grad.strides[0], grad.strides[1], grad.strides[2]};
+  const std::int64_t splits = workspace.shape[1];
+  if (s.batch == 0 || s.modules == 0) return;
 
   // Lanes of one pack must lie side by side: within a module, or across modules where these are adjacent.
   const bool adjacent = s.stride_am == s.width && s.stride_bm == s.width;
@@ -103,8 +114,13 @@ void run(const TensorView& output, const TensorView& grad, const TensorView& sco
   } else {
     launch_sum<T, ACC, 1>(output, grad, workspace.as<ACC>(), splits, s, stream);
   }
-  const dim3 grid(static_cast<unsigned>((s.modules + kThreads / 32 - 1) / (kThreads / 32)), static_cast<unsigned>(batch));
-  fold_kernel<ACC><<<grid, kThreads, 0, stream>>>(workspace.as<ACC>(), scores.as<ACC>(), splits, s.modules, s.width);
+  int group = 1;
+  while (group < 32 && group < s.width) group *= 2;
+  const std::int64_t threads = s.modules * group;
+  const dim3 grid(static_cast<unsigned>((threads + kThreads - 1) / kThreads),
+                  static_cast<unsigned>(std::min(s.batch, kMaxGrid)));
+  fold_kernel<ACC><<<grid, kThreads, 0, stream>>>(workspace.as<ACC>(), scores.as<ACC>(), s.batch, splits, s.modules, s.width,
+                                                  group);
   cuda_check(cudaGetLastError(), "module_scores");
 }
 

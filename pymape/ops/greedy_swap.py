@@ -223,13 +223,16 @@ def _forward(
     if backend == "cpu":
         native().greedy_swap(forget, retain, linear, lam, max_swaps, mode, *outputs, torch.get_num_threads())
         return outputs
-    gradients = [forget] if retain is None else [forget, retain]
-    wide = any(part.dtype == torch.float64 for part in gradients)
-    rows = torch.cat([part.movedim(0, -1).to(torch.float64 if wide else torch.float32) for part in gradients], dim=-1)
-    rows = rows.contiguous()  # [L, M, N_f + N_r]
+    counts = forget.shape[0], 0 if retain is None else retain.shape[0]
+    wide = forget.dtype == torch.float64 or (retain is not None and retain.dtype == torch.float64)
+    padding = -sum(counts) % (2 if wide else 4)  # every row begins at a multiple of 16 bytes
+    rows = mask.new_zeros((*mask.shape, sum(counts) + padding), dtype=torch.float64 if wide else torch.float32)
+    rows[..., : counts[0]] = forget.movedim(0, -1)
+    if retain is not None:
+        rows[..., counts[0] : sum(counts)] = retain.movedim(0, -1)
     workspace = rows.new_empty((rows.shape[0], native().greedy_swap_workspace(*rows.shape[1:])), dtype=torch.float64)
     stream = torch.cuda.current_stream(rows.device).cuda_stream
-    native().greedy_swap_cuda(rows, forget.shape[0], linear, lam, max_swaps, mode, *outputs, workspace, stream)
+    native().greedy_swap_cuda(rows, *counts, linear, lam, max_swaps, mode, *outputs, workspace, stream)
     return outputs
 
 
