@@ -163,6 +163,7 @@ def _claim_5(rows: Sequence[Cell]) -> Claim | None:
     )
     tables = {
         f"{_UNLEARNING} (s)": _pooled(rows, "seconds"),
+        f"processor {_UNLEARNING} (s)": _pooled(rows, "cpu_seconds"),
         f"{_WHOLE} (s)": whole,
         f"{memory} (MiB)": used,
         "mean gap (points)": gaps,
