@@ -16,7 +16,8 @@ def compile_cu(path: str, arch: int) -> dict[str, dict[str, int]]:
     """Compile `path` (relative to the repository) for compute capability `arch` (80, 90).
 
     Returns:
-        For every kernel, by mangled name: `registers`, and `stack`, `spill_stores`, `spill_loads` in bytes.
+        For every kernel, by mangled name: `registers`; `stack`, `spill_stores`, `spill_loads` and static `shared`
+        memory in bytes.
     """
     command = ["nvcc", "-c", ROOT / path, "-o", "/dev/null", "-std=c++20", "-O3", "-DPYMAPE_CUDA"]
     command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v"]
@@ -27,10 +28,12 @@ def compile_cu(path: str, arch: int) -> dict[str, dict[str, int]]:
             r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block
         ).groups()
         registers = re.search(r"Used (\d+) registers", block).group(1)
+        shared = re.search(r"(\d+) bytes smem", block)
         usage[block.split("'", 1)[0]] = {
             "registers": int(registers),
             "stack": int(stack),
             "spill_stores": int(stores),
             "spill_loads": int(loads),
+            "shared": int(shared.group(1)) if shared else 0,
         }
     return usage

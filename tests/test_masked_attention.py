@@ -10,7 +10,8 @@ import torch
 from conftest import FLOATS, assert_as_good_as_torch, threads
 from cuda_tools import compile_cu, requires_nvcc
 from torch import Tensor
-from triton_tools import compile_kernel, interpreted, requires_triton
+from triton_launches import attention
+from triton_tools import LARGEST_SHARED, compiled_launches, interpreted, requires_triton
 
 from pymape.ops import gate_heads, gate_heads_reference, masked_attention, masked_attention_reference
 
@@ -378,50 +379,14 @@ class TestTriton:
 
     @requires_triton
     @pytest.mark.parametrize("sm", [80, 90])
-    @pytest.mark.parametrize(
-        ("size", "mask"), [(32, "*i1"), (64, None), (64, "*i1"), (128, "*i1"), (128, "*bf16"), (256, "*bf16")]
-    )
-    def test_compiled_forward_spills_nothing(self, sm: int, size: int, mask: str | None) -> None:
-        usage = compile_attention("fwd", sm, size, mask)
-        assert usage["STACK"] == usage["LOCAL"] == 0
-        assert usage["SHARED"] <= (99 if sm == 80 else 227) * 1024
-
-    @requires_triton
-    @pytest.mark.parametrize("sm", [80, 90])
-    @pytest.mark.parametrize("size", [64, 128])
-    @pytest.mark.parametrize("kernel", ["bwd_query", "bwd_key_value"])
-    def test_compiled_backward_spills_nothing(self, sm: int, size: int, kernel: str) -> None:
-        usage = compile_attention(kernel, sm, size, "*i1")
-        assert usage["STACK"] == usage["LOCAL"] == 0
-        assert usage["SHARED"] <= (99 if sm == 80 else 227) * 1024
-
-
-def compile_attention(name: str, sm: int, size: int, mask: str | None) -> dict[str, int]:
-    """Compile one kernel as it is launched for bf16 tensors, causal, with a gate that learns."""
-    from pymape.kernels import masked_attention as kernels
-
-    kernel = getattr(kernels, f"_masked_attention_{name}_kernel")
-    options: dict[str, Any] = kernels._tile(name, size, torch.bfloat16)
-    launch = {"num_warps": options.pop("num_warps"), "num_stages": options.pop("num_stages")}
-    kind = {None: kernels._NO_MASK, "*i1": kernels._BOOL_MASK}.get(mask, kernels._ADDITIVE_MASK).value
-    options |= {"GROUP": 2, "HEAD_SIZE": size, "MASK": kind, "IS_CAUSAL": True, "HAS_GATE": True, "GATE_GRAD": True}
-    if mask is None:
-        options["mask"] = None
-    tensors = ("query", "key", "value", "grad", "output", "ungated", "d_query", "d_key", "d_value")
-    types = dict.fromkeys(tensors, "*bf16") | dict.fromkeys(("gate", "row_max", "row_norm", "dots"), "*fp32")
-    types |= dict.fromkeys(
-        ("query", "key", "value", "grad", "output", "ungated", "d_query", "d_key", "d_value"), "*bf16"
-    )
-    types |= {
-        "mask": mask or "",
-        "qk_scale": "fp32",
-        "scale": "fp32",
-        "H": "i32",
-        "stride_gb": "i32",
-        "stride_gh": "i32",
-    }
-    signature = {name: types.get(name, "i32:16") for name in kernel.arg_names if name not in options}
-    return compile_kernel(kernel, signature, options, sm, **launch)
+    @pytest.mark.parametrize(("size", "mask"), [(32, "padding"), (64, "additive"), (128, "additive"), (256, "none")])
+    def test_compiled_kernels_spill_nothing(self, size: int, mask: str, sm: int) -> None:
+        with compiled_launches(sm) as kernels:
+            attention(torch.bfloat16, size, mask)
+        assert len(kernels) == 4
+        for kernel in kernels:
+            assert kernel.stack == 0, kernel
+            assert kernel.shared <= LARGEST_SHARED[sm], kernel
 
 
 @requires_nvcc

@@ -10,7 +10,8 @@ import torch
 from conftest import FLOATS, assert_as_good_as_torch, threads
 from cuda_tools import compile_cu, requires_nvcc
 from torch import Tensor
-from triton_tools import compile_kernel, interpreted, requires_triton
+from triton_launches import ffn
+from triton_tools import LARGEST_SHARED, compiled_launches, interpreted, requires_triton
 
 from pymape.ops import masked_activation, masked_activation_reference, masked_ffn, masked_ffn_reference
 from pymape.ops.masked_ffn import ACTIVATIONS
@@ -308,35 +309,19 @@ def test_triton_empty_and_opcheck() -> None:
 
 @requires_triton
 @pytest.mark.parametrize("sm", [80, 90])
-@pytest.mark.parametrize(("kind", "size"), [("*fp16", 2), ("*fp32", 4)])
-@pytest.mark.parametrize(("gated", "one_sample"), [(False, True), (False, False), (True, False)])
-def test_triton_kernels_do_not_spill(gated: bool, one_sample: bool, kind: str, size: int, sm: int) -> None:
-    from pymape.kernels import masked_ffn as kernels
-
-    tile = dict(kernels._TILES[not gated and one_sample, size])
-    launch = {"num_warps": tile.pop("num_warps"), "num_stages": tile.pop("num_stages")}
-    options = {"ACTIVATION": "gelu", "GATED": gated, "HAS_BIAS": True, "HAS_UP_BIAS": gated, "HAS_GATE": True}
-    wide = dict.fromkeys(["stride_xm", "stride_wn", "stride_gb", "M", "N", "K"], "i32:16")
-    signature = (
-        dict.fromkeys(["x", "weight", "result", "pre"], kind) | {"bias": "*fp32", "gate": "*fp32", "T": "i32"} | wide
-    )
-    constants = {**options, **tile, "stride_xk": 1, "stride_wk": 1, "stride_uk": 1, "ONE_SAMPLE": one_sample,
-                 "MAY_SKIP": True, "KEEP_PRE": True, "PRECISION": "ieee", "GROUP_M": 8}  # fmt: skip
-    up = {"up_weight": kind, "up": kind, "up_bias": "*fp32", "stride_un": "i32:16"}
-    signature, constants = (signature | up, constants) if gated else (signature, constants | dict.fromkeys(up))
-    assert compile_kernel(kernels._masked_ffn_fwd_kernel, signature, constants, sm, **launch)["STACK"] == 0
-    if one_sample:
-        return
-    strides = dict.fromkeys(["stride_yb", "stride_yt", "stride_pb", "stride_pt", "stride_gb", "F"], "i32:16")
-    signature = (
-        dict.fromkeys(["grad", "pre", "d_pre"], kind) | dict.fromkeys(["bias", "gate", "partial"], "*fp32") | strides
-    )
-    signature |= dict.fromkeys(["T", "splits", "tokens_per_split"], "i32")
-    constants = {**options, "WANT_PRE": True, "WANT_UP": gated, "WANT_SCORES": True,
-                 "BLOCK_T": kernels._BLOCK_T, "BLOCK_F": kernels._BLOCK_F}  # fmt: skip
-    up = {"up": kind, "d_up": kind, "up_bias": "*fp32", "stride_ub": "i32:16", "stride_ut": "i32:16"}
-    signature, constants = (signature | up, constants) if gated else (signature, constants | dict.fromkeys(up))
-    assert compile_kernel(kernels._masked_activation_bwd_kernel, signature, constants, sm)["STACK"] == 0
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("activation", "gated", "one_sample"), [("gelu", False, True), ("gelu", False, False), ("silu", True, False)]
+)
+def test_triton_kernels_do_not_spill(
+    activation: str, gated: bool, one_sample: bool, dtype: torch.dtype, sm: int
+) -> None:
+    with compiled_launches(sm) as kernels:
+        ffn(dtype, activation, gated, one_sample)
+    assert len(kernels) == 3
+    for kernel in kernels:
+        assert kernel.stack == 0, kernel
+        assert kernel.shared <= LARGEST_SHARED[sm], kernel
 
 
 @requires_nvcc

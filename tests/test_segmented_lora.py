@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import FLOATS, assert_as_good_as_torch, threads
 from torch import Tensor
-from triton_tools import compile_kernel, interpreted, requires_triton
+from triton_launches import lora
+from triton_tools import LARGEST_SHARED, compiled_launches, interpreted, requires_triton
 
 from pymape.ops import segmented_lora, segmented_lora_reference
 
@@ -293,14 +294,9 @@ class TestTriton:
     @requires_triton
     @pytest.mark.parametrize("rank", [16, 64, 128])
     @pytest.mark.parametrize("sm", [80, 90])
-    @pytest.mark.parametrize(("kind", "size"), [("bf16", 2), ("fp16", 2), ("fp32", 4)])
-    def test_compiled_kernel_spills_nothing(self, kind: str, size: int, sm: int, rank: int) -> None:
-        from pymape.kernels import segmented_lora as kernels
-
-        block_m, block_n, block_k, warps, stages = kernels._TILES[size]
-        pointers = dict.fromkeys(("x", "base", "lora_a", "lora_b", "result"), f"*{kind}") | {"segments": "*fp64"}
-        integers = dict.fromkeys(("IN", "OUT", "RANK", "share"), "i32:16") | {"tiles": "i32"}
-        blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": rank, "STAGES": stages}
-        usage = compile_kernel(kernels._segmented_lora_kernel, pointers | integers, blocks, sm, warps, stages)
-        assert usage["STACK"] == usage["LOCAL"] == 0
-        assert usage["SHARED"] <= (99 if sm == 80 else 227) * 1024
+    @pytest.mark.parametrize("dtype", FLOATS[1:])
+    def test_compiled_kernel_spills_nothing(self, dtype: torch.dtype, sm: int, rank: int) -> None:
+        with compiled_launches(sm) as kernels:
+            lora(dtype, rank)
+        assert [kernel.stack for kernel in kernels] == [0]
+        assert kernels[0].shared <= LARGEST_SHARED[sm]

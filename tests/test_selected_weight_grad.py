@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import FLOATS, assert_as_good_as_torch
 from torch import Tensor
-from triton_tools import compile_kernel, interpreted, requires_triton
+from triton_launches import weight_grad
+from triton_tools import LARGEST_SHARED, compiled_launches, interpreted, requires_triton
 
 from pymape.ops import selected_weight_grad, selected_weight_grad_reference
 
@@ -156,17 +157,9 @@ class TestTriton:
 
     @requires_triton
     @pytest.mark.parametrize("sm", [80, 90])
-    @pytest.mark.parametrize(("kind", "size"), [("bf16", 2), ("fp16", 2), ("fp32", 4)])
-    def test_compiled_kernel_spills_nothing(self, sm: int, kind: str, size: int) -> None:
-        from pymape.kernels import selected_weight_grad as kernels
-
-        block_n, block_k, block_t, warps, stages = kernels._TILES[size]
-        pointers = {"gathered": f"*{kind}", "full": f"*{kind}", "index": "*i64", "result": "*fp32"}
-        integers = dict.fromkeys(("stride_gt", "stride_ft", "K", "C", "T", "share"), "i32:16") | {"N": "i32"}
-        blocks = {"HAS_INDEX": True, "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_T": block_t}
-        strides = {"stride_gc": 1, "stride_fk": 1}  # Triton specialises a stride of one
-        usage = compile_kernel(
-            kernels._selected_weight_grad_kernel, pointers | integers, blocks | strides, sm, warps, stages
-        )
-        assert usage["STACK"] == usage["LOCAL"] == 0
-        assert usage["SHARED"] <= (99 if sm == 80 else 227) * 1024
+    @pytest.mark.parametrize("dtype", FLOATS[1:])
+    def test_compiled_kernel_spills_nothing(self, dtype: torch.dtype, sm: int) -> None:
+        with compiled_launches(sm) as kernels:
+            weight_grad(dtype)
+        assert [kernel.stack for kernel in kernels] == [0]
+        assert kernels[0].shared <= LARGEST_SHARED[sm]

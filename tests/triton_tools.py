@@ -1,4 +1,4 @@
-"""Testing Triton kernels without a GPU: run a test in Triton's interpreter, compile a kernel for a GPU architecture."""
+"""Testing Triton kernels without a GPU: run a test in Triton's interpreter, compile launches for a GPU architecture."""
 
 import functools
 import importlib
@@ -8,10 +8,12 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,6 +22,9 @@ try:
     import triton
 except ImportError:
     triton = None
+
+# Bytes of shared memory that a block may ask for; sm_86 and sm_89, which have less than sm_80, use its tiles.
+LARGEST_SHARED = {80: 99 * 1024, 90: 227 * 1024}
 
 requires_triton = pytest.mark.skipif(triton is None, reason="triton is not installed")
 
@@ -41,47 +46,54 @@ def interpreted(test: Callable[..., None]) -> Callable[..., None]:
     return in_worker
 
 
-def compile_kernel(
-    kernel: Any,
-    signature: Mapping[str, str],
-    constexprs: Mapping[str, Any],
-    sm: int,
-    num_warps: int = 4,
-    num_stages: int = 3,
-) -> dict[str, int]:
-    """Compile a `triton.jit` kernel for compute capability `sm` (80, 90) and read what the binary needs.
+class Compiled(NamedTuple):
+    """A kernel as it would have been launched, and what its binary needs."""
 
-    Args:
-        kernel: the kernel, undecorated by autotuners and heuristics.
-        signature: type of every run-time argument, such as `"*fp16"`, `"*i1"`, `"i32"`, `"fp32"`; pointers and, when
-            written `"i32:16"`, integers are taken to be divisible by 16, as in a launch with aligned tensors.
-        constexprs: value of every `tl.constexpr` argument.
+    name: str
+    options: dict[str, Any]  # the keyword arguments of the launch: tile, warps, stages, flags
+    binary: str  # a digest: launches that need the same binary have the same
+    threads: int  # of a block
+    registers: int  # of a thread
+    stack: int  # bytes of a thread; spilled registers lie there
+    shared: int  # bytes of a block
+    tensor_cores: str  # "wgmma" (whole warp groups, sm_90 only), "mma" or ""
 
-    Returns:
-        `REG`, `STACK` and `LOCAL` of `cuobjdump`, registers and bytes a thread (spills show in the latter two), and
-        `SHARED`, the bytes of shared memory that a launch asks for.
+
+@contextmanager
+def compiled_launches(sm: int) -> Iterator[list[Compiled]]:
+    """Compile, for compute capability `sm` (80, 90), what the block launches, and run nothing.
+
+    A launcher called with tensors on the `meta` device gives the tiles and specialisations of a real launch: meta
+    tensors count as aligned to 16 bytes, as what torch allocates is. No GPU is needed.
     """
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.runtime import JITFunction, driver
 
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        raise RuntimeError("compile_kernel needs a process without TRITON_INTERPRET")
-    arguments = {name: str(signature[name]) if name in signature else "constexpr" for name in kernel.arg_names}
-    missing = set(kernel.arg_names) - set(signature) - set(constexprs)
-    if missing:
-        raise ValueError(f"signature and constexprs must cover every argument, missing {sorted(missing)}")
-    aligned = [name.startswith("*") or name.endswith(":16") for name in arguments.values()]
-    attrs = {(i,): [["tt.divisibility", 16]] for i, is_aligned in enumerate(aligned) if is_aligned}
-    source = ASTSource(
-        fn=kernel,
-        signature={name: kind.removesuffix(":16") for name, kind in arguments.items()},
-        constexprs=dict(constexprs),
-        attrs=attrs,
+        raise RuntimeError("compiled_launches needs a process without TRITON_INTERPRET")
+    launches: list[Compiled] = []
+    run, active = JITFunction.run, driver._active
+
+    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        compiled = run(kernel, *args, grid=grid, warmup=True, **options)
+        usage = _resource_usage(compiled.asm["cubin"])
+        threads, stack = 32 * compiled.metadata.num_warps, usage["STACK"] + usage["LOCAL"]
+        needs = (threads, usage["REG"], stack, compiled.metadata.shared)
+        cores = next((name for name in ("wgmma", "mma") if f"{name}." in compiled.asm["ptx"]), "")
+        launches.append(Compiled(kernel.fn.__name__, options, compiled.hash, *needs, cores))
+
+    # Kernels are kept by device: each capability is a device of its own here, and none is device 0.
+    absent = SimpleNamespace(
+        get_current_device=lambda: sm,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", sm, 32),
     )
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", sm, 32), options={"num_warps": num_warps, "num_stages": num_stages}
-    )
-    return _resource_usage(compiled.asm["cubin"]) | {"SHARED": compiled.metadata.shared}
+    JITFunction.run = compile_only
+    driver.set_active(absent)
+    try:
+        yield launches
+    finally:
+        JITFunction.run, driver._active = run, active
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:

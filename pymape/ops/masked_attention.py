@@ -317,7 +317,7 @@ def _attention_fake(query, key, value, gate, attn_mask, is_causal, scale, gate_g
 
 @torch.library.impl("pymape::masked_attention_backward", "CompositeExplicitAutograd")
 def _attention_backward_kernels(grad, query, key, value, gate, *mask_and_options):
-    from pymape.kernels.masked_attention import masked_attention_backward
+    from pymape.kernels.masked_attention_backward import masked_attention_backward
 
     per_sample = None if gate is None else _gate_per_sample(gate, query, query.shape[0])
     return masked_attention_backward(grad, query, key, value, per_sample, *mask_and_options)
