@@ -277,6 +277,7 @@ def test_training_batches_hold_every_record_once(corpus: Path, monkeypatch: pyte
     ("options", "message"),
     [
         ({"wrong": 1}, "arguments of LlamaConfig, got wrong"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings must be false"),
         ({"authors": 9, "held_out": 2}, "authors and held_out must be at most 10 together, got 9 and 2"),
         ({"authors": 1}, "authors must be at least 2, got 1"),
         ({"vocab_size": 100}, "vocab_size must be at least 258, got 100"),
