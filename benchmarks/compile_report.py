@@ -28,15 +28,9 @@ _NOTES = """
 A row gives the largest need of a kernel's variants (in JSON, each has its own) at sm_80 / sm_90: registers and bytes of
 stack of a thread, where spilled registers lie; KiB of shared memory of a block; and the fewest blocks that fit on a
 multiprocessor at a time. At most 255 registers and 163 / 227 KiB can be had. `greedy_swap` also asks for 8 (M + 2 N)
-bytes of shared memory when it is launched, where that fits: 120 KiB for 14,336 filters and 512 samples; it runs one
-block a layer, so that one on a multiprocessor is all it needs. Of the tensor cores' instructions, sm_90 reaches its
+bytes of shared memory when it is launched, where that fits, for M filters and N samples; it runs one block a layer, so
+that one on a multiprocessor is all it needs. Of the tensor cores' instructions, sm_90 reaches its
 full rate with `wgmma` only.
-
-The first report (commit 6cb1af6) had 23 kernels with a stack, the worst of them the fp32 backward for keys and values:
-360 bytes at head size 256, beside all 255 registers. That kernel multiplied queries by keys and transposed the result
-for the next product, through registers; it multiplies keys by queries now, which needs no transposition, and went to
-128 registers without a stack (237 to 80 at head size 128). The others had too few warps for their tile. The stacks of
-at most 32 bytes that are left stand beside 128 registers or fewer, where ptxas stops so that one more block fits.
 """.strip()
 
 

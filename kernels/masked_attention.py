@@ -78,6 +78,21 @@ def masked_scores(products, mask, stride_mt, t, s, T, S, qk_scale, MASK: tl.cons
 
 
 @triton.jit
+def block_scores(
+    q, k, mask, rows, columns, stride_mt, T, S, qk_scale,
+    MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """Return the scores of some queries and keys in log2 units; not BOUNDED: all are there and every query sees all."""
+    products = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if BOUNDED:
+        t, s = rows[:, None], columns[None, :]
+        scores = masked_scores(products, mask, stride_mt, t, s, T, S, qk_scale, MASK, IS_CAUSAL)
+    else:
+        scores = products * qk_scale
+    return scores
+
+
+@triton.jit
 def _attend(
     acc, largest, total, q, key, value, mask, rows, first, last, stride_ks, stride_vs, stride_mt, T, S, qk_scale,
     HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -87,12 +102,7 @@ def _attend(
     for start in range(first, last, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         k = load_rows(key, columns, stride_ks, S, HEAD_SIZE, BLOCK_D, BOUNDED)
-        products = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if BOUNDED:
-            t, s = rows[:, None], columns[None, :]
-            scores = masked_scores(products, mask, stride_mt, t, s, T, S, qk_scale, MASK, IS_CAUSAL)
-        else:
-            scores = products * qk_scale
+        scores = block_scores(q, k, mask, rows, columns, stride_mt, T, S, qk_scale, MASK, IS_CAUSAL, BOUNDED)
         new_largest = tl.maximum(largest, tl.max(scores, 1))
         shift = new_largest
         if BOUNDED:

@@ -15,6 +15,7 @@ from torch import Tensor
 from pymape.kernels.masked_attention import (
     LOG2E,
     NO_MASK,
+    block_scores,
     device_of,
     gate_and_mask_strides,
     in_rows,
@@ -67,12 +68,7 @@ def _query_gradient(
         columns = start + tl.arange(0, BLOCK_N)
         k = load_rows(key, columns, stride_ks, S, HEAD_SIZE, BLOCK_D, BOUNDED)
         v = load_rows(value, columns, stride_vs, S, HEAD_SIZE, BLOCK_D, BOUNDED)
-        products = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if BOUNDED:
-            t, s = rows[:, None], columns[None, :]
-            scores = masked_scores(products, mask, stride_mt, t, s, T, S, qk_scale, MASK, IS_CAUSAL)
-        else:
-            scores = products * qk_scale
+        scores = block_scores(q, k, mask, rows, columns, stride_mt, T, S, qk_scale, MASK, IS_CAUSAL, BOUNDED)
         dp = tl.dot(dy, tl.trans(v), input_precision="ieee")
         ds = tl.exp2(scores - shift[:, None]) * (a[:, None] * dp - c[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")

@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the benchmarks are run from the repository, never installed
 
-from benchmarks import gpu  # noqa: E402
+from benchmarks import compile_report, gpu  # noqa: E402
 from benchmarks.harness import Case, Report, limits, markdown, measure, plot  # noqa: E402
 
 
@@ -126,3 +126,24 @@ def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu.main(["build", "everything"])
     assert "PART must be one of build, operators, " in capsys.readouterr().err
+
+
+def test_the_compile_report_reads_back_as_its_page() -> None:
+    folder = ROOT / "docs" / "results"
+    found = json.loads((folder / "compile.json").read_text())
+    assert compile_report.markdown(found) == (folder / "compile.md").read_text()
+    assert all(kernel["blocks"] == compile_report.resident_blocks(kernel) >= 1 for kernel in found["kernels"])
+
+
+@pytest.mark.parametrize(
+    ("needs", "blocks"),
+    [
+        ({"registers": 32, "threads": 256, "shared": 0}, 8),  # 64 warps
+        ({"registers": 128, "threads": 256, "shared": 0}, 2),  # 8 x 4096 registers
+        ({"registers": 129, "threads": 256, "shared": 0}, 1),  # rounded up to 136
+        ({"registers": 16, "threads": 32, "shared": 0}, 32),
+        ({"registers": 32, "threads": 128, "shared": 40 * 1024}, 4),  # 41 of 164 KiB
+    ],
+)
+def test_resident_blocks_by_hand(needs: dict[str, int], blocks: int) -> None:
+    assert compile_report.resident_blocks({"sm": 80, **needs}) == blocks

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_experiments import YAML as SMALL
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -36,21 +37,9 @@ from pymape.metrics import (
     tofu_metrics,
 )
 
-YAML = """
-title: Small digits
-task: {name: digits, epochs: 2, options: {num_hidden_layers: 2, hidden_size: 32, intermediate_size: 64}}
-settings:
-  class: {forget: class, lam: 10}
-  random: {forget: random, share: 0.1, lam: 1}
-seeds: [1]
-objectives: [gd]
-selections:
-  everything: {}
-  learned: {kind: modules, budget: 0.3}
-lrs: [1.0e-3, 5.0e-3]
-steps: 2
-evidence: {relearn_steps: 6, relearn_every: 3, relearn_lr: 1.0e-2, shadows: 2}
-"""
+YAML = SMALL.replace(
+    "epochs: 2", "epochs: 2, options: {num_hidden_layers: 2, hidden_size: 32, intermediate_size: 64}"
+).replace("evidence: null", "evidence: {relearn_steps: 6, relearn_every: 3, relearn_lr: 1.0e-2, shadows: 2}")
 SETS = ("forget", "retain", "test")
 
 Row = dict[str, Any]

@@ -277,7 +277,6 @@ def test_training_batches_hold_every_record_once(corpus: Path, monkeypatch: pyte
     ("options", "message"),
     [
         ({"wrong": 1}, "arguments of LlamaConfig, got wrong"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings must be false"),
         ({"authors": 9, "held_out": 2}, "authors and held_out must be at most 10 together, got 9 and 2"),
         ({"authors": 1}, "authors must be at least 2, got 1"),
         ({"vocab_size": 100}, "vocab_size must be at least 258, got 100"),
@@ -389,11 +388,12 @@ evidence: {{relearn_steps: 2, relearn_every: 1, max_new_tokens: 4}}
 """
 
 
-@pytest.mark.parametrize("kind", ["tofu", "questions"])
-def test_experiments_run_from_end_to_end(kind: str, corpus: Path, encoder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "tied"), [("tofu", False), ("tofu", True), ("questions", False)])
+def test_experiments_run_from_end_to_end(kind: str, tied: bool, corpus: Path, encoder: Path, tmp_path: Path) -> None:
     task: dict[str, Any] = {"name": kind, "epochs": 1, "batch_size": 16}
     if kind == "tofu":
         task |= {"data": str(corpus), "options": {"authors": 3, "held_out": 2, "vocab_size": 300, **TINY}}
+        task["options"] |= {"tie_word_embeddings": tied}
     else:
         file = squad(tmp_path / "questions.json.gz")
         task |= {"data": str(file), "model": str(encoder), "options": {"max_length": 20}}

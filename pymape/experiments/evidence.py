@@ -15,7 +15,6 @@ from torch import nn
 
 from pymape.experiments.cells import Cell, digest, read_rows
 from pymape.experiments.config import EvidenceConfig
-from pymape.experiments.memory import added_memory
 from pymape.experiments.methods import pass_size
 from pymape.experiments.summaries import choose_cells
 from pymape.experiments.unit import Unit
@@ -32,6 +31,7 @@ from pymape.metrics import (
     score_metrics,
     tofu_metrics,
 )
+from pymape.metrics.costs import added_memory
 from pymape.metrics.scores import LANGUAGE_MODEL
 
 __all__ = ["MASKS", "SETS", "Evidence", "Subject", "subjects"]

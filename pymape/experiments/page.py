@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pymape.experiments.claims import claims
+from pymape.experiments.claims import Claim, claims
 from pymape.experiments.pictures import SavedEvidence, example_sections, gap_figures, relearning_figures
 from pymape.experiments.sections import claim_sections, comparison_sections, cost_text, data_text, setting_section
 from pymape.experiments.summaries import EVIDENCE, RESULTS, Outcome, read_cells, summarise_cells
@@ -36,7 +36,7 @@ def run_report(runs: Sequence[str], output: str = "report.html") -> None:
     """
     read = [_read(Path(run)) for run in runs]
     outcomes = [outcome for outcome, _ in read]
-    names = [outcome.name for outcome in outcomes]
+    found, names = claims(outcomes), [outcome.name for outcome in outcomes]
     if len(set(names)) < len(names):
         raise ValueError(f"runs must be of different experiments, got {', '.join(names)}")
 
@@ -46,9 +46,9 @@ def run_report(runs: Sequence[str], output: str = "report.html") -> None:
     report = Report(
         title=" and ".join(outcome.config["title"] or outcome.name for outcome in outcomes),
         lead=" ".join([_LEAD, *(outcome.config["note"] for outcome in outcomes)]).strip(),
-        key_figures=_key_figures(outcomes),
+        key_figures=_key_figures(outcomes, found),
         sections=[
-            *claim_sections(outcomes),
+            *claim_sections(found),
             *(section for outcome, evidence in read for section in _settings(outcome, evidence, len(names) > 1)),
             *comparison_sections(outcomes),
         ],
@@ -85,10 +85,8 @@ def _settings(outcome: Outcome, evidence: SavedEvidence, several: bool) -> list[
     return sections
 
 
-def _key_figures(outcomes: Sequence[Outcome]) -> dict[str, str]:
-    figures: dict[str, str] = {}
-    for claim in claims(outcomes):
-        figures[f"claim {claim.number}, {claim.name}"] = claim.holds.lower()
+def _key_figures(outcomes: Sequence[Outcome], found: Sequence[Claim]) -> dict[str, str]:
+    figures = {f"claim {claim.number}, {claim.name}": claim.holds.lower() for claim in found}
     cells = sum(outcome.summary["cells"] for outcome in outcomes)
     failed = sum(len(outcome.found["failed"]) for outcome in outcomes)
     figures["models unlearned or trained" + (f", {failed} of them failed" if failed else "")] = str(cells)

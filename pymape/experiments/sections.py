@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pymape.experiments.claims import CRITERION, claims
+from pymape.experiments.claims import CRITERION, Claim, claims
 from pymape.experiments.summaries import Outcome, pool
 from pymape.experiments.tables import SELECTION_RULE, comparison_tables, evidence_tables, markdown, result_table
 from pymape.files import atomic_write
@@ -23,9 +23,8 @@ _COMPARED = {
 }
 
 
-def claim_sections(outcomes: Sequence[Outcome]) -> list[Section]:
+def claim_sections(found: Sequence[Claim]) -> list[Section]:
     """How claims are judged, and one section for each that the experiments bear on."""
-    found = claims(outcomes)
     sections = [
         Section(
             f"Claim {claim.number}, {claim.name}: {claim.holds.lower()}",
@@ -91,7 +90,7 @@ def write_markdown(path: Path, outcome: Outcome) -> None:
     summary, config, found = outcome.summary, outcome.config, outcome.found
     versions = summary["versions"]
     sections = [
-        *claim_sections([outcome]),
+        *claim_sections(claims([outcome])),
         *(setting_section(outcome, setting) for setting in config["settings"]),
         *comparison_sections([outcome]),
     ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_model, save_model
 from transformers import PreTrainedModel
 
 from pymape.experiments.cells import CODE, REFERENCES, Cell, Place, digest, training
@@ -129,12 +129,12 @@ class Unit:
         path = self.folder / _MODELS / f"{key}.safetensors"
         model = self.task.start(seed)
         if path.exists():
+            load_model(model, path)
             with safe_open(path, framework="pt") as file:
-                model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
                 return model.eval(), float(file.metadata()["seconds"])
         seconds = train(model, records, self.config.task, seed)
         with atomic_write(path) as temporary:
-            save_file(model.state_dict(), temporary, {"seconds": repr(seconds)})
+            save_model(model, str(temporary), {"seconds": repr(seconds)})
         return model, seconds
 
     def _figures(self, model: PreTrainedModel) -> dict[str, float]:

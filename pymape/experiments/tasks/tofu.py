@@ -134,8 +134,6 @@ def _check(model: Mapping[str, Any], authors: int, held_out: int | str, vocab_si
     unknown = sorted(set(model) - set(LlamaConfig().to_dict()))
     if unknown:
         raise ValueError(f"task.options must be arguments of LlamaConfig, got {', '.join(unknown)}")
-    if model.get("tie_word_embeddings"):
-        raise ValueError("task.options.tie_word_embeddings must be false: models are kept tensor by tensor, got true")
     least = {"authors": (authors, 2), "vocab_size": (vocab_size, _LEAST)}
     least |= {} if isinstance(held_out, str) else {"held_out": (held_out, 1)}
     least |= {} if questions is None else {"questions": (questions, 1)}
