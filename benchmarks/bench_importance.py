@@ -1,4 +1,7 @@
-"""The importance pass against a plain forward and backward to the activations; length buckets against file order."""
+"""The importance pass against a plain forward and backward to the activations, and against a backward per sample.
+
+On a GPU the model is in bf16, and the plain passes run once with each of torch's attention kernels: the fastest counts.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,16 @@ import gzip
 import importlib.util
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.harness import Report, alternate
+from benchmarks.harness import Report, alternate, compare
 from pymape import importance
 from pymape.architectures import find_layers
 from pymape.batching import PaddingCollator
@@ -22,19 +27,29 @@ from pymape.losses import per_sample_loss
 
 VOCABULARY = 30522
 BATCHES = {8: 4, 32: 1}  # batch size -> batches per measured call
+KERNELS: dict[str, dict[str, SDPBackend | None]] = {  # of the plain passes
+    "cpu": {"": None},
+    "cuda": {
+        ", flash": SDPBackend.FLASH_ATTENTION,
+        ", efficient": SDPBackend.EFFICIENT_ATTENTION,
+        ", cuDNN": SDPBackend.CUDNN_ATTENTION,
+    },
+}
 
 
 def run(device: str, arguments: Sequence[str] = ()) -> Report:
     parser = argparse.ArgumentParser(prog="python -m benchmarks importance")
     parser.add_argument("--data", type=Path, help="sentence TAB label, .tsv or .tsv.gz; default: drawn lengths")
     parser.add_argument("--records", type=int, default=1024, help="of the file, in its order; 0 takes all")
-    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=3 if device == "cpu" else 12)
     parser.add_argument("--rounds", type=int, default=5)
     options, _ = parser.parse_known_args(arguments)
     report = Report("importance", device)
     model = bert_base(options.layers).to(device)
     _check(model, fixed_length(4, 128))
-    for batch, count in BATCHES.items():
+    if device != "cpu":
+        model.to(torch.bfloat16)
+    for batch, count in (BATCHES if device == "cpu" else {32: 8, 128: 4}).items():
         compare_with_plain(report, model, fixed_length(count * batch, 128), batch, options.rounds)
     records = sentences(options.data, options.records) if options.data else drawn_lengths(options.records or 1024)
     compare_with_file_order(report, model, records, options.data.name if options.data else "drawn", options.rounds)
@@ -56,19 +71,23 @@ def compare_with_plain(
 ) -> None:
     collate = PaddingCollator()
     batches = [collate(records[start : start + batch]) for start in range(0, len(records), batch)]
-    cases = alternate(
-        f"{batch}x128",
-        {
-            "importance": lambda: importance(model, records, batch_size=batch, progress=False),
-            "plain, to the inputs": lambda: plain_pass(model, batches, to_inputs(model)),
-            "plain, to the first gate": lambda: plain_pass(model, batches, to_first_heads(model)),
-        },
-        seconds=0,
-        least=rounds,
-    )
-    ours, inputs, first = cases
-    ours.figures["x inputs"] = ours.median_s / inputs.median_s
-    ours.figures["x first gate"] = ours.median_s / first.median_s
+    providers: dict[str, Callable[[], Any]] = {
+        "importance": lambda: importance(model, records, batch_size=batch, progress=False),
+        "gates and a backward per sample": lambda: importance(
+            model, records, batch_size=1, backend="reference", progress=False
+        ),
+    }
+    for kernel, number in KERNELS[report.device].items():
+        for name, activation in (("inputs", to_inputs(model)), ("first gate", to_first_heads(model))):
+            providers[f"plain, to the {name}{kernel}"] = lambda a=activation, n=number: plain_pass(model, batches, a, n)
+    cases = compare(f"{len(records)} records, {batch}x128", providers, tolerance=None, seconds=0, least=rounds)
+    for case in cases:
+        del case.figures["x pymape"]
+    ours, per_sample, *plain = cases
+    per_sample.figures["x importance"] = per_sample.median_s / ours.median_s
+    for name in ("inputs", "first gate"):
+        times = [case.median_s for case in plain if f"the {name}" in case.provider and case.median_s is not None]
+        ours.figures[f"x {name}"] = ours.median_s / min(times)
     report.cases += cases
 
 
@@ -91,15 +110,19 @@ def compare_with_file_order(
 
 
 def plain_pass(
-    model: nn.Module, batches: list[dict[str, Tensor]], activation: Callable[[dict[str, Tensor]], tuple[Any, Any]]
+    model: nn.Module,
+    batches: list[dict[str, Tensor]],
+    activation: Callable[[dict[str, Tensor]], tuple[Any, Any]],
+    kernel: SDPBackend | None,
 ) -> None:
     """Forward, and backward to one activation, of the stock model with frozen weights."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for batch in batches:
-        placed = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
-        outputs, leaf = activation({key: value for key, value in placed.items() if key != "labels"})
-        torch.autograd.grad(per_sample_loss(model, placed, outputs).sum(), leaf)
+    with nullcontext() if kernel is None else sdpa_kernel(kernel):
+        for batch in batches:
+            placed = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
+            outputs, leaf = activation({key: value for key, value in placed.items() if key != "labels"})
+            torch.autograd.grad(per_sample_loss(model, placed, outputs).sum(), leaf)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
 

@@ -1,87 +1,160 @@
-"""masked_activation, forward and backward with scores, against torch: the activation alone, eager and compiled."""
+"""The first half of a feed-forward block with gated filters, and its elementwise part alone, forward and backward.
+
+A step is a forward and a backward pass that yields the gradient of the input and the filter scores, with frozen
+weights: what an importance pass does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import argparse
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Report, alternate, gigabytes_per_second
-from pymape.ops import masked_activation, masked_activation_reference
+from benchmarks.harness import Case, Report, add_rates, compare
+from benchmarks.shapes import LAYERS, LayerShape
+from pymape.ops import masked_activation, masked_activation_reference, masked_ffn, masked_ffn_reference
 
-CASES = {
-    "BERT-base": ("gelu", False, (32, 128, 3072)),
-    "GPT-2": ("gelu_tanh", False, (8, 512, 3072)),
-    "Qwen2-0.5B": ("silu", True, (8, 256, 4864)),
-}
-ALONE: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda pre: F.gelu(pre, approximate="tanh"),
-    "silu": F.silu,
-}
+PARTS = ("activation", "block")
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 def run(device: str, arguments: Sequence[str] = ()) -> Report:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks masked_ffn")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
+    options, _ = parser.parse_known_args(arguments)
     report = Report("masked_ffn", device)
-    report.notes.append(
-        "per-sample gates that want their gradient; 'activation alone' has no bias, gate, up projection or scores"
-    )
     dtypes = (torch.float32, torch.bfloat16) if device == "cpu" else (torch.bfloat16,)
-    for name, (activation, gated, shape) in CASES.items():
+    for name in options.layers:
+        layer = LAYERS[name]
         for dtype in dtypes:
-            _measure(
-                report, f"{name} {'x'.join(map(str, shape))} {str(dtype)[6:]}", activation, gated, shape, dtype, device
-            )
+            if "activation" in options.parts:
+                report.cases += _activation(name, layer, dtype, device)
+        if "block" in options.parts:
+            report.cases += _block(name, layer, dtypes[0], device)
+    report.notes += [
+        "per-sample gates that want their gradient; activation alone: no bias, gate, up projection or scores",
+        "block: bias, one or two projections, activation, gate; operations are those of the products",
+        "cuBLASLt epilogue (on a GPU): torch._addmm_activation, whose GELU is the tanh form; forward only",
+        "Liger: its kernel for SiLU times up, behind two products",
+    ]
     return report
 
 
-def _measure(
-    report: Report,
-    label: str,
-    activation: str,
-    gated: bool,
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    device: str,
-) -> None:
-    batch, _, filters = shape
+def _activation(name: str, layer: LayerShape, dtype: torch.dtype, device: str) -> list[Case]:
+    batch, tokens = layer.samples_and_tokens(device)
+    shape = (batch, tokens, layer.filters)
     pre, up, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
-    gate, bias = torch.ones(batch, filters, device=device), torch.randn(filters, device=device)
-    leaves = [pre.requires_grad_(), gate.requires_grad_(), *([up.requires_grad_()] if gated else [])]
+    bias, gate = torch.randn(layer.filters, device=device), torch.rand(batch, layer.filters, device=device)
+    inputs = [pre.requires_grad_(), gate.requires_grad_(), *([up.requires_grad_()] if layer.gated else [])]
 
-    def gated_by(op: Callable[..., Tensor]) -> Callable[[], Tensor]:
-        return lambda: op(pre, gate, bias=bias, up=up if gated else None, activation=activation)
+    def call(op: Callable[..., Tensor], pre: Tensor, gate: Tensor, *up: Tensor) -> Tensor:
+        return op(pre, gate, bias=bias.to(gate.dtype), up=up[0] if up else None, activation=layer.activation)
 
-    forward = {
-        "pymape": gated_by(masked_activation),
-        "activation alone": lambda: ALONE[activation](pre),
-        "eager": gated_by(masked_activation_reference),
-        "torch.compile": gated_by(torch.compile(masked_activation_reference)),
-    }
-    inputs = {provider: [pre] if provider == "activation alone" else leaves for provider in forward}
-    results = {provider: call() for provider, call in forward.items()}
-    backward = {
-        provider: lambda provider=provider: torch.autograd.grad(
-            results[provider], inputs[provider], grad, retain_graph=True
-        )
-        for provider in forward
-    }
-    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
-    for actual, expected in zip(
-        (results["pymape"], *backward["pymape"]()), (results["eager"], *backward["eager"]()), strict=True
-    ):
-        largest = expected.abs().max().item()
-        torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * largest)
+    ops: dict[str, Callable[..., Tensor]] = {"pymape": masked_activation, "eager": masked_activation_reference}
+    if device != "cpu" or layer.compiled_on_cpu:
+        ops["torch.compile"] = torch.compile(masked_activation_reference, dynamic=False)
+    alone = _plain_activation(layer.activation)
+    label = f"activation, {name} {'x'.join(map(str, shape))} {str(dtype)[6:]}"
+    cases = compare(
+        label,
+        {provider: functools.partial(_step, functools.partial(call, op), inputs, grad) for provider, op in ops.items()},
+        exact=lambda: _step(functools.partial(call, masked_activation_reference), _doubled(inputs), grad.double()),
+        tolerance=TOLERANCE[dtype],
+        seconds=0.4,
+    )
+    bare = compare(label, {"activation alone": lambda: _step(alone, [pre], grad)}, tolerance=0, seconds=0.4)
+    bare[0].figures["x pymape"] = bare[0].median_s / cases[0].median_s
+    # Forward: read pre (and up), write the result. Backward: read the gradient and these, write their gradients.
+    moved = (3 + 5 if layer.gated else 2 + 3) * pre.numel() * pre.element_size()
+    add_rates(cases[:1], device, dtype, moved=moved)
+    return [*cases, *bare]
 
-    size = pre.numel() * pre.element_size()
-    for direction, calls, moved in (
-        ("forward", forward, (3 if gated else 2) * size),
-        ("backward", backward, (5 if gated else 3) * size),
-    ):
-        cases = alternate(f"{label} {direction}", calls)
-        cases[0].figures["GB/s"] = gigabytes_per_second(cases[0], moved)
-        for other in cases[1:]:
-            other.figures["pymape is x faster"] = other.median_s / cases[0].median_s
-        report.cases += cases
+
+def _block(name: str, layer: LayerShape, dtype: torch.dtype, device: str) -> list[Case]:
+    batch, tokens = layer.samples_and_tokens(device)
+    scale = layer.width**-0.5
+    weights = [scale * torch.randn(layer.filters, layer.width, device=device) for _ in range(1 + layer.gated)]
+    weight, *up_weight = (x.to(dtype) for x in weights)
+    bias = None if layer.gated else torch.randn(layer.filters, device=device).to(dtype)
+    x, gate = torch.randn(batch, tokens, layer.width, device=device), torch.rand(batch, layer.filters, device=device)
+    inputs = [x.to(dtype).requires_grad_(), gate.requires_grad_()]
+    grad = torch.randn(batch, tokens, layer.filters, device=device).to(dtype)
+    block = {"up_weight": up_weight[0] if up_weight else None, "activation": layer.activation}
+    compiles = device != "cpu" or layer.compiled_on_cpu
+    functions = dict(_block_providers(weight, bias, block, device, compiles))
+    exact = _in_double(weight, bias, block)
+    products = 2 * batch * tokens * layer.width * layer.filters * (1 + layer.gated)
+    shape = f"{name} {batch * tokens}x{layer.width} to {layer.filters} {str(dtype)[6:]}"
+    options: dict[str, Any] = {"tolerance": TOLERANCE[dtype], "seconds": 0.6}
+
+    steps = {provider: functools.partial(_step, function, inputs, grad) for provider, function in functions.items()}
+    backward = compare(
+        f"block step, {shape}", steps, exact=lambda: _step(exact, _doubled(inputs), grad.double()), **options
+    )
+    add_rates(backward, device, dtype, operations=2 * products)
+    with torch.no_grad():
+        calls = {provider: functools.partial(function, *inputs) for provider, function in functions.items()}
+        if bias is not None and layer.activation == "gelu_tanh":
+            calls["cuBLASLt epilogue, gate"] = functools.partial(_epilogue, weight, bias, *inputs)
+        forward = compare(f"block forward, {shape}", calls, exact=lambda: exact(*_doubled(inputs)), **options)
+    add_rates(forward, device, dtype, operations=products)
+    return [*backward, *forward]
+
+
+def _block_providers(
+    weight: Tensor, bias: Tensor | None, block: dict[str, Any], device: str, compiles: bool
+) -> Iterator[tuple[str, Callable[..., Tensor]]]:
+    yield "pymape", lambda x, gate: masked_ffn(x, weight, bias, gate, **block)
+    for backend in ("triton", "cuda") if device != "cpu" else ():
+        yield f"pymape, {backend}", lambda x, gate, b=backend: masked_ffn(x, weight, bias, gate, **block, backend=b)
+
+    def eager(x: Tensor, gate: Tensor) -> Tensor:
+        return masked_ffn_reference(x, weight, bias, gate, **block)
+
+    yield "eager", eager
+    if compiles:
+        yield "torch.compile", torch.compile(eager, dynamic=False)
+    if block["up_weight"] is not None:
+        yield "Liger, gate", functools.partial(_liger, weight, block["up_weight"])
+
+
+def _epilogue(weight: Tensor, bias: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+    """Bias and GELU in the product's epilogue; torch has no derivative of it."""
+    hidden = torch._addmm_activation(bias, x.flatten(0, 1), weight.t(), use_gelu=True).view(*x.shape[:2], -1)
+    return (hidden * gate.unsqueeze(1)).to(x.dtype)
+
+
+def _liger(weight: Tensor, up_weight: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    hidden = LigerSiLUMulFunction.apply(F.linear(x, weight), F.linear(x, up_weight))
+    return (hidden * gate.unsqueeze(1)).to(x.dtype)
+
+
+def _in_double(weight: Tensor, bias: Tensor | None, block: dict[str, Any]) -> Callable[..., Tensor]:
+    up_weight = block["up_weight"]
+    wide = block | {"up_weight": None if up_weight is None else up_weight.double()}
+    return lambda x, gate: masked_ffn_reference(
+        x, weight.double(), None if bias is None else bias.double(), gate, **wide
+    )
+
+
+def _plain_activation(activation: str) -> Callable[[Tensor], Tensor]:
+    if activation == "gelu_tanh":
+        return lambda pre: F.gelu(pre, approximate="tanh")
+    return F.silu if activation == "silu" else F.gelu
+
+
+def _step(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+    output = function(*inputs)
+    return output.detach(), *torch.autograd.grad(output, inputs, grad)
+
+
+def _doubled(inputs: Sequence[Tensor]) -> list[Tensor]:
+    return [x.detach().double().requires_grad_() for x in inputs]

@@ -1,4 +1,4 @@
-"""module_scores against eager torch, and against the rate at which torch copies memory in the same run."""
+"""module_scores against eager torch and torch.compile, and against the rate at which torch copies memory."""
 
 from __future__ import annotations
 
@@ -6,40 +6,52 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.harness import Case, Report, alternate, gigabytes_per_second
+from benchmarks.harness import Case, Report, add_rates, compare
+from benchmarks.shapes import LAYERS
 from pymape.ops import module_scores, module_scores_reference
-
-SHAPES = {
-    "BERT-base FFN": (32, 128, 3072),
-    "BERT-base heads": (32, 128, 12, 64),
-    "ViT-B/16 FFN": (16, 197, 3072),
-    "beyond the caches": (64, 256, 3072),
-}
 
 
 def run(device: str, arguments: Sequence[str] = ()) -> Report:
     report = Report("module_scores", device)
-    for name, shape in SHAPES.items():
-        report.cases += _compare(name, shape, device)
+    report.notes += [
+        "eager: (grad * out).sum in the inputs' dtype; eager, fp32 sums: the same after both are turned into fp32",
+        "GB/s counts every input once; copy_ reads and writes as much",
+    ]
+    dtypes = (torch.float32, torch.bfloat16) if device == "cpu" else (torch.bfloat16,)
+    for dtype in dtypes:
+        for name, layer in LAYERS.items():
+            batch, tokens = layer.samples_and_tokens(device)
+            if device == "cpu":
+                batch *= 4  # two passes over the data are over soon: enough of it that no cache holds it
+            for shape in ((batch, tokens, layer.filters), (batch, tokens, layer.heads, layer.head_size)):
+                compiles = device != "cpu" or layer.compiled_on_cpu
+                report.cases += _compare(name, shape, dtype, device, compiles)
     return report
 
 
-def _compare(name: str, shape: tuple[int, ...], device: str) -> list[Case]:
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+def _compare(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, compiles: bool) -> list[Case]:
     output, grad = torch.randn(2, *shape, device=device).to(dtype)
-    torch.testing.assert_close(module_scores(output, grad), module_scores_reference(output, grad), rtol=1e-3, atol=1e-2)
     dims = (1,) if len(shape) == 3 else (1, 3)
     copy = torch.empty_like(output)
-    ours, eager, copied = alternate(
-        f"{name} {'x'.join(map(str, shape))}",
-        {
-            "pymape": lambda: module_scores(output, grad),
-            "(grad * out).sum": lambda: (grad * output).sum(dims),
-            "copy_": lambda: copy.copy_(output),
-        },
+    providers = {
+        "pymape": lambda: module_scores(output, grad),
+        "eager": lambda: (grad * output).sum(dims),
+    }
+    if dtype != torch.float32:
+        providers["eager, fp32 sums"] = lambda: module_scores_reference(output, grad)
+    if compiles:
+        compiled = torch.compile(module_scores_reference, dynamic=False)
+        providers["torch.compile, fp32 sums"] = lambda: compiled(output, grad)
+    label = f"{name} {'heads' if len(shape) == 4 else 'filters'} {'x'.join(map(str, shape))} {str(dtype)[6:]}"
+    # The sum of many products of both signs: eager bf16 rounds every product, and the sum of some is near 0.
+    cases = compare(
+        label,
+        providers,
+        exact=lambda: module_scores_reference(output.double(), grad.double()),
+        tolerance=1e-5 if dtype == torch.float32 else 3e-2,
+        seconds=0.4,
     )
-    moved = 2 * output.numel() * output.element_size()  # two tensors read; for copy_, one read and one written
-    for case in (ours, copied):
-        case.figures["GB/s"] = gigabytes_per_second(case, moved)
-    ours.figures["speed-up"] = eager.median_s / ours.median_s
-    return [ours, eager, copied]
+    copied = compare(label, {"copy_": lambda: copy.copy_(output)}, tolerance=0, seconds=0.4)
+    copied[0].figures.pop("x pymape")
+    add_rates([*cases, *copied], device, dtype, moved=2 * output.numel() * output.element_size())
+    return [*cases, *copied]

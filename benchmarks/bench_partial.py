@@ -1,8 +1,9 @@
 """A partial training step against the usual masked-gradient step, and against what it cannot do without.
 
-The masked-gradient step computes all gradients, zeroes them outside the masks and steps AdamW over everything. What no
-partial step can save is the forward pass, the backward pass to the lowest selected projections, and the gradients of
-the selected rows and columns; their time bounds the speed-up that is possible.
+The masked-gradient step computes all gradients, zeroes them outside the masks and steps AdamW over everything;
+embeddings and LM head are frozen in both. What no partial step can save is the forward pass, the backward pass to the
+lowest selected projections, and the gradients of the selected rows and columns; their time bounds the speed-up that is
+possible. On a GPU, `llama` is TinyLlama-1.1B with all its layers in bf16.
 """
 
 from __future__ import annotations
@@ -27,51 +28,57 @@ from benchmarks.harness import Case, Report, alternate
 from pymape import FrozenPrefix, ModuleMasks, PartialParameters, PrefixCache, layout, selected_weight_grad
 from pymape.architectures import find_layers
 
-BATCH, TOKENS, VOCABULARY, BUDGET = 8, 128, 1000, 0.1
-LAYERS = {"bert": 12, "llama": 4}
+BATCH, BUDGET = 8, 0.1
+LAYERS = {"cpu": {"bert": 12, "llama": 4}, "cuda": {"bert": 12, "llama": 22}}
+TOKENS = {"cpu": 128, "cuda": 512}  # of a sample
+VOCABULARY = {"cpu": 1000, "cuda": 32000}  # small on a CPU, because embeddings are no module of a mask
+DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
 def run(device: str, arguments: Sequence[str] = ()) -> Report:
     parser = argparse.ArgumentParser(prog="python -m benchmarks partial")
-    parser.add_argument("--models", nargs="+", choices=sorted(LAYERS), default=sorted(LAYERS))
-    parser.add_argument("--layers", type=int, help="default: 12 of BERT-base, 4 of TinyLlama-1.1B")
+    parser.add_argument("--models", nargs="+", choices=sorted(LAYERS[device]), default=sorted(LAYERS[device]))
+    parser.add_argument("--layers", type=int, help="default: 12 of BERT-base; of TinyLlama-1.1B 4, and all 22 on a GPU")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     options, _ = parser.parse_known_args(arguments)
     torch.set_num_threads(options.threads)
     report = Report("partial", device)
     for name in options.models:
-        layers = options.layers or LAYERS[name]
+        layers = options.layers or LAYERS[device][name]
         _check(name, min(layers, 2), device)
         compare_steps(report, name, layers, options.rounds, device)
         compare_memory(report, name, layers, options.threads, device)
     report.notes += [
-        f"{BATCH} x {TOKENS} tokens, budget {BUDGET:.0%}, fp32, fused AdamW, train mode; {options.rounds} rounds",
+        f"{BATCH} x {TOKENS[device]} tokens, budget {BUDGET:.0%}, {str(DTYPE[device])[6:]}, fused AdamW, train mode; "
+        f"{options.rounds} rounds",
         "of possible: (needed passes + selected weight gradients) / step, all medians of the same alternating rounds",
-        "memory: highest resident size of a process of two steps, less that before the model was made",
+        "memory: highest resident size of a process of two steps (on a GPU: allocated by torch), less that before the "
+        "model was made",
     ]
     return report
 
 
-def make_model(name: str, layers: int, device: str = "cpu") -> Any:
-    """Layers of BERT-base or TinyLlama-1.1B; the vocabulary is small, because embeddings are no module of a mask."""
+def make_model(name: str, layers: int, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
+    """Layers of BERT-base or TinyLlama-1.1B, in the device's dtype unless another is given."""
+    vocabulary = VOCABULARY[device]
     if name == "bert":
-        config = transformers.BertConfig(num_hidden_layers=layers, vocab_size=VOCABULARY, attn_implementation="sdpa")
+        config = transformers.BertConfig(num_hidden_layers=layers, vocab_size=vocabulary, attn_implementation="sdpa")
         kind: Any = transformers.BertForSequenceClassification
     else:
         config = transformers.LlamaConfig(
-            num_hidden_layers=layers, vocab_size=VOCABULARY, hidden_size=2048, intermediate_size=5632,
+            num_hidden_layers=layers, vocab_size=vocabulary, hidden_size=2048, intermediate_size=5632,
             num_attention_heads=32, num_key_value_heads=4, attn_implementation="sdpa", use_cache=False,
         )  # fmt: skip
         kind = transformers.LlamaForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return kind(config).to(device).train()
+        return kind(config).to(device, dtype or DTYPE[device]).train()
 
 
 def make_batch(name: str, device: str = "cpu") -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, VOCABULARY, (BATCH, TOKENS), generator=generator)
+    ids = torch.randint(3, VOCABULARY[device], (BATCH, TOKENS[device]), generator=generator)
     labels = ids if name == "llama" else torch.arange(BATCH) % 2
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     return {key: value.to(device) for key, value in batch.items()}
@@ -92,13 +99,17 @@ def make_masks(model: nn.Module, place: str) -> ModuleMasks:
 
 def dense_step(model: Any, batch: dict[str, Tensor], place: str = "anywhere") -> tuple[Callable[[], None], Any]:
     """The masked-gradient step and its optimizer."""
-    inside = {parameter: torch.zeros_like(parameter, dtype=torch.bool) for parameter in model.parameters()}
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None:
+            module.requires_grad_(False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    inside = {parameter: torch.zeros_like(parameter, dtype=torch.bool) for parameter in trained}
     masks = make_masks(model, place)
     for layer, groups, filters in zip(find_layers(model), masks.head_groups, masks.filters, strict=True):
         slices = layer.head_slices(groups.nonzero()[:, 0]) + layer.filter_slices(filters.nonzero()[:, 0])
         for module, name, dim, index in slices:
             inside[getattr(module, name)].index_fill_(dim, index.to(batch["input_ids"].device), True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -155,7 +166,9 @@ def needed_weight_gradients(model: Any, device: str) -> Callable[[], None]:
         for module, name, dim, index in slices:
             if name == "weight" and len(index):
                 jobs.setdefault(module, (dim, []))[1].append(index.to(device))
-    drawn = {shape: torch.randn(BATCH * TOKENS, shape, device=device) for m in jobs for shape in m.weight.shape}
+    rows = BATCH * TOKENS[device]
+    sizes = {size for module in jobs for size in module.weight.shape}
+    drawn = {size: torch.randn(rows, size, device=device).to(DTYPE[device]) for size in sizes}
 
     def step() -> None:
         for module, (dim, parts) in jobs.items():
@@ -189,6 +202,9 @@ def compare_steps(report: Report, name: str, layers: int, rounds: int, device: s
 
 def compare_memory(report: Report, name: str, layers: int, threads: int, device: str) -> None:
     """Each kind of step in a process of its own."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()  # the models that were measured are gone, and their memory is the processes' now
     measured = {}
     for kind in ("masked gradients", "partial"):
         command = [sys.executable, "-m", "benchmarks.bench_partial", name, kind, str(layers), str(threads), device]
@@ -221,6 +237,8 @@ def measure_memory(name: str, kind: str, layers: int, device: str) -> dict[str, 
     start = time.perf_counter()
     for _ in range(2):
         step()
+    if cuda:
+        torch.cuda.synchronize()
     seconds = (time.perf_counter() - start) / 2
     peak = (torch.cuda.max_memory_allocated() if cuda else _resident("VmHWM")) - before
     tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
@@ -236,7 +254,7 @@ def _resident(field: str) -> int:
 def _check(name: str, layers: int, device: str) -> None:
     """The compact gradients are the selected rows and columns of the full ones, and the cache changes no bit."""
     batch = make_batch(name, device)
-    dense, model = (make_model(name, layers, device).eval() for _ in range(2))
+    dense, model = (make_model(name, layers, device, torch.float32).eval() for _ in range(2))
     dense(**batch).loss.backward()
     partial = PartialParameters(model, make_masks(model, "anywhere"))
     expected = model(**batch)

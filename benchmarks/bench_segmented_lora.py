@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from typing import Any
 
-import peft
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.harness import Report, alternate
-from pymape.ops import segmented_lora
+from benchmarks.harness import Report, add_rates, compare
+from pymape.ops import segmented_lora, segmented_lora_reference
 
 TOKENS, RANK = 128, 16
 # width of the layer, samples of every segment, tokens of a sample
@@ -27,80 +28,106 @@ def run(device: str, arguments: Sequence[str] = ()) -> Report:
     report = Report("segmented_lora", device)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     report.notes += [
-        f"rank {RANK}, five adapters, square layers, {str(dtype)[6:]}; on CPU pymape's bits are those of PEFT's layers",
-        "adapters alone: the frozen layer's output is given; PEFT's modules lora_A and lora_B in a loop",
+        f"rank {RANK}, five adapters, square layers, {str(dtype)[6:]}; on CPU pymape's bits are those of the loop",
+        "adapters alone: the frozen layer's output is given; loop: two products a segment, which is what PEFT computes",
         "whole layer: with the frozen layer; PEFT's lora.Linear, one per segment, or one for all with adapter_names",
     ]
-    for name, (width, samples, tokens) in CASES.items():
-        with torch.inference_mode():
-            _compare(report, f"{name} {'+'.join(map(str, samples))} x {tokens}", width, samples, tokens, dtype, device)
+    with torch.inference_mode():
+        for name, (width, samples, tokens) in CASES.items():
+            label = f"{name} {'+'.join(map(str, samples))} x {tokens}"
+            problem = _Problem(width, samples, tokens, dtype, device)
+            _compare(report, label, problem, dtype, device)
     return report
 
 
-def make_layer(width: int, adapters: int, dtype: torch.dtype, device: str) -> peft.tuners.lora.Linear:
-    """A frozen linear layer with this many adapters "0", "1", ... as PEFT makes them."""
-    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, use_rslora=True, init_lora_weights=False)
-    layer = peft.tuners.lora.Linear(nn.Linear(width, width), "0", config, r=RANK, lora_alpha=RANK)
-    for adapter in range(1, adapters):
-        layer.update_layer(str(adapter), RANK, lora_alpha=RANK, config=config)
-    return layer.to(device, dtype).eval()
+class _Problem:
+    """A batch whose samples belong to segments, a frozen layer, and an adapter for every segment."""
 
+    def __init__(self, width: int, samples: Sequence[int], tokens: int, dtype: torch.dtype, device: str) -> None:
+        self.adapters, self.samples = len(samples), samples
+        self.layer = nn.Linear(width, width).to(device, dtype)
+        self.batch = torch.randn(sum(samples), tokens, width, device=device).to(dtype)
+        self.x = self.batch.flatten(0, 1)
+        self.sizes = [count * tokens for count in samples]
+        self.offsets = [0, *accumulate(self.sizes)]
+        self.lora_a = (torch.randn(self.adapters, RANK, width, device=device) / width**0.5).to(dtype)
+        self.lora_b = torch.randn(self.adapters, width, RANK, device=device).to(dtype)
+        self.scale = [RANK**0.5] * self.adapters
+        self.base = self.layer(self.x)
 
-def _compare(
-    report: Report, label: str, width: int, samples: Sequence[int], tokens: int, dtype: torch.dtype, device: str
-) -> None:
-    adapters = len(samples)
-    layer = make_layer(width, adapters, dtype, device)
-    names = [str(adapter) for adapter in range(adapters)]
-    lora_a = torch.stack([layer.lora_A[name].weight for name in names])
-    lora_b = torch.stack([layer.lora_B[name].weight for name in names])
-    scale = [layer.scaling[name] for name in names]
-    single = [make_layer(width, 1, dtype, device) for _ in names]
-    for name, other in zip(names, single, strict=True):
-        other.base_layer = layer.base_layer
-        other.lora_A["0"], other.lora_B["0"] = layer.lora_A[name], layer.lora_B[name]
-        other.scaling["0"] = layer.scaling[name]
-    sizes = [count * tokens for count in samples]
-    offsets = [0, *accumulate(sizes)]
-    batch = torch.randn(sum(samples), tokens, width, device=device).to(dtype)
-    x = batch.flatten(0, 1)
-    per_sample = [name for name, count in zip(names, samples, strict=True) for _ in range(count)]
-    base = layer.base_layer(x)
+    def given(self) -> tuple[Any, ...]:
+        return self.lora_a, self.lora_b, self.offsets, range(self.adapters), self.scale
 
-    def ours(base: Tensor) -> Tensor:
-        return segmented_lora(x, base, lora_a, lora_b, offsets, range(adapters), scale)
+    def loop(self) -> Tensor:
+        parts = []
+        for adapter, (start, end) in enumerate(pairwise(self.offsets)):
+            h = self.x[start:end] @ self.lora_a[adapter].t()
+            parts.append(self.base[start:end] + h @ self.lora_b[adapter].t() * self.scale[adapter])
+        return torch.cat(parts)
 
-    def loop() -> Tensor:
-        parts = zip(names, x.split(sizes), base.split(sizes), strict=True)
-        return torch.cat([y + layer.lora_B[a](layer.lora_A[a](part)) * layer.scaling[a] for a, part, y in parts])
-
-    def padded() -> Tensor:
-        even = len(set(sizes)) == 1
-        rows = x.view(adapters, -1, width) if even else pad_sequence(x.split(sizes), batch_first=True)
-        given = base.view(adapters, -1, width) if even else pad_sequence(base.split(sizes), batch_first=True)
-        result = torch.baddbmm(given, rows @ lora_a.transpose(1, 2), lora_b.transpose(1, 2), alpha=scale[0])
+    def padded(self) -> Tensor:
+        even = len(set(self.sizes)) == 1
+        rows, given = (
+            x.view(self.adapters, -1, x.shape[1]) if even else pad_sequence(x.split(self.sizes), batch_first=True)
+            for x in (self.x, self.base)
+        )
+        products = rows @ self.lora_a.transpose(1, 2)
+        result = torch.baddbmm(given, products, self.lora_b.transpose(1, 2), alpha=self.scale[0])
         if even:
-            return result.view(-1, width)
-        return torch.cat([part[:size] for part, size in zip(result, sizes, strict=True)])
+            return result.flatten(0, 1)
+        return torch.cat([part[:size] for part, size in zip(result, self.sizes, strict=True)])
 
-    alone: dict[str, Callable[[], Tensor]] = {"pymape": lambda: ours(base), "PEFT loop": loop, "padded bmm": padded}
-    whole: dict[str, Callable[[], Tensor]] = {
-        "pymape": lambda: ours(layer.base_layer(x)),
-        "PEFT loop": lambda: torch.cat([one(part) for one, part in zip(single, x.split(sizes), strict=True)]),
-        "PEFT adapter_names": lambda: layer(batch, adapter_names=per_sample).flatten(0, 1),
-        "frozen layer alone": lambda: layer.base_layer(x),
+    @functools.cached_property
+    def peft_layer(self) -> Any:
+        """The frozen layer with all adapters, "0", "1", ..."""
+        return self._peft(range(self.adapters))
+
+    @functools.cached_property
+    def peft_layers(self) -> list[Any]:
+        """The frozen layer with one adapter each."""
+        return [self._peft([adapter]) for adapter in range(self.adapters)]
+
+    def _peft(self, adapters: Sequence[int]) -> Any:
+        import peft
+
+        config = peft.LoraConfig(r=RANK, lora_alpha=RANK, use_rslora=True)
+        first = str(adapters[0])
+        layer = peft.tuners.lora.Linear(self.layer, first, config, r=RANK, lora_alpha=RANK)
+        for adapter in adapters:
+            if str(adapter) != first:
+                layer.update_layer(str(adapter), RANK, lora_alpha=RANK, config=config)
+            layer.lora_A[str(adapter)].weight = nn.Parameter(self.lora_a[adapter])
+            layer.lora_B[str(adapter)].weight = nn.Parameter(self.lora_b[adapter])
+        return layer.eval()
+
+
+def _compare(report: Report, label: str, problem: _Problem, dtype: torch.dtype, device: str) -> None:
+    p = problem
+    names = [str(adapter) for adapter, count in enumerate(p.samples) for _ in range(count)]
+    alone: dict[str, Callable[[], Tensor]] = {
+        "pymape": lambda: segmented_lora(p.x, p.base, *p.given()),
+        "loop of products": p.loop,
+        "padded bmm": p.padded,
     }
-    expected = loop()
-    tolerance = {"rtol": 1e-4, "atol": 1e-4} if device == "cpu" else {"rtol": 3e-2, "atol": 3e-2}
-    for contender in (*alone.values(), *list(whole.values())[:-1]):
-        torch.testing.assert_close(contender(), expected, **tolerance)
-    if device == "cpu" and not torch.equal(ours(base), expected):
-        raise RuntimeError(f"segmented_lora does not have the bits of PEFT's layers at {label}")
-
-    for part, contenders in (("adapters alone", alone), ("whole layer", whole)):
-        cases = alternate(f"{label}, {part}", contenders)
-        for case in cases[1:]:
-            case.figures["x pymape"] = case.median_s / cases[0].median_s
-        if contenders is alone:
-            cases[0].figures["GFLOP/s"] = 4 * x.numel() * RANK / cases[0].median_s / 1e9
+    whole: dict[str, Callable[[], Tensor]] = {
+        "pymape": lambda: segmented_lora(p.x, p.layer(p.x), *p.given()),
+        "PEFT loop": lambda: torch.cat([one(x) for one, x in zip(p.peft_layers, p.x.split(p.sizes), strict=True)]),
+        "PEFT adapter_names": lambda: p.peft_layer(p.batch, adapter_names=names).flatten(0, 1),
+    }
+    if device == "cpu" and not torch.equal(alone["pymape"](), p.loop()):
+        raise RuntimeError(f"segmented_lora does not have the bits of the loop at {label}")
+    exact = [x.double() for x in (p.x, p.base, p.lora_a, p.lora_b)]
+    for part, providers in (("adapters alone", alone), ("whole layer", whole)):
+        cases = compare(
+            f"{label}, {part}",
+            providers,
+            exact=lambda: segmented_lora_reference(*exact, *p.given()[2:]),
+            tolerance=1e-5 if dtype == torch.float32 else 2e-2,
+            seconds=0.4,
+        )
+        if providers is alone:
+            add_rates(cases, device, dtype, operations=4 * p.x.numel() * RANK)
         report.cases += cases
+    bare = compare(f"{label}, whole layer", {"frozen layer alone": lambda: p.layer(p.x)}, tolerance=0, seconds=0.4)
+    bare[0].figures["x pymape"] = bare[0].median_s / cases[0].median_s
+    report.cases += bare

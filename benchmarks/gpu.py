@@ -24,7 +24,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import markdown
+from benchmarks import targets
+from benchmarks.harness import markdown, plot
+from benchmarks.shapes import DECODERS, ENCODERS
 from pymape.files import atomic_write
 
 __all__ = ["BENCHMARKS", "Part", "gather", "main", "parts", "run", "source_digest"]
@@ -32,14 +34,23 @@ __all__ = ["BENCHMARKS", "Part", "gather", "main", "parts", "run", "source_diges
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 LIMIT = 480  # seconds a part may take
+# Part -> arguments of `python -m benchmarks`. What compiles much is divided, so that each part stays within the limit.
 BENCHMARKS = {
-    "module_scores": (),
-    "masked_attention": (),
-    "masked_ffn": (),
-    "greedy_swap": (),
-    "segmented_lora": (),
-    "importance": (),
-    "partial": (),
+    "module_scores": ("module_scores",),
+    "attention_encoders": ("masked_attention", "--parts", "gates", "layers", "--layers", *ENCODERS),
+    "attention_decoders": ("masked_attention", "--parts", "layers", "--layers", *DECODERS),
+    "attention_short": ("masked_attention", "--parts", "long", "--tokens", "512", "1024"),
+    "attention_long": ("masked_attention", "--parts", "long", "--tokens", "2048", "8192"),
+    "attention_closed": ("masked_attention", "--parts", "closed"),
+    "ffn_activation": ("masked_ffn", "--parts", "activation"),
+    "ffn_block": ("masked_ffn", "--parts", "block"),
+    "greedy_swap": ("greedy_swap",),
+    "selected_weight_grad": ("selected_weight_grad",),
+    "segmented_lora": ("segmented_lora",),
+    "importance": ("importance",),
+    "partial_bert": ("partial", "--models", "bert"),
+    "partial_llama": ("partial", "--models", "llama"),
+    "s3t_ensemble": ("s3t_ensemble",),
 }
 _TESTS = (
     "tests/test_module_scores.py",
@@ -54,7 +65,7 @@ _MODEL_TESTS = ("tests/test_instrumented_models.py", "tests/test_importance.py")
 
 @dataclass(frozen=True)
 class Part:
-    """One command of the run; `needs` names a program without which it is skipped, and says so."""
+    """One command of the run; `needs` names a program or a package without which it is skipped, and says so."""
 
     name: str
     command: Sequence[str]
@@ -91,10 +102,11 @@ def parts(arch: str, folder: Path) -> list[Part]:
         ),
         *(
             Part(
-                f"bench_{name}",
-                (python, "-m", "benchmarks", name, "--device", "cuda", "--json", str(folder / f"{name}.json"), *rest),
+                name,
+                (python, "-m", "benchmarks", *arguments, "--device", "cuda", "--json", str(folder / f"{name}.json")),
+                needs="peft" if name == "s3t_ensemble" else None,
             )
-            for name, rest in BENCHMARKS.items()
+            for name, arguments in BENCHMARKS.items()
         ),
     ]
 
@@ -122,7 +134,7 @@ def run(part: Part, folder: Path, limit: float = LIMIT) -> bool:
     if record.exists():
         print(f"{part.name}: passed before, skipped", flush=True)
         return True
-    if part.needs is not None and shutil.which(part.needs) is None:
+    if part.needs is not None and not (shutil.which(part.needs) or importlib.util.find_spec(part.needs)):
         print(f"{part.name}: skipped, {part.needs} is not installed", flush=True)
         return True
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,17 +163,24 @@ def run(part: Part, folder: Path, limit: float = LIMIT) -> bool:
 
 
 def gather(folder: Path, gpu: str, results: Path = RESULTS) -> Path | None:
-    """Write the benchmarks found in `folder` to `results/GPU.json` and `GPU.md`; return the former, or None."""
-    reports: list[dict[str, Any]] = [
-        json.loads(path.read_text()) for name in BENCHMARKS if (path := folder / f"{name}.json").exists()
-    ]
+    """Write the benchmarks found in `folder` to `results/GPU.json` and `GPU.md`; return the former, or None.
+
+    Where matplotlib is installed, each is drawn to `results/GPU/PART.svg` too.
+    """
+    reports: dict[str, dict[str, Any]] = {
+        name: json.loads(path.read_text()) for name in BENCHMARKS if (path := folder / f"{name}.json").exists()
+    }
     if not reports:
         return None
     path = results / f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(reports, indent=1) + "\n")
     with atomic_write(path.with_suffix(".md")) as temporary:
-        temporary.write_text(f"# {gpu}\n\n" + "\n".join(map(markdown, reports)))
+        sections = [f"# {gpu}\n", targets.table(reports), *map(markdown, reports.values())]
+        temporary.write_text("\n".join(sections))
+    if importlib.util.find_spec("matplotlib"):
+        for name, report in reports.items():
+            plot(report, path.with_suffix("") / f"{name}.svg")
     return path
 
 
@@ -176,9 +195,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(f"no GPU: torch {torch.__version__} sees no CUDA device, so nothing was run", file=sys.stderr)
         return 1
-    missing = [name for name in ("triton", "transformers", "pytest", "pybind11") if not importlib.util.find_spec(name)]
+    packages, programs = ("triton", "transformers", "numpy", "pytest", "pybind11"), ("cmake", "ninja")
+    missing = [name for name in packages if not importlib.util.find_spec(name)]
+    missing += [name for name in programs if shutil.which(name) is None]
     if missing:
-        print(f"missing packages: {', '.join(missing)}", file=sys.stderr)
+        print(f"missing: {', '.join(missing)}", file=sys.stderr)
         return 1
     gpu, arch = torch.cuda.get_device_name(), "{}{}".format(*torch.cuda.get_device_capability())
     folder = ROOT / "build" / "gpu" / f"{source_digest()}-sm{arch}"

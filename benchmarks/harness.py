@@ -22,7 +22,9 @@ from pymape.files import atomic_write
 __all__ = [
     "Case",
     "Report",
+    "add_rates",
     "alternate",
+    "compare",
     "gigabytes_per_second",
     "limits",
     "markdown",
@@ -37,14 +39,15 @@ _SHORT = 0.05  # seconds
 
 @dataclass
 class Case:
-    """One measured line of a benchmark."""
+    """One line of a benchmark: measured, or with the reason why there is nothing to measure."""
 
     shape: str
     provider: str
-    median_s: float
-    p20_s: float
-    p80_s: float
-    figures: dict[str, float] = field(default_factory=dict)  # e.g. {"GB/s": 21.3, "speed-up": 2.1}
+    median_s: float | None = None
+    p20_s: float | None = None
+    p80_s: float | None = None
+    figures: dict[str, float] = field(default_factory=dict)  # e.g. {"GB/s": 21.3, "x pymape": 2.1}
+    reason: str = ""
 
 
 @dataclass
@@ -76,11 +79,12 @@ class Report:
 
 def _table(cases: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     figures = list(dict.fromkeys(name for case in cases for name in case["figures"]))
-    rows = [["shape", "provider", "median ms", "p20", "p80", *figures]]
+    reasons = ["not measured"] if any(case.get("reason") for case in cases) else []
+    rows = [["shape", "provider", "median ms", "p20", "p80", *figures, *reasons]]
     for case in cases:
-        times = [f"{1e3 * case[name]:.3f}" for name in ("median_s", "p20_s", "p80_s")]
+        times = ["" if case[name] is None else f"{1e3 * case[name]:.3f}" for name in ("median_s", "p20_s", "p80_s")]
         values = [f"{case['figures'][name]:.3g}" if name in case["figures"] else "" for name in figures]
-        rows.append([case["shape"], case["provider"], *times, *values])
+        rows.append([case["shape"], case["provider"], *times, *values, *(case.get("reason", "") for _ in reasons)])
     return rows
 
 
@@ -102,11 +106,12 @@ def plot(report: Mapping[str, Any], path: str | Path) -> None:
     """Draw the medians, with bars from p20 to p80, of a written report; the suffix of `path` names the format."""
     from matplotlib.figure import Figure
 
-    shapes = list(dict.fromkeys(case["shape"] for case in report["cases"]))
-    figure = Figure(figsize=(8, 0.8 + 0.35 * (len(report["cases"]) + len(shapes))), layout="constrained")
+    measured = [case for case in report["cases"] if case["median_s"] is not None]
+    shapes = list(dict.fromkeys(case["shape"] for case in measured))
+    figure = Figure(figsize=(8, 0.8 + 0.35 * (len(measured) + len(shapes))), layout="constrained")
     axes, labels, y = figure.subplots(), [], 0
     for i, shape in enumerate(shapes):
-        for case in (case for case in report["cases"] if case["shape"] == shape):
+        for case in (case for case in measured if case["shape"] == shape):
             median, p20, p80 = (1e3 * case[name] for name in ("median_s", "p20_s", "p80_s"))
             axes.barh(y, median, xerr=[[max(0, median - p20)], [max(0, p80 - median)]], color=f"C{i % 10}")
             labels.append((y, f"{shape}: {case['provider']}"))
@@ -178,6 +183,86 @@ def alternate(shape: str, contenders: Mapping[str, Callable[[], Any]], **options
         Case(shape, name, *(float(np.percentile(times, q)) for q in (50, 20, 80)))
         for name, times in measure(contenders, **options).items()
     ]
+
+
+def compare(
+    shape: str,
+    providers: Mapping[str, Callable[[], Any]],
+    *,
+    exact: Callable[[], Any] | None = None,
+    tolerance: float | None,
+    **options: Any,
+) -> list[Case]:
+    """Check what every provider computes, then measure those that are right.
+
+    Args:
+        shape: what the cases are of.
+        providers: name -> call that returns a tensor, or tensors; the first is pymape's.
+        exact: what they must agree with; default the first provider.
+        tolerance: largest error allowed, as a share of the largest magnitude of each tensor; None for calls that were
+            checked elsewhere, or whose results differ by their nature.
+        options: of `measure`.
+
+    Returns:
+        A case for each, in order. One that cannot run has the reason in place of times; measured ones have "x pymape",
+        their time over the first one's, and on a GPU "peak MiB".
+
+    Raises:
+        RuntimeError: pymape's own result is wrong. That of another provider is a reason not to measure it.
+    """
+    first = next(iter(providers))
+    expected = [] if tolerance is None else _tensors((exact or providers[first])())
+    reasons: dict[str, str] = {}
+    for name, call in providers.items():
+        try:
+            result = call()
+        except Exception as problem:  # whatever another library may raise
+            if name == first:
+                raise
+            reasons[name] = f"{type(problem).__name__}: {problem}".splitlines()[0][:160]
+            continue
+        error = 0.0 if tolerance is None else _largest_error(_tensors(result), expected)
+        if tolerance is not None and not error <= tolerance:
+            reasons[name] = f"differs by {error:.2g} of the largest value, more than {tolerance:g}"
+            if name == first:
+                raise RuntimeError(f"{first} at {shape} {reasons[name]}")
+    measured = alternate(shape, {name: call for name, call in providers.items() if name not in reasons}, **options)
+    for case in measured:
+        case.figures["x pymape"] = case.median_s / measured[0].median_s
+        if torch.cuda.is_available():
+            case.figures["peak MiB"] = peak_memory(providers[case.provider])
+    found = {case.provider: case for case in measured}
+    return [found.get(name) or Case(shape, name, reason=reasons[name]) for name in providers]
+
+
+def _tensors(result: Any) -> list[torch.Tensor]:
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+def _largest_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """The largest deviation in any tensor, each as a share of its largest magnitude."""
+    if [x.shape for x in found] != [x.shape for x in expected]:
+        raise ValueError(f"shapes are {[tuple(x.shape) for x in found]}, not {[tuple(x.shape) for x in expected]}")
+    return max(
+        float((one - other).abs().max() / other.abs().max().clamp_min(1e-30))
+        for one, other in ((x.double(), y.double()) for x, y in zip(found, expected))
+    )
+
+
+def add_rates(cases: Sequence[Case], device: str, dtype: torch.dtype, *, moved: int = 0, operations: int = 0) -> None:
+    """Give the measured cases their rates, and these as a share of what the device does at best in the same run.
+
+    Args:
+        cases: of one shape.
+        device, dtype: what the limits are to be of.
+        moved: bytes that must be read and written; 0 for none that matter.
+        operations: additions and multiplications; 0 for none that matter.
+    """
+    for case in (case for case in cases if case.median_s is not None):
+        for unit, limit, amount in (("GB/s", "% of copy", moved / 1e9), ("TFLOP/s", "% of GEMM", operations / 1e12)):
+            if amount:
+                case.figures[unit] = amount / case.median_s
+                case.figures[limit] = 100 * case.figures[unit] / limits(device, dtype)[unit]
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the benchmarks are run from the repository, never installed
 
-from benchmarks import compile_report, gpu  # noqa: E402
-from benchmarks.harness import Case, Report, limits, markdown, measure, plot  # noqa: E402
+from benchmarks import compile_report, gpu, instructions, pages, targets  # noqa: E402
+from benchmarks.harness import Case, Report, add_rates, compare, limits, markdown, measure, plot  # noqa: E402
 
 
 @pytest.fixture
@@ -40,6 +41,47 @@ def test_a_written_report_reads_back_as_a_table(report: dict) -> None:
     assert lines[-1] == "- a note"
 
 
+def test_a_provider_that_cannot_run_or_is_wrong_is_listed_with_the_reason() -> None:
+    def fails() -> torch.Tensor:
+        raise NotImplementedError("not on this device\nand more")
+
+    good, expected = torch.tensor([1.0, -2.0]), torch.tensor([1.0, -2.02])
+    providers = {"pymape": lambda: good, "same": lambda: (good,), "wrong": lambda: good * 1.5, "fails": fails}
+    cases = compare("2", providers, exact=lambda: expected, tolerance=0.02, seconds=0, least=3)
+    assert [case.provider for case in cases] == list(providers)
+    assert [case.reason for case in cases] == [
+        "",
+        "",
+        "differs by 0.49 of the largest value, more than 0.02",
+        "NotImplementedError: not on this device",
+    ]
+    assert cases[0].figures["x pymape"] == 1
+    assert cases[1].figures["x pymape"] == cases[1].median_s / cases[0].median_s
+    assert cases[2].median_s is cases[3].median_s is None
+    report = Report("op", "cpu", cases=cases)
+    report.show()
+    lines = markdown({**asdict(report), "machine": {"gpu": None, "processor": "cpu", "torch": "2", "commit": "c"}})
+    assert "| 2 | fails |  |  |  |  | NotImplementedError: not on this device |" in lines
+
+
+def test_a_wrong_result_of_pymape_stops_the_benchmark() -> None:
+    with pytest.raises(RuntimeError, match=r"pymape at 2 differs by 1 of the largest value, more than 0.01"):
+        compare("2", {"pymape": lambda: torch.ones(2)}, exact=lambda: 0.5 * torch.ones(2), tolerance=0.01)
+    with pytest.raises(RuntimeError, match="differs by nan"):
+        compare("2", {"pymape": lambda: torch.full((2,), torch.nan)}, exact=lambda: torch.ones(2), tolerance=0.01)
+
+
+def test_rates_are_shares_of_the_measured_limits() -> None:
+    case, absent = Case("2", "pymape", 0.5, 0.5, 0.5), Case("2", "other", reason="not installed")
+    add_rates([case, absent], "cpu", torch.float32, moved=2_000_000_000, operations=3_000_000_000_000)
+    most = limits("cpu", torch.float32)
+    assert case.figures["GB/s"] == 4
+    assert case.figures["TFLOP/s"] == 6
+    assert case.figures["% of copy"] == pytest.approx(400 / most["GB/s"])
+    assert case.figures["% of GEMM"] == pytest.approx(600 / most["TFLOP/s"])
+    assert absent.figures == {}
+
+
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml")])
 def test_plots(report: dict, tmp_path: Path, suffix: str, start: bytes) -> None:
     pytest.importorskip("matplotlib")
@@ -62,9 +104,26 @@ def test_every_part_names_files_that_exist(tmp_path: Path) -> None:
         for word in part.command:
             if word.endswith(".py"):
                 assert (ROOT / word).exists(), word
-    for name in gpu.BENCHMARKS:
-        assert (ROOT / "benchmarks" / f"bench_{name}.py").exists()
-        assert str(tmp_path / f"{name}.json") in parts[f"bench_{name}"].command
+    for name, (op, *_) in gpu.BENCHMARKS.items():
+        assert (ROOT / "benchmarks" / f"bench_{op}.py").exists()
+        assert str(tmp_path / f"{name}.json") in parts[name].command
+    assert {part for target in targets.TARGETS for part in target.parts} <= set(gpu.BENCHMARKS)
+
+
+def test_the_parts_need_no_package_beyond_the_stated_ones(tmp_path: Path) -> None:
+    modules = {f"benchmarks.bench_{op}" for op, *_ in gpu.BENCHMARKS.values()} - {"benchmarks.bench_s3t_ensemble"}
+    for part in gpu.parts("90", tmp_path):
+        modules |= {Path(word).stem for word in part.command if word.endswith(".py") and word != "setup.py"}
+    code = f"""
+import importlib, sys
+sys.path[:0] = [{str(ROOT / "benchmarks")!r}, {str(ROOT / "tests")!r}, {str(ROOT)!r}]
+for name in ("accelerate", "datasets", "jsonargparse", "matplotlib", "pandas", "peft", "ray", "scipy", "sklearn"):
+    sys.modules[name] = None  # importing it fails
+for name in {sorted(modules)}:
+    importlib.import_module(name)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_part_runs_until_it_has_passed_and_never_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -109,8 +168,11 @@ def test_results_are_gathered_under_the_name_of_the_gpu(report: dict, tmp_path: 
     assert gpu.gather(tmp_path / "empty", "NVIDIA H100 80GB HBM3", tmp_path / "results") is None
     path = gpu.gather(tmp_path, "NVIDIA H100 80GB HBM3", tmp_path / "results")
     assert path == tmp_path / "results" / "nvidia-h100-80gb-hbm3.json"
-    assert json.loads(path.read_text()) == [report]
-    assert "| 2x3 | pymape | 1.000 |" in path.with_suffix(".md").read_text()
+    assert json.loads(path.read_text()) == {"module_scores": report}
+    page = path.with_suffix(".md").read_text()
+    assert "| 2x3 | pymape | 1.000 |" in page
+    assert page.count("not yet measured") == len(targets.TARGETS) - 3  # those of module_scores have no such shape
+    assert page.count("not measured: no such case ran") == 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -143,7 +205,63 @@ def test_the_compile_report_reads_back_as_its_page() -> None:
         ({"registers": 129, "threads": 256, "shared": 0}, 1),  # rounded up to 136
         ({"registers": 16, "threads": 32, "shared": 0}, 32),
         ({"registers": 32, "threads": 128, "shared": 40 * 1024}, 4),  # 41 of 164 KiB
+        ({"registers": 32, "threads": 128, "shared": 40 * 1024, "sm": 90}, 5),  # 41 of 228 KiB
     ],
 )
 def test_resident_blocks_by_hand(needs: dict[str, int], blocks: int) -> None:
     assert compile_report.resident_blocks({"sm": 80, **needs}) == blocks
+
+
+def test_the_worst_figure_of_a_target_counts() -> None:
+    copy, *_ = targets.TARGETS
+    assert copy.measured({}) == "not yet measured"
+
+    def report(*shares: float) -> dict:
+        cases = [Case(f"Llama-3-8B filters {i}", "pymape", 1, 1, 1, {"% of copy": x}) for i, x in enumerate(shares)]
+        return {"module_scores": asdict(Report("module_scores", "cuda", cases=cases))}
+
+    assert copy.measured(report(91.0, 88.5)) == "88.5, reached"
+    assert copy.measured(report(91.0, 80.0)) == "80, **missed**"
+    assert copy.measured(report()) == "not measured: no such case ran"
+    seconds = next(target for target in targets.TARGETS if target.operator == "`greedy_swap`")
+    case = asdict(Case("swap 32x14336, 256 + 256 samples", "pymape", 0.75, 0.7, 0.8))
+    assert seconds.measured({"greedy_swap": {"cases": [case]}}) == "0.75, **missed**"
+
+
+def test_the_compile_table_shows_the_largest_need_of_the_variants() -> None:
+    kernel = {"source": "a.cu", "kernel": "k", "tile": "M 64", "variant": "bf16", "sm": 90, "threads": 128}
+    kernel |= {"registers": 40, "stack": 8, "shared": 1024, "tensor_cores": "wgmma", "blocks": 4}
+    others = [
+        {**kernel, "registers": 96, "stack": 0, "blocks": 2},
+        {**kernel, "sm": 80, "stack": 0, "tensor_cores": "mma"},
+    ]
+    page = compile_report.markdown({"command": "c", "nvcc": "13", "triton": "3", "kernels": [kernel, *others]})
+    assert "3 kernels, 1 of them with a stack:\n\n- `k` M 64, bf16, sm_90: 8 bytes\n" in page
+    assert page.endswith(
+        "| **`a.cu`** | | | | | | | | |\n| `k` | M 64 | 2 | 128 | 40 / 96 | 0 / 8 | 1 / 1 | 4 / 2 | mma / wgmma |\n"
+    )
+
+
+def test_the_page_of_the_targets_is_generated() -> None:
+    page = (ROOT / "docs" / "results" / "gpu.md").read_text()
+    if "None has been measured" in page:
+        assert page == pages.gpu_page({})
+    assert page.count("| `make gpu PARTS=") == len(targets.TARGETS)
+
+
+def test_the_page_of_cpu_results_has_a_section_for_every_file(report: dict, tmp_path: Path) -> None:
+    report["machine"]["command"] = "-m benchmarks module_scores"
+    (tmp_path / "module_scores-cpu.json").write_text(json.dumps(report))
+    counts = [
+        {"kernel": "gate", "dtype": dtype, "instructions": 1, "per element": share}
+        for dtype, share in zip(instructions.DTYPES, (0.5, 1.25, 3), strict=True)
+    ]
+    (tmp_path / "instructions.json").write_text(json.dumps({"machine": report["machine"], "counts": counts}))
+    page = pages.cpu_page(tmp_path)
+    assert "### module_scores on cpu\n\n`python -m benchmarks module_scores`, " in page
+    assert "| 2x3 | pymape | 1.000 |" in page
+    assert "### Instructions of the CPU kernels" in page
+    assert "| gate | 0.50 | 1.25 | 3.00 |" in page
+    assert "masked_ffn on cpu" not in page
+    known = {*pages.OPERATORS, *pages.END_TO_END}
+    assert {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")} == known

@@ -1,0 +1,118 @@
+"""Write `docs/benchmarks.md` and `docs/results/gpu.md` from the results: `python -m benchmarks.pages`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import instructions, targets
+from benchmarks.harness import markdown
+from pymape.files import atomic_write
+
+__all__ = ["cpu_page", "gpu_page", "main"]
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+# In the order of the page; what has no result file is left out.
+OPERATORS = (
+    "module_scores",
+    "masked_attention",
+    "masked_ffn",
+    "greedy_swap",
+    "selected_weight_grad",
+    "segmented_lora",
+    "simulate_deletions",
+    "threads",
+)
+END_TO_END = ("importance", "partial", "s3t_ensemble", "s3t_training", "s3t_deletion")
+
+_CPU = """
+# Benchmarks
+
+<!-- written by `python -m benchmarks.pages` from benchmarks/results; edit benchmarks/pages.py instead -->
+
+`python -m benchmarks OP` measures one operator, `make bench` all of them; `--device cuda` takes the GPU, `--json FILE`
+and `--plot FILE.svg` say where the result goes. `python -m benchmarks.instructions` counts instructions,
+`python -m benchmarks.compile_report` shows what the GPU kernels need ([results/compile.md](results/compile.md)), and
+`make gpu` does everything a GPU machine has to show ([results/gpu.md](results/gpu.md)).
+
+## How to read it
+
+- Every provider's result is checked before it is timed, most against fp64. One that cannot run here, or is wrong, is
+  listed with the reason.
+- Providers take turns, call by call, so that whatever else the machine does hits all alike; the table has the median
+  and the 20th and 80th percentile.
+- `x pymape`: time over that of pymape's own choice of backend, the first row; above 1, pymape is faster.
+- `% of copy`, `% of GEMM`: the rate as a share of what torch's `copy_` of data larger than the caches and a large
+  product reach in the same run. Above 100, the data were in a cache.
+- Shapes are those of one layer of BERT-base, RoBERTa-large, ViT-B/16, GPT-2 and Llama-3-8B, with batches that two cores
+  work through in a fraction of a second; torch.compile runs for BERT-base only, because it compiles for ten seconds a
+  shape.
+""".strip()
+
+_GPU = """
+# GPU kernels: targets
+
+<!-- written by `python -m benchmarks.pages`; edit benchmarks/pages.py or benchmarks/targets.py instead -->
+
+On a machine with an NVIDIA GPU, `make gpu` builds the core for that GPU, runs the checks and the benchmarks, and writes
+`benchmarks/results/GPU.json` and `GPU.md`, which begins with this table filled in. `make gpu PARTS="build operators"`
+runs some parts; parts that passed for the same sources are skipped, so that the same command goes on after a break. It
+needs torch, triton, transformers, numpy, pytest, pybind11, cmake and ninja, and no network. Then
+`python -m benchmarks.pages --gpu benchmarks/results/GPU.json` puts the figures below.
+
+What can be checked without a GPU is: the Triton kernels run in Triton's interpreter, the CUDA kernels in an emulator
+(`tests/cuda_emulator`), both against fp64 references; and all of them are compiled for sm_80 and sm_90
+([compile.md](compile.md)).
+
+## Targets
+
+All ratios are to be taken in one run on an H100 or H200; of several shapes, the worst counts.
+""".strip()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pages", description=__doc__.splitlines()[0])
+    parser.add_argument("--gpu", type=Path, help="a GPU.json of `make gpu`; default: nothing has been measured")
+    gpu = parser.parse_args(arguments).gpu
+    pages = {"benchmarks.md": cpu_page(RESULTS), "results/gpu.md": gpu_page(json.loads(gpu.read_text()) if gpu else {})}
+    for path, page in pages.items():
+        with atomic_write(ROOT / "docs" / path) as temporary:
+            temporary.write_text(page)
+    return 0
+
+
+def cpu_page(results: Path) -> str:
+    """Return the page on the CPU results found in a folder."""
+    sections = [_CPU, ""]
+    for title, names in (("## Operators", OPERATORS), ("## End to end", END_TO_END)):
+        found = [json.loads(path.read_text()) for name in names if (path := results / f"{name}-cpu.json").exists()]
+        sections += [title, "", *map(_section, found)]
+        counts = results / "instructions.json"
+        if names is OPERATORS and counts.exists():
+            sections.append("#" + instructions.markdown(json.loads(counts.read_text())))
+    return "\n".join(sections)
+
+
+def _section(report: Mapping[str, Any]) -> str:
+    where = report["machine"]
+    command = f"`python {where['command']}`, {where['threads']} threads.\n\n"
+    title, table = markdown(report).split("\n\n", 1)
+    return f"#{title}\n\n{command}{table}"
+
+
+def gpu_page(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the page on the GPU targets, from the reports of the parts of `make gpu`; none: nothing was measured."""
+    where = "None has been measured, and the GPU checks have not been run."
+    if reports:
+        machine = next(iter(reports.values()))["machine"]
+        where = f"Measured on {machine['gpu']}, torch {machine['torch']}, commit {machine['commit']}."
+    return f"{_GPU}\n{where}\n\n{targets.table(reports)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
