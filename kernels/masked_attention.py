@@ -4,13 +4,14 @@ Scores live in log2 units, so that exponentials are `exp2`. Keys that all querie
 mask or a bound, which leaves little to compute beside the products.
 """
 
-import contextlib
 import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pymape.kernels.launch import capability, device_of
 
 __all__ = ["MAX_HEAD_SIZE", "masked_attention_forward"]
 
@@ -181,15 +182,9 @@ def tile_of(kernel: str, query: Tensor) -> dict[str, int]:
     block_d = max(16, triton.next_power_of_2(query.shape[3]))
     size, column = query.dtype.itemsize, max(32, block_d)
     m, n, warps = _TILES[kernel, size][column]
-    if (kernel, size, column) in _TILES_90 and _capability(query) >= 90:
+    if (kernel, size, column) in _TILES_90 and capability(query) >= 90:
         m, n, warps = _TILES_90[kernel, size, column]
     return {"BLOCK_D": block_d, "BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": 2}
-
-
-def _capability(x: Tensor) -> int:
-    if x.device.type == "cpu":
-        return 0  # the interpreter
-    return triton.runtime.driver.active.get_current_target().arch
 
 
 def options_of(
@@ -214,10 +209,6 @@ def gate_and_mask_strides(gate: Tensor | None, attn_mask: Tensor | None) -> tupl
 def in_rows(x: Tensor) -> Tensor:
     """Copy only what the kernels cannot read in place: a last dimension that is not contiguous."""
     return x if x.stride(3) == 1 or x.shape[3] <= 1 else x.contiguous()
-
-
-def device_of(x: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()  # the interpreter takes CPU tensors
 
 
 def masked_attention_forward(

@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pymape.kernels.launch import device_of
 from pymape.kernels.masked_attention import (
     LOG2E,
     NO_MASK,
     block_scores,
-    device_of,
     gate_and_mask_strides,
     in_rows,
     load_rows,

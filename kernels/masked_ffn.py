@@ -7,13 +7,14 @@ Every activation is x P(x) with P(-x) = 1 - P(x). With q = P(-|x|) and p = P'(x)
 act'(x) = [x > 0] + sign(x) (|x| p - q), in which nothing cancels.
 """
 
-import contextlib
 import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pymape.kernels.launch import device_of
 
 __all__ = ["masked_activation_backward", "masked_activation_forward", "masked_ffn_forward"]
 
@@ -253,7 +254,7 @@ def masked_ffn_forward(
     tile = _TILES[up_weight is None and (gate is None or one_sample), x.element_size()]
     grid = (triton.cdiv(batch * tokens, tile["BLOCK_M"]) * triton.cdiv(filters, tile["BLOCK_N"]),)
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    with _device(x):
+    with device_of(x):
         _masked_ffn_fwd_kernel[grid](
             x, weight, bias, up_weight, up_bias, gate, result, pre, up,
             *x.stride(), *weight.stride(), *((0, 0) if up_weight is None else up_weight.stride()), _gate_stride(gate),
@@ -281,7 +282,7 @@ def masked_activation_forward(
         result: contiguous [B, T, F] of the dtype of pre.
     """
     batch, tokens, filters = pre.shape
-    with _device(pre):
+    with device_of(pre):
         _masked_activation_fwd_kernel[(triton.cdiv(filters, _BLOCK_F) * triton.cdiv(tokens, _BLOCK_T) * batch,)](
             pre, bias, up, up_bias, gate, result,
             *pre.stride()[:2], *((0, 0) if up is None else up.stride()[:2]), _gate_stride(gate),
@@ -313,7 +314,7 @@ def masked_activation_backward(
     """
     batch, tokens, filters = pre.shape
     splits = max(1, triton.cdiv(tokens, 2 * _BLOCK_T)) if workspace is None else workspace.shape[1]
-    with _device(pre):
+    with device_of(pre):
         _masked_activation_bwd_kernel[(triton.cdiv(filters, _BLOCK_F) * splits * batch,)](
             grad, pre, bias, up, up_bias, gate, d_pre, d_up, workspace,
             *grad.stride()[:2], *pre.stride()[:2], *((0, 0) if up is None else up.stride()[:2]), _gate_stride(gate),
@@ -340,7 +341,3 @@ def _present(
 
 def _gate_stride(gate: Tensor | None) -> int:
     return 0 if gate is None else gate.stride(0)
-
-
-def _device(x: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()  # the interpreter takes CPU tensors

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pymape.kernels.launch import device_of
+
 __all__ = ["segmented_lora"]
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) by element size; fixed, not timed: no result depends on a race.
@@ -90,9 +92,10 @@ def segmented_lora(
     share = triton.cdiv(blocks, shares) * block_n
     # fp64 holds row numbers exactly; from pinned memory the host does not wait for the copy.
     table = torch.tensor(segments, dtype=torch.float64, pin_memory=x.is_cuda).to(x.device, non_blocking=True)
-    _segmented_lora_kernel[(tiles * len(segments), triton.cdiv(outputs, share))](
-        x, base, lora_a, lora_b, table, result,
-        tiles, inputs, outputs, rank, share,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=max(16, triton.next_power_of_2(rank)),
-        STAGES=stages, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    with device_of(x):
+        _segmented_lora_kernel[(tiles * len(segments), triton.cdiv(outputs, share))](
+            x, base, lora_a, lora_b, table, result,
+            tiles, inputs, outputs, rank, share,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=max(16, triton.next_power_of_2(rank)),
+            STAGES=stages, num_warps=warps, num_stages=stages,
+        )  # fmt: skip

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pymape.kernels.launch import device_of
+
 __all__ = ["selected_weight_grad"]
 
 # (BLOCK_N, BLOCK_K, BLOCK_T, warps, stages) by element size; fixed, not timed: no result depends on a race.
@@ -64,13 +66,14 @@ def selected_weight_grad(gathered: Tensor, full: Tensor, index: Tensor | None, r
     share = triton.cdiv(triton.cdiv(tokens, splits), block_t) * block_t
     splits = max(1, triton.cdiv(tokens, share)) if tokens else 1
     parts = result if splits == 1 else result.new_empty((splits, rows, columns))
-    _selected_weight_grad_kernel[(tiles, splits)](
-        gathered, full, index, parts,
-        gathered.stride(0), gathered.stride(1),
-        full.stride(0), full.stride(1),
-        rows, gathered.shape[1], columns, tokens, share,
-        HAS_INDEX=index is not None, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_T=block_t,
-        num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    with device_of(full):
+        _selected_weight_grad_kernel[(tiles, splits)](
+            gathered, full, index, parts,
+            gathered.stride(0), gathered.stride(1),
+            full.stride(0), full.stride(1),
+            rows, gathered.shape[1], columns, tokens, share,
+            HAS_INDEX=index is not None, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_T=block_t,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
     if splits > 1:
         torch.sum(parts, 0, out=result)

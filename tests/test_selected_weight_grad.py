@@ -138,6 +138,7 @@ class TestTriton:
         x, dy = torch.randn(33, 17).t(), torch.randn(20, 34).t()[::2]
         for axis in ("rows", "columns"):
             check("triton", x, dy, torch.tensor([1, 16, 3]), axis)
+            check("triton", x, dy, torch.tensor([[1, 5], [16, 2], [3, 0]])[:, 0], axis)  # as `nonzero` gives them
         result = selected_weight_grad(x[:0], dy[:0], torch.tensor([1, 2]), "rows", backend="triton")
         assert torch.equal(result, torch.zeros(2, 33))
         assert selected_weight_grad(x, dy, torch.tensor([1])[:0], "rows", backend="triton").shape == (0, 33)

@@ -82,7 +82,7 @@ def _forward(x: Tensor, dy: Tensor, index: Tensor | None, axis: str, backend: st
     import pymape.kernels.selected_weight_grad as kernels
 
     result = _fake(x, dy, index, axis, backend)
-    kernels.selected_weight_grad(gathered, full, index, result)
+    kernels.selected_weight_grad(gathered, full, None if index is None else index.contiguous(), result)
     return result
 
 
