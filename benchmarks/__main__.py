@@ -24,7 +24,11 @@ def main() -> None:
     if arguments.op == "all" and (arguments.json is not None or arguments.plot is not None):
         parser.error("--json and --plot name the file of one benchmark, got all")
     for name in names if arguments.op == "all" else [arguments.op]:
-        report = importlib.import_module(f"benchmarks.bench_{name}").run(arguments.device, rest)
+        benchmark = importlib.import_module(f"benchmarks.bench_{name}")
+        if arguments.op == "all" and arguments.device not in getattr(benchmark, "DEVICES", (arguments.device,)):
+            print(f"\n{name}: skipped, it is for {' and '.join(benchmark.DEVICES)}")
+            continue
+        report = benchmark.run(arguments.device, rest)
         report.show()
         path = arguments.json or Path(__file__).parent / "results" / f"{name}-{arguments.device}.json"
         report.write(path)

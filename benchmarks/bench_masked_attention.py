@@ -140,7 +140,7 @@ def _forward(
 ) -> list[Case]:
     """The forward pass alone, which is all that FlexAttention has on a CPU."""
     batch, heads, _, tokens, size = shape
-    inputs, _ = _draw(shape, dtype, device)
+    inputs = tuple(x.detach() for x in _draw(shape, dtype, device)[0])
     with torch.inference_mode():
         cases = compare(
             f"forward, {name} {batch}x{heads}x{tokens}x{size}{', causal' * causal} {str(dtype)[6:]}",

@@ -42,6 +42,7 @@ BENCHMARKS = {
     "attention_short": ("masked_attention", "--parts", "long", "--tokens", "512", "1024"),
     "attention_long": ("masked_attention", "--parts", "long", "--tokens", "2048", "8192"),
     "attention_closed": ("masked_attention", "--parts", "closed"),
+    "tiles": ("tiles",),
     "ffn_activation": ("masked_ffn", "--parts", "activation"),
     "ffn_block": ("masked_ffn", "--parts", "block"),
     "greedy_swap": ("greedy_swap",),

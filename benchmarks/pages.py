@@ -27,6 +27,7 @@ OPERATORS = (
     "segmented_lora",
     "simulate_deletions",
     "threads",
+    "tiles",
 )
 END_TO_END = ("importance", "partial", "s3t_ensemble", "s3t_training", "s3t_deletion")
 

@@ -1,0 +1,136 @@
+"""Other tiles for the Triton kernels of attention and of the feed-forward block, timed against those in their tables.
+
+The tables hold one tile for every kernel, dtype and head size, so that results never depend on a race. This is the way
+to a better table: a short list for every kernel, without what does not fit or spills (see docs/results/compile.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from benchmarks.harness import Case, Report, add_rates, compare
+from benchmarks.shapes import LAYERS
+
+DEVICES = ("cuda",)
+# (BLOCK_M, BLOCK_N, warps, stages) by kernel and head size
+ATTENTION = {
+    ("fwd", 64): ((128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3)),
+    ("fwd", 128): ((64, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)),
+    ("bwd_query", 64): ((64, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3)),
+    ("bwd_query", 128): ((64, 32, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2), (64, 32, 8, 3)),
+    ("bwd_key_value", 64): ((64, 32, 8, 2), (32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 8, 2)),
+    ("bwd_key_value", 128): ((32, 64, 8, 2), (32, 64, 8, 3), (16, 64, 8, 2)),
+}
+# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages), all with the rows that the launcher counts on
+FFN = ((128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4), (128, 256, 64, 8, 3), (128, 64, 64, 8, 3))
+BATCH, TOKENS, WIDTH, DTYPE = 4, 2048, 2048, torch.bfloat16
+
+
+def run(device: str, arguments: Sequence[str] = ()) -> Report:
+    if device not in DEVICES:
+        raise ValueError(f"device must be cuda, where Triton's kernels run, got {device}")
+    report = Report("tiles", device)
+    for (kernel, size), tiles in ATTENTION.items():
+        report.cases += _attention(kernel, size, tiles, device)
+    for name in LAYERS:
+        report.cases += _ffn(name, device)
+    report.notes += [
+        f"attention: {BATCH} x {TOKENS} tokens, width {WIDTH}, causal, {str(DTYPE)[6:]}, gates that learn; a backward "
+        "kernel together with the one for its row sums",
+        "ffn: a forward that keeps the projections, gates per sample; x pymape is over the tile of the table",
+    ]
+    return report
+
+
+def _attention(kernel: str, size: int, tiles: Sequence[tuple[int, ...]], device: str) -> list[Case]:
+    from pymape.kernels import masked_attention as forward
+    from pymape.kernels import masked_attention_backward as backward
+
+    heads = WIDTH // size
+    query, key, value, grad = (
+        torch.randn(BATCH, TOKENS, heads, size, device=device).to(DTYPE).transpose(1, 2) for _ in range(4)
+    )
+    inputs = query, key, value, torch.rand(BATCH, heads, device=device), None
+    options = True, size**-0.5, True
+    _, ungated, row_max, row_norm = forward.masked_attention_forward(*inputs, *options)
+    if kernel == "fwd":
+        call: Callable[[], Any] = lambda: forward.masked_attention_forward(*inputs, *options)  # noqa: E731
+    else:
+        wanted = kernel == "bwd_query", kernel == "bwd_key_value"
+        kept = ungated, row_max, row_norm
+        call = lambda: backward.masked_attention_backward(grad, *inputs, *kept, *options, *wanted)  # noqa: E731
+
+    def with_tile(tile: tuple[int, ...] | None) -> list[torch.Tensor]:
+        with _tiles((forward, backward), tile):
+            return [x for x in call() if x.numel()]
+
+    providers = {"as in the table": lambda: with_tile(None)}
+    providers |= {_label(tile): lambda tile=tile: with_tile(tile) for tile in tiles}
+    cases = compare(f"attention {kernel}, head size {size}", providers, tolerance=2e-2, seconds=0.4)
+    pairs = BATCH * heads * TOKENS * TOKENS // 2
+    products = {"fwd": 2, "bwd_query": 3, "bwd_key_value": 4}[kernel]
+    add_rates(cases, device, DTYPE, operations=2 * products * pairs * size)
+    return cases
+
+
+@contextmanager
+def _tiles(modules: Sequence[ModuleType], tile: tuple[int, ...] | None) -> Iterator[None]:
+    """Make the launchers take this tile, or their own."""
+    originals = [module.tile_of for module in modules]
+
+    def tile_of(kernel: str, query: torch.Tensor) -> dict[str, int]:
+        given = originals[0](kernel, query)
+        names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+        return given if tile is None else given | dict(zip(names, tile, strict=True))
+
+    for module in modules:
+        module.tile_of = tile_of  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for module, original in zip(modules, originals, strict=True):
+            module.tile_of = original  # type: ignore[attr-defined]
+
+
+def _ffn(name: str, device: str) -> list[Case]:
+    from pymape.kernels import masked_ffn as kernels
+
+    layer = LAYERS[name]
+    batch, tokens = layer.samples_and_tokens(device)
+    size = DTYPE.itemsize
+    x = torch.randn(batch, tokens, layer.width, device=device).to(DTYPE)
+    weight, up_weight = (torch.randn(2, layer.filters, layer.width, device=device) * layer.width**-0.5).to(DTYPE)
+    gate = torch.rand(batch, layer.filters, device=device)
+    hidden = [torch.empty(batch, tokens, layer.filters, device=device, dtype=DTYPE) for _ in range(3)]
+    key = not layer.gated and tokens % kernels._BLOCK_M[size] == 0, size
+
+    def with_tile(tile: tuple[int, ...] | None) -> torch.Tensor:
+        before = kernels._TILES[key]
+        names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+        kernels._TILES[key] = before if tile is None else dict(zip(names, tile, strict=True))
+        try:
+            kernels.masked_ffn_forward(
+                x, weight, None, up_weight if layer.gated else None, None, gate, layer.activation, True, False, *hidden
+            )
+        finally:
+            kernels._TILES[key] = before
+        return hidden[0]
+
+    providers = {"as in the table": lambda: with_tile(None)}
+    providers |= {_label(tile): lambda tile=tile: with_tile(tile) for tile in FFN}
+    label = f"ffn, {name} {batch * tokens}x{layer.width} to {layer.filters}"
+    # All write to the same tensors, so that what the others are held against must be a copy.
+    cases = compare(label, providers, exact=lambda: with_tile(None).clone(), tolerance=2e-2, seconds=0.4)
+    products = 2 * batch * tokens * layer.width * layer.filters * (1 + layer.gated)
+    add_rates(cases, device, DTYPE, operations=products)
+    return cases
+
+
+def _label(tile: tuple[int, ...]) -> str:
+    *blocks, warps, stages = tile
+    return f"{'x'.join(map(str, blocks))}, {warps} warps, {stages} stages"
