@@ -9,7 +9,7 @@ import pkgutil
 from pathlib import Path
 
 import benchmarks
-from benchmarks.harness import plot
+from benchmarks.harness import keep_freed_memory, plot
 
 
 def main() -> None:
@@ -23,6 +23,7 @@ def main() -> None:
     arguments, rest = parser.parse_known_args()
     if arguments.op == "all" and (arguments.json is not None or arguments.plot is not None):
         parser.error("--json and --plot name the file of one benchmark, got all")
+    keep_freed_memory()
     for name in names if arguments.op == "all" else [arguments.op]:
         benchmark = importlib.import_module(f"benchmarks.bench_{name}")
         if arguments.op == "all" and arguments.device not in getattr(benchmark, "DEVICES", (arguments.device,)):

@@ -46,7 +46,7 @@ and `--plot FILE.svg` say where the result goes. `python -m benchmarks.instructi
 - Every provider's result is checked before it is timed, most against fp64. One that cannot run here, or is wrong, is
   listed with the reason.
 - Providers take turns, call by call, so that whatever else the machine does hits all alike; the table has the median
-  and the 20th and 80th percentile.
+  and the 20th and 80th percentile. The C library keeps what is freed: no provider pays for pages from the system.
 - `x pymape`: time over that of pymape's own choice of backend, the first row; above 1, pymape is faster.
 - `% of copy`, `% of GEMM`: the rate as a share of what torch's `copy_` of data larger than the caches and a large
   product reach in the same run. Above 100, the data were in a cache.
