@@ -46,8 +46,8 @@ def run(device: str, arguments: Sequence[str] = ()) -> Report:
     options, _ = parser.parse_known_args(arguments)
     report = Report("importance", device)
     model = bert_base(options.layers).to(device)
-    _check(model, fixed_length(4, 128))
     if device != "cpu":
+        _check(model, fixed_length(4, 128))  # in bf16 the comparison below can only be a loose one
         model.to(torch.bfloat16)
     for batch, count in (BATCHES if device == "cpu" else {32: 8, 128: 4}).items():
         compare_with_plain(report, model, fixed_length(count * batch, 128), batch, options.rounds)
@@ -71,23 +71,25 @@ def compare_with_plain(
 ) -> None:
     collate = PaddingCollator()
     batches = [collate(records[start : start + batch]) for start in range(0, len(records), batch)]
-    providers: dict[str, Callable[[], Any]] = {
-        "importance": lambda: importance(model, records, batch_size=batch, progress=False),
-        "gates and a backward per sample": lambda: importance(
-            model, records, batch_size=1, backend="reference", progress=False
-        ),
+    providers = {
+        "importance": lambda: _scores(model, records, batch_size=batch),
+        "gates and a backward per sample": lambda: _scores(model, records, batch_size=1, backend="reference"),
     }
+    plain: dict[str, Callable[[], Any]] = {}
     for kernel, number in KERNELS[report.device].items():
         for name, activation in (("inputs", to_inputs(model)), ("first gate", to_first_heads(model))):
-            providers[f"plain, to the {name}{kernel}"] = lambda a=activation, n=number: plain_pass(model, batches, a, n)
-    cases = compare(f"{len(records)} records, {batch}x128", providers, tolerance=None, seconds=0, least=rounds)
-    for case in cases:
-        del case.figures["x pymape"]
-    ours, per_sample, *plain = cases
-    per_sample.figures["x importance"] = per_sample.median_s / ours.median_s
+            plain[f"plain, to the {name}{kernel}"] = lambda a=activation, n=number: plain_pass(model, batches, a, n)
+    cases = compare(
+        f"{len(records)} records, {batch}x128",
+        providers,
+        tolerance=1e-3 if report.device == "cpu" else 1e-1,  # bf16 through all layers
+        unchecked=plain,
+        seconds=0,
+        least=rounds,
+    )
     for name in ("inputs", "first gate"):
-        times = [case.median_s for case in plain if f"the {name}" in case.provider and case.median_s is not None]
-        ours.figures[f"x {name}"] = ours.median_s / min(times)
+        times = [case.median_s for case in cases if f"the {name}" in case.provider and case.median_s is not None]
+        cases[0].figures[f"x {name}"] = cases[0].median_s / min(times)
     report.cases += cases
 
 
@@ -107,6 +109,11 @@ def compare_with_file_order(
     )
     cases[0].figures["speed-up"] = cases[1].median_s / cases[0].median_s
     report.cases += cases
+
+
+def _scores(model: nn.Module, records: list[dict[str, Any]], **options: Any) -> tuple[Tensor, Tensor]:
+    found = importance(model, records, progress=False, **options)
+    return found.heads, found.filters
 
 
 def plain_pass(
@@ -193,7 +200,5 @@ def _tokenizer() -> Callable[[str], list[int]]:
 
 def _check(model: nn.Module, records: list[dict[str, Any]]) -> None:
     """The pass that is timed computes what the original operations followed by gates give."""
-    ours = importance(model, records, progress=False)
-    reference = importance(model, records, backend="reference", progress=False)
-    for got, expected in ((ours.heads, reference.heads), (ours.filters, reference.filters)):
+    for got, expected in zip(_scores(model, records), _scores(model, records, backend="reference"), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.harness import Case, Report, add_rates, compare
+from benchmarks.harness import Case, Report, add_rates, compare, compiled, doubled, step
 from benchmarks.shapes import LAYERS
 from pymape.ops import gate_heads, gate_heads_reference, masked_attention, masked_attention_reference
 
@@ -72,12 +72,15 @@ def _gates(name: str, dtype: torch.dtype, device: str) -> list[Case]:
     batch, tokens = layer.samples_and_tokens(device)
     output, grad = torch.randn(2, batch, tokens, layer.heads, layer.head_size, device=device).to(dtype)
     inputs = output.requires_grad_(), torch.rand(batch, layer.heads, device=device, requires_grad=True)
-    compiled = torch.compile(gate_heads_reference, dynamic=False)
-    functions = {"pymape": gate_heads, "eager": gate_heads_reference, "torch.compile": compiled}
+    functions = {
+        "pymape": gate_heads,
+        "eager": gate_heads_reference,
+        "torch.compile": compiled(gate_heads_reference),
+    }
     cases = compare(
         f"gate_heads step, {name} {'x'.join(map(str, output.shape))} {str(dtype)[6:]}",
-        {provider: functools.partial(_step, function, inputs, grad) for provider, function in functions.items()},
-        exact=lambda: _step(gate_heads_reference, _doubled(inputs), grad.double()),
+        {provider: functools.partial(step, function, inputs, grad) for provider, function in functions.items()},
+        exact=lambda: step(gate_heads_reference, doubled(inputs), grad.double()),
         tolerance=TOLERANCE[dtype],
         seconds=0.5,
     )
@@ -98,13 +101,13 @@ def _attention(
     inputs, grad = _draw(shape, dtype, device)
     providers: dict[str, Callable[[], object]] = {}
     for provider, function in _providers(causal, tokens, device, everything):
-        providers[provider] = functools.partial(_step, function, inputs, grad)
+        providers[provider] = functools.partial(step, function, inputs, grad)
     exact = functools.partial(masked_attention_reference, is_causal=causal)
     cases = compare(
         f"step, {name} {batch}x{heads}x{tokens}x{size}{', causal' * causal} {str(dtype)[6:]}",
         providers,
         # In fp32 and no wider: at 8192 tokens the scores written out fill a GPU.
-        exact=lambda: _step(exact, tuple(x.detach().float().requires_grad_() for x in inputs), grad.float()),
+        exact=lambda: step(exact, tuple(x.detach().float().requires_grad_() for x in inputs), grad.float()),
         tolerance=TOLERANCE[dtype],
         seconds=0.5,
     )
@@ -166,7 +169,7 @@ def _providers(causal: bool, tokens: int, device: str, everything: bool) -> Iter
         if everything or kernel in ("flash", "math"):
             yield f"SDPA {kernel}, gate", functools.partial(_with_kernel, number, gated)
     if everything:
-        yield "SDPA, gate, torch.compile", torch.compile(gated, dynamic=False)
+        yield "SDPA, gate, torch.compile", compiled(gated)
         yield "FlexAttention, gate", _flex(causal, tokens, device)
 
 
@@ -193,7 +196,7 @@ def _flex(causal: bool, tokens: int, device: str) -> Attention:
         output = flex_attention(query, key, value, block_mask=mask, enable_gqa=grouped)
         return (output * gate[..., None, None]).to(output.dtype)
 
-    return torch.compile(attention, dynamic=False)
+    return compiled(attention)
 
 
 def _draw(
@@ -207,12 +210,3 @@ def _draw(
     )
     gate = torch.rand(batch, heads, device=device)
     return (query.requires_grad_(), key.requires_grad_(), value.requires_grad_(), gate.requires_grad_()), grad
-
-
-def _step(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
-    output = function(*inputs)
-    return output.detach(), *torch.autograd.grad(output, inputs, grad)
-
-
-def _doubled(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(x.detach().double().requires_grad_() for x in inputs)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Case, Report, add_rates, compare
+from benchmarks.harness import Case, Report, add_rates, compare, compiled, doubled, step
 from benchmarks.shapes import LAYERS, LayerShape
 from pymape.ops import masked_activation, masked_activation_reference, masked_ffn, masked_ffn_reference
 
@@ -40,7 +40,7 @@ def run(device: str, arguments: Sequence[str] = ()) -> Report:
     report.notes += [
         "per-sample gates that want their gradient; activation alone: no bias, gate, up projection or scores",
         "block: bias, one or two projections, activation, gate; operations are those of the products",
-        "cuBLASLt epilogue (on a GPU): torch._addmm_activation, whose GELU is the tanh form; forward only",
+        "cuBLASLt epilogue: on a GPU, torch._addmm_activation, whose GELU is the tanh form; forward only",
         "Liger: its kernel for SiLU times up, behind two products",
     ]
     return report
@@ -58,22 +58,20 @@ def _activation(name: str, layer: LayerShape, dtype: torch.dtype, device: str) -
 
     ops: dict[str, Callable[..., Tensor]] = {"pymape": masked_activation, "eager": masked_activation_reference}
     if device != "cpu" or layer.compiled_on_cpu:
-        ops["torch.compile"] = torch.compile(masked_activation_reference, dynamic=False)
+        ops["torch.compile"] = compiled(masked_activation_reference)
     alone = _plain_activation(layer.activation)
-    label = f"activation, {name} {'x'.join(map(str, shape))} {str(dtype)[6:]}"
     cases = compare(
-        label,
-        {provider: functools.partial(_step, functools.partial(call, op), inputs, grad) for provider, op in ops.items()},
-        exact=lambda: _step(functools.partial(call, masked_activation_reference), _doubled(inputs), grad.double()),
+        f"activation, {name} {'x'.join(map(str, shape))} {str(dtype)[6:]}",
+        {provider: functools.partial(step, functools.partial(call, op), inputs, grad) for provider, op in ops.items()},
+        exact=lambda: step(functools.partial(call, masked_activation_reference), doubled(inputs), grad.double()),
         tolerance=TOLERANCE[dtype],
+        unchecked={"activation alone": lambda: step(alone, [pre], grad)},
         seconds=0.4,
     )
-    bare = compare(label, {"activation alone": lambda: _step(alone, [pre], grad)}, tolerance=0, seconds=0.4)
-    bare[0].figures["x pymape"] = bare[0].median_s / cases[0].median_s
     # Forward: read pre (and up), write the result. Backward: read the gradient and these, write their gradients.
     moved = (3 + 5 if layer.gated else 2 + 3) * pre.numel() * pre.element_size()
     add_rates(cases[:1], device, dtype, moved=moved)
-    return [*cases, *bare]
+    return cases
 
 
 def _block(name: str, layer: LayerShape, dtype: torch.dtype, device: str) -> list[Case]:
@@ -93,16 +91,16 @@ def _block(name: str, layer: LayerShape, dtype: torch.dtype, device: str) -> lis
     shape = f"{name} {batch * tokens}x{layer.width} to {layer.filters} {str(dtype)[6:]}"
     options: dict[str, Any] = {"tolerance": TOLERANCE[dtype], "seconds": 0.6}
 
-    steps = {provider: functools.partial(_step, function, inputs, grad) for provider, function in functions.items()}
+    steps = {provider: functools.partial(step, function, inputs, grad) for provider, function in functions.items()}
     backward = compare(
-        f"block step, {shape}", steps, exact=lambda: _step(exact, _doubled(inputs), grad.double()), **options
+        f"block step, {shape}", steps, exact=lambda: step(exact, doubled(inputs), grad.double()), **options
     )
     add_rates(backward, device, dtype, operations=2 * products)
     with torch.no_grad():
         calls = {provider: functools.partial(function, *inputs) for provider, function in functions.items()}
-        if bias is not None and layer.activation == "gelu_tanh":
+        if device != "cpu" and bias is not None and layer.activation == "gelu_tanh":
             calls["cuBLASLt epilogue, gate"] = functools.partial(_epilogue, weight, bias, *inputs)
-        forward = compare(f"block forward, {shape}", calls, exact=lambda: exact(*_doubled(inputs)), **options)
+        forward = compare(f"block forward, {shape}", calls, exact=lambda: exact(*doubled(inputs)), **options)
     add_rates(forward, device, dtype, operations=products)
     return [*backward, *forward]
 
@@ -119,7 +117,7 @@ def _block_providers(
 
     yield "eager", eager
     if compiles:
-        yield "torch.compile", torch.compile(eager, dynamic=False)
+        yield "torch.compile", compiled(eager)
     if block["up_weight"] is not None:
         yield "Liger, gate", functools.partial(_liger, weight, block["up_weight"])
 
@@ -149,12 +147,3 @@ def _plain_activation(activation: str) -> Callable[[Tensor], Tensor]:
     if activation == "gelu_tanh":
         return lambda pre: F.gelu(pre, approximate="tanh")
     return F.silu if activation == "silu" else F.gelu
-
-
-def _step(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
-    output = function(*inputs)
-    return output.detach(), *torch.autograd.grad(output, inputs, grad)
-
-
-def _doubled(inputs: Sequence[Tensor]) -> list[Tensor]:
-    return [x.detach().double().requires_grad_() for x in inputs]

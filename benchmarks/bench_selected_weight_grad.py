@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, Report, add_rates, compare
+from benchmarks.harness import Case, Report, add_rates, compare, compiled
 from benchmarks.shapes import LAYERS
 from pymape.ops import selected_weight_grad, selected_weight_grad_reference
 
@@ -43,7 +44,7 @@ def _compare(
         "gather, then product": lambda: _gathered(x, dy, index, axis),
     }
     if compiles:
-        providers["torch.compile of the latter"] = _compiled(x, dy, index, axis)
+        providers["gather, then product, torch.compile"] = functools.partial(compiled(_gathered), x, dy, index, axis)
     cases = compare(
         f"{name} {axis}, {tokens} tokens, {len(index)} of {filters}, width {width} {str(dtype)[6:]}",
         providers,
@@ -58,8 +59,3 @@ def _compare(
 def _gathered(x: Tensor, dy: Tensor, index: Tensor, axis: str) -> Tensor:
     side, full = (dy, x) if axis == "rows" else (x, dy)
     return side.index_select(1, index).t() @ full
-
-
-def _compiled(x: Tensor, dy: Tensor, index: Tensor, axis: str) -> Callable[[], Tensor]:
-    function = torch.compile(_gathered, dynamic=False)
-    return lambda: function(x, dy, index, axis)

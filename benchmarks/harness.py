@@ -26,15 +26,16 @@ __all__ = [
     "add_rates",
     "alternate",
     "compare",
-    "gigabytes_per_second",
+    "compiled",
+    "doubled",
     "keep_freed_memory",
     "limits",
     "markdown",
     "measure",
     "peak_memory",
     "plot",
+    "step",
 ]
-
 
 _SHORT = 0.05  # seconds
 
@@ -205,17 +206,18 @@ def compare(
     providers: Mapping[str, Callable[[], Any]],
     *,
     exact: Callable[[], Any] | None = None,
-    tolerance: float | None,
+    tolerance: float,
+    unchecked: Mapping[str, Callable[[], Any]] | None = None,
     **options: Any,
 ) -> list[Case]:
-    """Check what every provider computes, then measure those that are right.
+    """Check what every provider computes, then measure those that are right, all in alternation.
 
     Args:
         shape: what the cases are of.
         providers: name -> call that returns a tensor, or tensors; the first is pymape's.
         exact: what they must agree with; default the first provider.
-        tolerance: largest error allowed, as a share of the largest magnitude of each tensor; None for calls that were
-            checked elsewhere, or whose results differ by their nature.
+        tolerance: largest error allowed, as a share of the largest magnitude of each tensor.
+        unchecked: further calls, which compute something else by their nature: a copy, a part of the work.
         options: of `measure`.
 
     Returns:
@@ -225,10 +227,10 @@ def compare(
     Raises:
         RuntimeError: pymape's own result is wrong. That of another provider is a reason not to measure it.
     """
-    first = next(iter(providers))
-    expected = [] if tolerance is None else _tensors((exact or providers[first])())
+    first, calls = next(iter(providers)), {**providers, **(unchecked or {})}
+    expected = _tensors((exact or providers[first])())
     reasons: dict[str, str] = {}
-    for name, call in providers.items():
+    for name, call in calls.items():
         try:
             result = call()
         except Exception as problem:  # whatever another library may raise
@@ -236,18 +238,46 @@ def compare(
                 raise
             reasons[name] = f"{type(problem).__name__}: {problem}".splitlines()[0][:160]
             continue
-        error = 0.0 if tolerance is None else _largest_error(_tensors(result), expected)
-        if tolerance is not None and not error <= tolerance:
+        error = _largest_error(_tensors(result), expected) if name in providers else 0.0
+        if not error <= tolerance:
             reasons[name] = f"differs by {error:.2g} of the largest value, more than {tolerance:g}"
             if name == first:
                 raise RuntimeError(f"{first} at {shape} {reasons[name]}")
-    measured = alternate(shape, {name: call for name, call in providers.items() if name not in reasons}, **options)
+    measured = alternate(shape, {name: call for name, call in calls.items() if name not in reasons}, **options)
     for case in measured:
         case.figures["x pymape"] = case.median_s / measured[0].median_s
         if torch.cuda.is_available():
-            case.figures["peak MiB"] = peak_memory(providers[case.provider])
+            case.figures["peak MiB"] = peak_memory(calls[case.provider])
     found = {case.provider: case for case in measured}
-    return [found.get(name) or Case(shape, name, reason=reasons[name]) for name in providers]
+    return [found.get(name) or Case(shape, name, reason=reasons[name]) for name in calls]
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function under torch.compile, for static shapes.
+
+    It forgets all that was compiled before: after eight shapes, torch would run the function uncompiled.
+    """
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
+
+
+def step(
+    function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], grad: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Return the function's output and, by a backward pass, the gradients of its inputs.
+
+    Args:
+        function: takes the inputs.
+        inputs: all of which require a gradient.
+        grad: the gradient of the output.
+    """
+    output = function(*inputs)
+    return output.detach(), *torch.autograd.grad(output, inputs, grad)
+
+
+def doubled(inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Return copies in fp64 that require a gradient."""
+    return tuple(x.detach().double().requires_grad_() for x in inputs)
 
 
 def _tensors(result: Any) -> list[torch.Tensor]:
@@ -306,11 +336,6 @@ def peak_memory(call: Callable[[], Any]) -> float:
     call()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def gigabytes_per_second(case: Case, bytes_moved: int) -> float:
-    """Return the rate at the median time, in 1e9 bytes a second."""
-    return bytes_moved / case.median_s / 1e9
 
 
 def _once(call: Callable[[], Any]) -> float:
