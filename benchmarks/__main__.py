@@ -26,8 +26,11 @@ def main() -> None:
     keep_freed_memory()
     for name in names if arguments.op == "all" else [arguments.op]:
         benchmark = importlib.import_module(f"benchmarks.bench_{name}")
-        if arguments.op == "all" and arguments.device not in getattr(benchmark, "DEVICES", (arguments.device,)):
-            print(f"\n{name}: skipped, it is for {' and '.join(benchmark.DEVICES)}")
+        only = getattr(benchmark, "DEVICE", arguments.device)
+        if arguments.device != only:
+            if arguments.op != "all":
+                parser.error(f"--device must be {only} for {name}, got {arguments.device}")
+            print(f"\n{name}: skipped, it is for {only} only")
             continue
         report = benchmark.run(arguments.device, rest)
         report.show()

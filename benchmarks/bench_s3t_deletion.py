@@ -27,6 +27,7 @@ from pymape.s3t.ledger import Ledger, RecordRow, StageRow
 from pymape.s3t.partition import place, record_name
 from pymape.s3t.stages import Provenance, encode_row, pack_stage
 
+DEVICE = "cpu"
 SHARDS, SLICES, TOKENS = 5, 8, 64
 CYCLIC = [tuple((first + step) % SLICES for step in range(SLICES)) for first in range(SLICES)]  # B = 8
 BASE = CONFIG = "0" * 64

@@ -13,6 +13,7 @@ from pymape.ops import simulate_deletions, simulate_deletions_reference
 from pymape.s3t.sequences import chain_cover, cyclic_sequences
 from pymape.s3t.theory import capacity
 
+DEVICE = "cpu"
 _Orders = list[tuple[int, ...]]
 
 
