@@ -256,12 +256,26 @@ def test_the_page_of_cpu_results_has_a_section_for_every_file(report: dict, tmp_
         {"kernel": "gate", "dtype": dtype, "instructions": 1, "per element": share}
         for dtype, share in zip(instructions.DTYPES, (0.5, 1.25, 3), strict=True)
     ]
-    (tmp_path / "instructions.json").write_text(json.dumps({"machine": report["machine"], "counts": counts}))
+    versions = [{"function": "gate, float", "AVX2": 3, "AVX-512": 4}]
+    found = {"machine": report["machine"], "counts": counts, "versions": versions}
+    (tmp_path / "instructions.json").write_text(json.dumps(found))
     page = pages.cpu_page(tmp_path)
     assert "### module_scores on cpu\n\n`python -m benchmarks module_scores`, " in page
     assert "| 2x3 | pymape | 1.000 |" in page
     assert "### Instructions of the CPU kernels" in page
     assert "| gate | 0.50 | 1.25 | 3.00 |" in page
+    assert "| gate, float | 3 | 4 |" in page
     assert "masked_ffn on cpu" not in page
     known = {*pages.OPERATORS, *pages.END_TO_END}
     assert {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")} == known
+
+
+def test_both_versions_of_a_function_must_use_their_registers() -> None:
+    title = "<ns::(anonymous namespace)::gate(ns::Block<float const>, long) [clone .arch_x86_64_v{}]>:\n"
+    narrow = f"0 {title.format(3)} 0: vmulps %ymm0,%ymm1,%ymm1\n 1: ret\n\n"
+    wide = f"9 {title.format(4)} 9: vmulps %{{}}0,%{{}}1,%{{}}1\n\n"
+    good = narrow + wide.format("zmm", "zmm", "zmm") + "20 <other()>:\n 20: ret\n"
+    assert instructions.vector_registers(good) == [{"function": "gate, float", "AVX2": 1, "AVX-512": 1}]
+    for bad in (narrow, narrow + wide.format("ymm", "ymm", "ymm")):
+        with pytest.raises(ValueError, match="gate, float must have AVX2 and AVX-512 versions"):
+            instructions.vector_registers(bad)
