@@ -96,9 +96,9 @@ def plain_swaps(forget: Tensor, retain: Tensor, mask: Tensor, max_swaps: int = 4
             inside, outside = selected.nonzero().squeeze(1), (~selected).nonzero().squeeze(1)
             enters, leaves = (half + coupling)[outside], (half - coupling)[inside]
             gain = enters[:, None] + leaves - quadratic[outside[:, None], inside]
-            best = int(gain.argmax())
-            if gain.flatten()[best] <= 0:
+            if gain.numel() == 0 or gain.max() <= 0:
                 break
+            best = int(gain.argmax())
             i, j = outside[best // len(inside)], inside[best % len(inside)]
             selected[i], selected[j] = True, False
             coupling += quadratic[i] - quadratic[j]

@@ -49,6 +49,7 @@ BENCHMARKS = {
     "selected_weight_grad": ("selected_weight_grad",),
     "segmented_lora": ("segmented_lora",),
     "importance": ("importance",),
+    "search": ("search",),
     "partial_bert": ("partial", "--models", "bert"),
     "partial_llama": ("partial", "--models", "llama"),
     "s3t_ensemble": ("s3t_ensemble",),

@@ -29,7 +29,7 @@ OPERATORS = (
     "threads",
     "tiles",
 )
-END_TO_END = ("importance", "partial", "s3t_ensemble", "s3t_training", "s3t_deletion")
+END_TO_END = ("importance", "search", "partial", "s3t_ensemble", "s3t_training", "s3t_deletion")
 
 _CPU = """
 # Benchmarks

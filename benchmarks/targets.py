@@ -157,7 +157,7 @@ TARGETS = (
         "importance pass",
         "at most 1.10 x a plain forward and activation backward under the fastest stock attention",
         ("importance",),
-        _figures("x inputs", "importance", "records, "),
+        _figures("x inputs", "pymape", "records, "),
         most=1.1,
     ),
     Target(
