@@ -6,6 +6,7 @@ import ctypes
 import functools
 import json
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ __all__ = [
     "doubled",
     "keep_freed_memory",
     "limits",
+    "machine",
     "markdown",
     "measure",
     "peak_memory",
@@ -142,7 +144,8 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "pymape": pymape.__version__,
         "commit": commit,
-        "command": " ".join(sys.orig_argv[1:]),
+        # Where the output goes is of no use to a reader.
+        "command": re.sub(r" --(json|plot)[ =]\S+", "", " ".join(sys.orig_argv[1:])),
     }
 
 
