@@ -16,6 +16,7 @@ soak: build
 
 bench: build
 	$(BIN)/python -m benchmarks all
+	$(BIN)/python -m benchmarks.pages
 
 # On a GPU machine, with the torch that it has: no .venv, no network. Parts that passed are skipped: run it again to go on.
 gpu:

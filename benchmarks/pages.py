@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,10 +38,19 @@ _CPU = """
 
 <!-- written by `python -m benchmarks.pages` from benchmarks/results; edit benchmarks/pages.py instead -->
 
-`python -m benchmarks OP` measures one operator, `make bench` all of them; `--device cuda` takes the GPU, `--json FILE`
-and `--plot FILE.svg` say where the result goes. `python -m benchmarks.instructions` counts instructions,
-`python -m benchmarks.compile_report` shows what the GPU kernels need ([results/compile.md](results/compile.md)), and
-`make gpu` does everything a GPU machine has to show ([results/gpu.md](results/gpu.md)).
+How fast pymape is on a CPU, against the usual ways to do the same with PyTorch. All figures are generated from the JSON
+files in `benchmarks/results`, which name the processor, the versions, the commit and the command.
+
+| command | what it does |
+| --- | --- |
+| `python -m benchmarks OP` | measures one operator or task, such as `module_scores`; `--help` lists the names, \
+`--json FILE` says where the result goes, `--plot FILE.svg` (or `.png`) draws it |
+| `make bench` | measures all of them and writes this page |
+| `python -m benchmarks.instructions` | counts instructions with valgrind, which no other program disturbs |
+| `python -m benchmarks.compile_report` | compiles the GPU kernels, without a GPU: \
+[results/compile.md](results/compile.md) |
+| `make gpu` | on a machine with an NVIDIA GPU: checks and measures everything, [results/gpu.md](results/gpu.md) |
+| `python -m benchmarks.pages` | writes this page anew from the JSON files |
 
 ## How to read it
 
@@ -48,6 +59,7 @@ and `--plot FILE.svg` say where the result goes. `python -m benchmarks.instructi
 - Providers take turns, call by call, so that whatever else the machine does hits all alike; the table has the median
   and the 20th and 80th percentile. The C library keeps what is freed: no provider pays for pages from the system.
 - `x pymape`: time over that of pymape's own choice of backend, the first row; above 1, pymape is faster.
+- `speed-up`: time of the plain way over the time of this row; above 1, this row is faster.
 - `% of copy`, `% of GEMM`: the rate as a share of what torch's `copy_` of data larger than the caches and a large
   product reach in the same run. Above 100, the data were in a cache.
 - Shapes are those of one layer of BERT-base, RoBERTa-large, ViT-B/16, GPT-2 and Llama-3-8B, with batches that two cores
@@ -89,21 +101,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def cpu_page(results: Path) -> str:
     """Return the page on the CPU results found in a folder."""
-    sections = [_CPU, ""]
+    reports = {
+        name: json.loads(path.read_text())
+        for name in (*OPERATORS, *END_TO_END)
+        if (path := results / f"{name}-cpu.json").exists()
+    }
+    sections = [_CPU, "", _summary(list(reports.values()))]
     for title, names in (("## Operators", OPERATORS), ("## End to end", END_TO_END)):
-        found = [json.loads(path.read_text()) for name in names if (path := results / f"{name}-cpu.json").exists()]
-        sections += [title, "", *map(_section, found)]
+        sections += [title, "", *(_section(reports[name]) for name in names if name in reports)]
         counts = results / "instructions.json"
         if names is OPERATORS and counts.exists():
             sections.append("#" + instructions.markdown(json.loads(counts.read_text())))
     return "\n".join(sections)
 
 
+def _summary(reports: Sequence[Mapping[str, Any]]) -> str:
+    """How the contenders compare, over all shapes of a benchmark."""
+    lines = [
+        "## In short",
+        "",
+        "Over all shapes of a benchmark: how many times as long as pymape a provider takes (`x pymape`), or how many "
+        "times as fast as the plain way a row is (`speed-up`). Above 1, pymape is faster. What does only a part of the "
+        "work, such as a copy or a frozen layer alone, shows how far away the limit is.",
+        "",
+        "| benchmark | row | figure | shapes | least | median | most |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for report in reports:
+        found: dict[tuple[str, str], list[float]] = {}
+        for case in report["cases"]:
+            for figure in ("x pymape", "speed-up"):
+                if figure in case["figures"] and not (figure == "x pymape" and case["provider"] == "pymape"):
+                    found.setdefault((case["provider"], figure), []).append(case["figures"][figure])
+        for (provider, figure), values in found.items():
+            spread = " | ".join(f"{value:.2f}" for value in (min(values), statistics.median(values), max(values)))
+            lines.append(f"| {report['name']} | {provider} | {figure} | {len(values)} | {spread} |")
+    return "\n".join(lines) + "\n"
+
+
 def _section(report: Mapping[str, Any]) -> str:
-    where = report["machine"]
-    command = f"`python {where['command']}`, {where['threads']} threads.\n\n"
+    where, threads = report["machine"], report["machine"]["threads"]
+    source = (ROOT / "benchmarks" / f"bench_{report['name']}.py").read_text()
+    about = (ast.get_docstring(ast.parse(source)) or "").split("\n\n")[0]
     title, table = markdown(report).split("\n\n", 1)
-    return f"#{title}\n\n{command}{table}"
+    return f"#{title}\n\n{about}\n\n`python {where['command']}`, {threads} thread{'s' * (threads > 1)}.\n\n{table}"
 
 
 def gpu_page(reports: Mapping[str, Mapping[str, Any]]) -> str:

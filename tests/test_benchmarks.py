@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -15,12 +16,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the benchmarks are run from the repository, never installed
 
 from benchmarks import compile_report, gpu, instructions, pages, targets  # noqa: E402
-from benchmarks.harness import Case, Report, add_rates, compare, limits, markdown, measure, plot  # noqa: E402
+from benchmarks.harness import Case, Report, add_rates, compare, compiled, limits, machine, markdown, measure, plot  # noqa: E402
 
 
 @pytest.fixture
 def report(tmp_path: Path) -> dict:
-    cases = [Case("2x3", "pymape", 0.001, 0.0009, 0.0012, {"GB/s": 12.5}), Case("2x3", "eager", 0.002, 0.0019, 0.0021)]
+    cases = [
+        Case("2x3", "pymape", 0.001, 0.0009, 0.0012, {"GB/s": 12.5, "x pymape": 1.0}),
+        Case("2x3", "eager", 0.002, 0.0019, 0.0021, {"x pymape": 2.0}),
+    ]
     Report("module_scores", "cpu", ["a note"], cases).write(tmp_path / "module_scores.json")
     return json.loads((tmp_path / "module_scores.json").read_text())
 
@@ -35,10 +39,16 @@ def test_contenders_alternate_and_every_round_is_timed() -> None:
 def test_a_written_report_reads_back_as_a_table(report: dict) -> None:
     lines = markdown(report).splitlines()
     assert lines[0] == "## module_scores on cpu"
-    assert "| shape | provider | median ms | p20 | p80 | GB/s |" in lines
-    assert "| 2x3 | pymape | 1.000 | 0.900 | 1.200 | 12.5 |" in lines
-    assert "| 2x3 | eager | 2.000 | 1.900 | 2.100 |  |" in lines
+    assert "| shape | provider | median ms | p20 | p80 | GB/s | x pymape |" in lines
+    assert "| 2x3 | pymape | 1.000 | 0.900 | 1.200 | 12.5 | 1 |" in lines
+    assert "| 2x3 | eager | 2.000 | 1.900 | 2.100 |  | 2 |" in lines
     assert lines[-1] == "- a note"
+
+
+def test_the_command_in_a_report_does_not_name_its_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["python", "-m", "benchmarks", "op", "--json", "a/b.json", "--layers", "2", "--plot=c.svg"]
+    monkeypatch.setattr(sys, "orig_argv", words)
+    assert machine()["command"] == "-m benchmarks op --layers 2"
 
 
 def test_a_provider_that_cannot_run_or_is_wrong_is_listed_with_the_reason() -> None:
@@ -47,17 +57,20 @@ def test_a_provider_that_cannot_run_or_is_wrong_is_listed_with_the_reason() -> N
 
     good, expected = torch.tensor([1.0, -2.0]), torch.tensor([1.0, -2.02])
     providers = {"pymape": lambda: good, "same": lambda: (good,), "wrong": lambda: good * 1.5, "fails": fails}
-    cases = compare("2", providers, exact=lambda: expected, tolerance=0.02, seconds=0, least=3)
-    assert [case.provider for case in cases] == list(providers)
+    part = {"a part of it": lambda: good[:1]}
+    cases = compare("2", providers, exact=lambda: expected, tolerance=0.02, unchecked=part, seconds=0, least=3)
+    assert [case.provider for case in cases] == [*providers, *part]
     assert [case.reason for case in cases] == [
         "",
         "",
         "differs by 0.49 of the largest value, more than 0.02",
         "NotImplementedError: not on this device",
+        "",
     ]
     assert cases[0].figures["x pymape"] == 1
     assert cases[1].figures["x pymape"] == cases[1].median_s / cases[0].median_s
     assert cases[2].median_s is cases[3].median_s is None
+    assert cases[4].figures["x pymape"] == cases[4].median_s / cases[0].median_s
     report = Report("op", "cpu", cases=cases)
     report.show()
     lines = markdown({**asdict(report), "machine": {"gpu": None, "processor": "cpu", "torch": "2", "commit": "c"}})
@@ -69,6 +82,22 @@ def test_a_wrong_result_of_pymape_stops_the_benchmark() -> None:
         compare("2", {"pymape": lambda: torch.ones(2)}, exact=lambda: 0.5 * torch.ones(2), tolerance=0.01)
     with pytest.raises(RuntimeError, match="differs by nan"):
         compare("2", {"pymape": lambda: torch.full((2,), torch.nan)}, exact=lambda: torch.ones(2), tolerance=0.01)
+
+
+def test_what_is_compiled_stays_compiled_for_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if torch.compiler.is_compiling() else x
+
+    assert all(bool(compiled(function)(torch.zeros(size)).all()) for size in range(2, 12))
+
+
+def test_a_benchmark_for_another_device_is_refused() -> None:
+    command = [sys.executable, "-m", "benchmarks", "threads", "--device", "cuda"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "--device must be cpu for threads, got cuda" in result.stderr
 
 
 def test_rates_are_shares_of_the_measured_limits() -> None:
@@ -249,6 +278,10 @@ def test_the_page_of_the_targets_is_generated() -> None:
     assert page.count("| `make gpu PARTS=") == len(targets.TARGETS)
 
 
+def test_the_page_of_cpu_results_is_generated() -> None:
+    assert (ROOT / "docs" / "benchmarks.md").read_text() == pages.cpu_page(pages.RESULTS)
+
+
 def test_the_page_of_cpu_results_has_a_section_for_every_file(report: dict, tmp_path: Path) -> None:
     report["machine"]["command"] = "-m benchmarks module_scores"
     (tmp_path / "module_scores-cpu.json").write_text(json.dumps(report))
@@ -260,7 +293,9 @@ def test_the_page_of_cpu_results_has_a_section_for_every_file(report: dict, tmp_
     found = {"machine": report["machine"], "counts": counts, "versions": versions}
     (tmp_path / "instructions.json").write_text(json.dumps(found))
     page = pages.cpu_page(tmp_path)
-    assert "### module_scores on cpu\n\n`python -m benchmarks module_scores`, " in page
+    about = "module_scores against eager torch and torch.compile, and against the rate at which torch copies memory."
+    assert f"### module_scores on cpu\n\n{about}\n\n`python -m benchmarks module_scores`, " in page
+    assert "| module_scores | eager | x pymape | 1 | 2.00 | 2.00 | 2.00 |" in page
     assert "| 2x3 | pymape | 1.000 |" in page
     assert "### Instructions of the CPU kernels" in page
     assert "| gate | 0.50 | 1.25 | 3.00 |" in page
