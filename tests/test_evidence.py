@@ -37,9 +37,11 @@ from pymape.metrics import (
     tofu_metrics,
 )
 
-YAML = SMALL.replace(
-    "epochs: 2", "epochs: 2, options: {num_hidden_layers: 2, hidden_size: 32, intermediate_size: 64}"
-).replace("evidence: null", "evidence: {relearn_steps: 6, relearn_every: 3, relearn_lr: 1.0e-2, shadows: 2}")
+YAML = (
+    SMALL.replace("epochs: 2", "epochs: 2, options: {num_hidden_layers: 2, hidden_size: 32, intermediate_size: 64}")
+    .replace("steps: 2", "steps: 3\nevery: 1")
+    .replace("evidence: null", "evidence: {relearn_steps: 6, relearn_every: 3, relearn_lr: 1.0e-2, shadows: 2}")
+)
 SETS = ("forget", "retain", "test")
 
 Row = dict[str, Any]

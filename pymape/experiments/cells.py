@@ -63,6 +63,7 @@ def cells_of(config: ExperimentConfig, task: Task) -> list[Cell]:
                 for name in method.selections:
                     selection = config.selections[name].identity(setting.lam)
                     how = {"steps": config.steps, "batch_size": config.batch_size, "options": method.options}
+                    how |= {} if config.every is None else {"every": config.every}
                     made = {**place, **how, "objective": method.objective, "selection": selection}
                     cells += [
                         Cell(setting_name, seed, method.objective, name, method.parameter, value, key)

@@ -200,6 +200,8 @@ class ExperimentConfig:
         methods: further methods.
         lrs: learning rates that every method chooses from.
         steps: optimizer steps of an unlearning run.
+        every: optimizer steps between two looks at the model of a run: the rule that chooses the value of what is tuned
+            chooses the step too. None looks at the last step only.
         batch_size: forget records a step, and as many retain records.
         baselines: selections that the others are held against, objective by objective.
         title: heading of the report.
@@ -215,6 +217,7 @@ class ExperimentConfig:
     methods: list[MethodConfig] = field(default_factory=list)
     lrs: list[float] = field(default_factory=lambda: [2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3])
     steps: int = 30
+    every: int | None = None
     batch_size: int = 32
     baselines: list[str] = field(default_factory=lambda: ["everything"])
     title: str = ""
@@ -242,6 +245,7 @@ class ExperimentConfig:
             "seeds": (self.seeds, len(set(self.seeds)) == len(self.seeds) > 0, "at least one, each once"),
             "lrs": (self.lrs, bool(self.lrs) and all(0 < lr < math.inf for lr in self.lrs), "positive learning rates"),
             "steps": (self.steps, self.steps >= 1, "at least 1"),
+            "every": (self.every, self.every is None or self.every >= 1, "at least 1"),
             "batch_size": (self.batch_size, self.batch_size >= 1, "at least 1"),
             "task.epochs": (self.task.epochs, self.task.epochs >= 1, "at least 1"),
             "task.batch_size": (self.task.batch_size, self.task.batch_size >= 1, "at least 1"),

@@ -116,7 +116,7 @@ class Evidence:
             seen = self._look(self.unit.reference("original")[0])
         else:
             masks, added = self.unit.chosen(cell).masks, added_memory()
-            model, _, cost = self.unit.unlearned(cell)
+            model, _, cost = self.unit.unlearned(cell, subject.row.get("steps"))
             seen, memory = self._look(model), added(cost)
         self._save(subject, seen)
         if masks is not None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 from pymape.architectures import layout
 from pymape.batching import PaddingCollator, bare_record, record_lengths
 from pymape.experiments.config import ExperimentConfig, MethodConfig, SelectionConfig
+from pymape.experiments.looks import KeepBest
 from pymape.importance import Importance, importance
 from pymape.learned_gates import learn_gates
 from pymape.losses import per_sample_loss
@@ -153,6 +154,7 @@ def unlearn(
     steps: int,
     batch_size: int,
     seed: int,
+    best: KeepBest | None = None,
 ) -> tuple[PreTrainedModel, dict[str, float]]:
     """Unlearn in place.
 
@@ -166,9 +168,11 @@ def unlearn(
         steps: optimizer steps, where the objective takes any.
         batch_size: forget records a step, and as many retain records.
         seed: of order, pairing and random labels.
+        best: looks at the model on the way and decides which one is given back; None gives that of the last step.
 
     Returns:
         The plain model, and {"seconds", "trained": number of trained values as a share of the model's parameters}.
+        Where looks decided, also "steps", those of the model, and "cpu_seconds"; both times leave out the looking.
 
     Raises:
         ValueError: as `UnlearnTrainer` does, for instance if the loss is no longer finite.
@@ -200,13 +204,21 @@ def unlearn(
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_("lora_" in name)
         trained = trainer.partial.numel()
+        if best is not None:
+            best.watch(trainer.partial)
+            trainer.add_callback(best)
         with _only(model, chosen.entries):
             trainer.train()
+        if best is not None and best.steps:  # one-shot objectives take none
+            best.restore()
         trainer.merge()
         if chosen.entries is not None:
             trained = sum(int(entries.sum()) for entries in chosen.entries)
         merge()
-    return model, {"seconds": time.perf_counter() - started, "trained": trained / total}
+    facts = {"seconds": time.perf_counter() - started, "trained": trained / total}
+    if best is not None and best.steps:
+        facts |= {name: getattr(best, name) for name in ("steps", "seconds", "cpu_seconds")}
+    return model, facts
 
 
 def pass_size(records: list[Record], most: int = _BATCH) -> int:

@@ -95,9 +95,10 @@ def write_markdown(path: Path, outcome: Outcome) -> None:
         *comparison_sections([outcome]),
     ]
     lines = [f"# {config['title'] or outcome.name}", "", *([config["note"], ""] if config["note"] else [])]
+    looks = f", a look after every {config['every']}" if config.get("every") else ""
     lines += [
         f"Command: `{summary['command']}`, commit {summary['commit']}. Seeds {', '.join(map(str, config['seeds']))}; "
-        f"{config['steps']} steps of {config['batch_size']} + {config['batch_size']} records; "
+        f"{config['steps']} steps of {config['batch_size']} + {config['batch_size']} records{looks}; "
         f"{len(config['lrs'])} values each. torch {versions['torch']}, transformers {versions['transformers']}. "
         f"{cost_text(summary)}" + (f" Data: {data_text(summary)}." if data_text(summary) else ""),
         "",

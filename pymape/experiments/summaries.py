@@ -159,6 +159,7 @@ def _table(chosen: Sequence[Cell]) -> list[dict[str, Any]]:
                 "selection": selection,
                 "parameter": found[0]["parameter"],
                 "values": [row["value"] for row in found],
+                "steps": [row.get("steps") for row in found],
                 "at_edge": sum(row["at_edge"] for row in found),
                 "seeds": len(found),
                 **{name: spread([row[name] for row in able]) for name in names},

@@ -27,7 +27,8 @@ SELECTION_RULE = (
     "Every method tries as many values of its one tuned parameter (the learning rate; for one-shot objectives their "
     "own parameter). One rule chooses for all: minimise |A_forget - target| + |A_retain - A_retain(original)| + "
     "|A_val - A_val(original)|, target 0 for a class and the original's validation accuracy for all else; the first "
-    "of equals wins. Neither the test records nor the retrained model have a part in it."
+    "of equals wins. Where runs are looked at on their way, it chooses the step as well. Neither the test records nor "
+    "the retrained model have a part in it."
 )
 _INTERVALS = (
     "Difference: figure of the selection minus that of the one it is held against, for the same objective, setting and "
@@ -36,14 +37,15 @@ _INTERVALS = (
     "selection has the smaller figure."
 )
 _RESULT_COLUMNS = (
-    "objective", "trained", *METRICS, "mean gap", "share", "time (s)", "memory (MiB)", "value", "at edge",
+    "objective", "trained", *METRICS, "mean gap", "share", "time (s)", "memory (MiB)", "value", "steps", "at edge",
 )  # fmt: skip
 _RESULT_NOTE = (
     "UA: 100 - accuracy on the forget set. RA, TA: accuracy on the retain and test set. MIA: share of the forget set "
     "that a membership attack calls never seen. All in percent. Mean gap: mean distance to the retrained model over "
     "the four, in points; the smaller, the closer. Trained: which parameters (see the settings below), and their share "
-    "of all. Time: of the chosen run alone. Memory: {}. Value: of the tuned parameter, as chosen. At edge: seeds whose "
-    "choice is the first or last value of the grid."
+    "of all. Time: of the chosen run alone. Memory: {}. Value: of the tuned parameter, as chosen. Steps: after which "
+    "the rule chose to stop, where it did. At edge: seeds whose choice is the first or last value of the "
+    "grid."
 )
 # The first that was measured is shown.
 _MEMORY = {
@@ -263,14 +265,12 @@ def _kind(row: Mapping[str, Any], best: bool = False) -> str:
 
 def _result_cells(row: Mapping[str, Any], memory: str) -> list[str]:
     reference = not row["selection"]
-    values = sorted({value for value in row["values"] if value is not None})
-    ends = [f"{value:g}" for value in dict.fromkeys(values[:1] + values[-1:])]
     name = "" if row["parameter"] == "lr" else f"{row['parameter']} "
     figures = [figure_text(row[metric]) for metric in (*METRICS, "gap")]
     blank = reference or row["gap"]["mean"] is None
     share = "" if blank else f"{100 * row['trained']['mean']:.1f} %"
     used = None if blank else row["metrics"].get(memory, row.get(memory))
-    chosen = "" if reference else name + " to ".join(ends)
+    chosen = "" if reference else name + _range_text(row["values"])
     edge = "" if reference else f"{row['at_edge']} of {row['seeds']}"
     return [
         row["objective"],
@@ -280,8 +280,15 @@ def _result_cells(row: Mapping[str, Any], memory: str) -> list[str]:
         figure_text(row["seconds"]),
         "" if used is None else f"{used['mean']:.0f}",
         chosen,
+        "" if reference else _range_text(row["steps"]),
         edge,
     ]
+
+
+def _range_text(values: Sequence[float | None]) -> str:
+    """The least and the most of the values that are not None."""
+    known = sorted({value for value in values if value is not None})
+    return " to ".join(f"{value:g}" for value in dict.fromkeys(known[:1] + known[-1:]))
 
 
 def _metric(row: Mapping[str, Any], column: _Column) -> str:

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 
 from pymape.experiments.cells import CODE, REFERENCES, Cell, Place, digest, training
 from pymape.experiments.config import ExperimentConfig
+from pymape.experiments.looks import KeepBest
 from pymape.experiments.methods import Chosen, Measured, choose, pass_size, unlearn
 from pymape.experiments.tasks import Forgetting, Task, forgetting, train
 from pymape.files import atomic_write
-from pymape.metrics import record_scores, summarise
+from pymape.metrics import Predictions, record_scores, summarise
 from pymape.metrics.costs import Cost, measure_cost
 
 __all__ = ["Unit"]
@@ -26,6 +27,7 @@ __all__ = ["Unit"]
 Record = dict[str, Any]
 
 _MODELS = "models"
+_JUDGED = ("forget", "retain", "validation")  # sets that the choice of the tuned parameter looks at
 # Errors of a method at a value of its grid, which then cannot be chosen; any other ends the run.
 _RESULTS_TOO = ("must stay finite", "must select at least one")
 
@@ -62,7 +64,7 @@ class Unit:
                 raise
             return {"failed": str(error)}
         figures = self._figures(model)
-        found = {**figures, "selection_score": self._selection(figures), **facts, **cost.figures()}
+        found = {**figures, "selection_score": self._selection(figures), **cost.figures(), **facts}
         found["choose_seconds"] = chosen.seconds
         if chosen.masks is not None:
             found["mask_cost"] = chosen.masks.cost()
@@ -91,8 +93,13 @@ class Unit:
             self._chosen[name] = choose(self.config.selections[name], self.setting.lam, self._measured)
         return self._chosen[name]
 
-    def unlearned(self, cell: Cell) -> tuple[PreTrainedModel, dict[str, float], Cost]:
+    def unlearned(self, cell: Cell, steps: int | None = None) -> tuple[PreTrainedModel, dict[str, float], Cost]:
         """The model of a cell, made anew: the same at every call.
+
+        Args:
+            cell: of the grid.
+            steps: that its model has taken, where that is known: then it is made without looking at others on the way,
+                and at the cost of these steps alone.
 
         Returns:
             The model, what `unlearn` says about it, and what that cost.
@@ -102,10 +109,13 @@ class Unit:
         """
         chosen, model = self.chosen(cell), copy.deepcopy(self._original)
         assert cell.value is not None
+        every = self.config.every if steps is None else None
+        best = None if every is None else KeepBest(self._judge, every)
         with measure_cost() as cost:
             model, facts = unlearn(
                 model, chosen, self._methods[cell.objective, cell.selection], cell.value, forget=self.data.forget,
-                retain=self.data.retain, steps=self.config.steps, batch_size=self.config.batch_size, seed=self.seed,
+                retain=self.data.retain, steps=steps or self.config.steps, batch_size=self.config.batch_size,
+                seed=self.seed, best=best,
             )  # fmt: skip
         return model, facts, cost
 
@@ -138,13 +148,17 @@ class Unit:
         return model, seconds
 
     def _figures(self, model: PreTrainedModel) -> dict[str, float]:
-        found = {
-            name: record_scores(model, records, batch_size=pass_size(records), progress=False).predictions()
-            for name, records in self.data.sets.items()
-        }
+        found = {name: self._predict(model, name) for name in self.data.sets}
         figures = summarise(found["forget"], found["retain"], found["test"], seed=self.seed)
         figures |= {f"{name}_accuracy": predictions.accuracy for name, predictions in found.items()}
         return figures | {f"{name}_loss": predictions.loss.mean().item() for name, predictions in found.items()}
+
+    def _predict(self, model: PreTrainedModel, name: str) -> Predictions:
+        records = self.data.sets[name]
+        return record_scores(model, records, batch_size=pass_size(records), progress=False).predictions()
+
+    def _judge(self, model: PreTrainedModel) -> float:
+        return self._selection({f"{name}_accuracy": self._predict(model, name).accuracy for name in _JUDGED})
 
     def _selection(self, figures: Mapping[str, float]) -> float:
         """What the choice of the tuned parameter minimises; neither test records nor the retrained model have a part.
