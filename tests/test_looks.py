@@ -10,7 +10,6 @@ import torch
 from transformers import ViTForImageClassification
 
 from pymape.experiments.config import MethodConfig, SelectionConfig, SettingConfig, TaskConfig
-from pymape.experiments.looks import KeepBest
 from pymape.experiments.methods import Chosen, Measured, choose, unlearn
 from pymape.experiments.tasks import Forgetting, forgetting, make_task, train
 
@@ -36,12 +35,12 @@ def trained() -> tuple[ViTForImageClassification, Forgetting]:
 
 
 def run(
-    trained: tuple[ViTForImageClassification, Forgetting], chosen: Chosen, steps: int, best: KeepBest | None = None
+    trained: tuple[ViTForImageClassification, Forgetting], chosen: Chosen, steps: int, **looks: Any
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     original, data = trained
     model, facts = unlearn(
         copy.deepcopy(original), chosen, MethodConfig("gd"), 1e-3, forget=data.forget, retain=data.retain, steps=steps,
-        batch_size=8, seed=0, best=best,
+        batch_size=8, seed=0, **looks,
     )  # fmt: skip
     assert not model.training
     return model.state_dict(), facts
@@ -63,7 +62,7 @@ def test_the_best_look_is_what_a_shorter_run_gives(
         looked.append(at[len(looked)])
         return abs(looked[-1] - wanted)
 
-    found, facts = run(trained, chosen, 5, KeepBest(judge, every))
+    found, facts = run(trained, chosen, 5, judge=judge, every=every)
     shorter, other = run(trained, chosen, wanted)
     assert looked == at
     assert facts["steps"] == wanted
@@ -86,15 +85,14 @@ def test_the_first_of_equals_is_kept_and_looking_costs_no_time(
     monkeypatch.setattr("pymape.experiments.looks._clocks", clocks)
     # Beginning, before and after every look: a second of training before each look, a second of looking at each.
     scores = iter([5.0, 3.0, 3.0, 4.0])
-    _, facts = run(trained, Chosen(), 4, KeepBest(lambda _: next(scores), 1))
+    _, facts = run(trained, Chosen(), 4, judge=lambda _: next(scores))
     assert (facts["steps"], facts["seconds"], facts["cpu_seconds"]) == (2, 2.0, 4.0)
 
 
 def test_one_shot_objectives_are_not_looked_at(trained: tuple[ViTForImageClassification, Forgetting]) -> None:
     original, data = trained
-    best = KeepBest(lambda _: pytest.fail("it takes no steps"), 1)
     _, facts = unlearn(
         copy.deepcopy(original), Chosen(), MethodConfig("influence", parameter="gamma"), 1e-2, forget=data.forget,
-        retain=data.retain, steps=1, batch_size=8, seed=0, best=best,
+        retain=data.retain, steps=1, batch_size=8, seed=0, judge=lambda _: pytest.fail("it takes no steps"),
     )  # fmt: skip
     assert "steps" not in facts

@@ -19,30 +19,21 @@ class KeepBest(TrainerCallback):
     """Judge the model of a run every few steps and in the end, and keep what was trained when it was judged best.
 
     Args:
+        partial: what is trained, of the model that is judged.
         judge: of a model: the lower, the better; the first of equals is kept.
         every: optimizer steps between two looks.
 
     Attributes:
         steps: that the kept model has taken; 0 before the first look.
-        seconds: wall time, from the beginning of the training, that these took, without that of looking.
+        seconds: wall time, since this object was made, that these took, without that of looking.
         cpu_seconds: processor time of the same.
     """
 
-    def __init__(self, judge: Callable[[Any], float], every: int) -> None:
-        self.judge, self.every = judge, every
+    def __init__(self, partial: PartialParameters, judge: Callable[[Any], float], every: int) -> None:
+        self.partial, self.judge, self.every = partial, judge, every
         self.steps, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
         self._best = math.inf
         self._kept: dict[str, Tensor] = {}
-        self._started: tuple[float, ...] = (0.0, 0.0)
-
-    def watch(self, partial: PartialParameters) -> None:
-        """Say what is trained."""
-        self._partial = partial
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start the clocks."""
         self._started = _clocks()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -50,11 +41,11 @@ class KeepBest(TrainerCallback):
         if state.global_step % self.every and state.global_step < state.max_steps:
             return
         before = _clocks()
-        found = self.judge(self._partial.model)
+        found = self.judge(self.partial.model)
         if found < self._best:
             self._best, self.steps = found, state.global_step
             self.seconds, self.cpu_seconds = (now - start for now, start in zip(before, self._started, strict=True))
-            self._kept = {name: value.clone() for name, value in self._partial.state_dict().items()}
+            self._kept = {name: value.clone() for name, value in self.partial.state_dict().items()}
         after = _clocks()
         self._started = tuple(
             start + end - begin for start, end, begin in zip(self._started, after, before, strict=True)
@@ -62,7 +53,7 @@ class KeepBest(TrainerCallback):
 
     def restore(self) -> None:
         """Give the model what was kept."""
-        self._partial.load_state_dict(self._kept)
+        self.partial.load_state_dict(self._kept)
 
 
 def _clocks() -> tuple[float, ...]:

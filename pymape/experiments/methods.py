@@ -154,7 +154,8 @@ def unlearn(
     steps: int,
     batch_size: int,
     seed: int,
-    best: KeepBest | None = None,
+    judge: Callable[[Any], float] | None = None,
+    every: int = 1,
 ) -> tuple[PreTrainedModel, dict[str, float]]:
     """Unlearn in place.
 
@@ -168,11 +169,12 @@ def unlearn(
         steps: optimizer steps, where the objective takes any.
         batch_size: forget records a step, and as many retain records.
         seed: of order, pairing and random labels.
-        best: looks at the model on the way and decides which one is given back; None gives that of the last step.
+        judge: of the model on its way: the one that it finds lowest is given back. None gives that of the last step.
+        every: steps between two looks of `judge`.
 
     Returns:
         The plain model, and {"seconds", "trained": number of trained values as a share of the model's parameters}.
-        Where looks decided, also "steps", those of the model, and "cpu_seconds"; both times leave out the looking.
+        Where `judge` decided, also "steps", those of the model, and "cpu_seconds"; both times leave out the looking.
 
     Raises:
         ValueError: as `UnlearnTrainer` does, for instance if the loss is no longer finite.
@@ -204,8 +206,8 @@ def unlearn(
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_("lora_" in name)
         trained = trainer.partial.numel()
+        best = None if judge is None else KeepBest(trainer.partial, judge, every)
         if best is not None:
-            best.watch(trainer.partial)
             trainer.add_callback(best)
         with _only(model, chosen.entries):
             trainer.train()

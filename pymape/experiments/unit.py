@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from pymape.experiments.cells import CODE, REFERENCES, Cell, Place, digest, training
 from pymape.experiments.config import ExperimentConfig
-from pymape.experiments.looks import KeepBest
 from pymape.experiments.methods import Chosen, Measured, choose, pass_size, unlearn
 from pymape.experiments.tasks import Forgetting, Task, forgetting, train
 from pymape.files import atomic_write
@@ -109,13 +108,12 @@ class Unit:
         """
         chosen, model = self.chosen(cell), copy.deepcopy(self._original)
         assert cell.value is not None
-        every = self.config.every if steps is None else None
-        best = None if every is None else KeepBest(self._judge, every)
+        every = None if steps else self.config.every
         with measure_cost() as cost:
             model, facts = unlearn(
                 model, chosen, self._methods[cell.objective, cell.selection], cell.value, forget=self.data.forget,
                 retain=self.data.retain, steps=steps or self.config.steps, batch_size=self.config.batch_size,
-                seed=self.seed, best=best,
+                seed=self.seed, judge=self._judge if every else None, every=every or 1,
             )  # fmt: skip
         return model, facts, cost
 
