@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _terminable():
             return _run(_parser().parse_args(_with_session(words)))
     except (ArgumentError, ValueError, OSError, ImportError) as error:
-        print(f"pymape: error: {_one_line(error)}", file=sys.stderr)
+        print(f"pymape: error: {_one_line(error, words)}", file=sys.stderr)
         return _FAILED
     except KeyboardInterrupt:
         print("pymape: interrupted", file=sys.stderr)
@@ -261,8 +261,10 @@ def _built(config: Any, options: Namespace) -> Any:
     )
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: BaseException, words: Sequence[str]) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     text = re.sub(r'Parser key "([^"]+)":', r"--\1:", str(error))
+    for depth in (2, 1):  # the parser names what is missing with the subcommand before it
+        text = re.sub(rf"(?<=[:,] ){re.escape('.'.join(words[:depth]))}\.", "", text)
     return " ".join(text.split()) or type(error).__name__

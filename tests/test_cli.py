@@ -104,14 +104,15 @@ def test_lists_need_no_brackets(received: list, words: list[str], expected: Demo
     [
         ([], "subcommand"),
         (["masks"], "subcommand"),
-        (["unlearn"], "required: unlearn.model"),
+        (["unlearn"], "required: model, data.path"),
         (["unlearn", *REQUIRED, "--lr", "fast"], "--lr"),
         (["unlearn", *REQUIRED, "--bogus", "1"], "unrecognized arguments: --bogus 1"),
         (["unlearn", *REQUIRED, "--objective", "xx"], "--objective"),
         (["unlearn", "nowhere.yaml"], "nowhere.yaml"),
         (["demo", "--seeds", "one"], "--seeds"),
         (["demo", "--settings", "nothing"], "--settings"),
-        (["masks", "show"], "masks.show.file"),
+        (["masks", "show"], "required: file"),
+        (["s3t", "delete", "f"], "required: request_id"),
     ],
 )
 def test_bad_command_lines_end_with_one_line_and_code_2(
