@@ -414,7 +414,7 @@ def test_options_of_the_files_that_come_with_the_project_fit_their_tasks() -> No
         if "\nsettings:" not in path.read_text():
             continue
         config = read_experiment(path).task
-        maker, needed = tasks._MAKERS[config.name]
+        maker, needed = tasks.MAKERS[config.name]
         known = inspect.signature(maker)
         known.bind(**dict.fromkeys(needed, ""), **config.options)
         models = {"tofu": LlamaConfig, "folder": ViTConfig, "arrays": ViTConfig, "digits": ViTConfig}

@@ -9,7 +9,7 @@ import json
 import math
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from pymape.architectures import find_layers
 from pymape.cli import main
 from pymape.config import DemoConfig
 from pymape.demo import run_demo
-from pymape.experiments import cells, methods, unit
+from pymape.experiments import cells, methods, tasks, unit
 from pymape.experiments.config import (
     ExperimentConfig,
     MethodConfig,
@@ -29,6 +29,7 @@ from pymape.experiments.config import (
     find_experiment,
     read_experiment,
 )
+from pymape.experiments.kinds import KINDS
 from pymape.experiments.methods import Chosen, Measured, choose, unlearn
 from pymape.experiments.runner import run_experiment
 from pymape.experiments.summaries import bootstrap_interval, pool, read_cells, summarise_cells
@@ -415,3 +416,7 @@ def test_files_that_come_with_the_project_are_valid() -> None:
         config = read_experiment(find_experiment(name))
         methods.check_methods(config)
         assert len(config.seeds) >= 3
+
+
+def test_every_kind_of_task_can_be_named_and_made() -> None:
+    assert set(KINDS) == set(get_args(get_type_hints(TaskConfig)["name"])) == set(tasks.MAKERS)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pymape.experiments.kinds import KINDS
+
 __all__ = [
     "EvidenceConfig",
     "ExperimentConfig",
@@ -21,7 +23,6 @@ __all__ = [
 ]
 
 _FOLDER = "experiments"
-_GROUPED = ("questions", "tofu")  # tasks whose records come in groups instead of classes
 # What a kind of selection depends on.
 _READ = {
     "everything": (),
@@ -268,7 +269,7 @@ class ExperimentConfig:
     def _check_settings(self) -> None:
         """Refuse what the task has nothing of to forget."""
         for name, setting in self.settings.items():
-            kinds = ("random", "groups") if self.task.name in _GROUPED else ("random", "class")
+            kinds = ("random", "groups") if KINDS[self.task.name].grouped else ("random", "class")
             if setting.forget not in kinds:
                 raise ValueError(
                     f"settings.{name}.forget must be {' or '.join(kinds)} for task {self.task.name!r}, "

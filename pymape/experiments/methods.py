@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 from pymape.architectures import layout
 from pymape.batching import PaddingCollator, bare_record, record_lengths
 from pymape.experiments.config import ExperimentConfig, MethodConfig, SelectionConfig
+from pymape.experiments.kinds import KINDS
 from pymape.experiments.looks import KeepBest
 from pymape.importance import Importance, importance
 from pymape.learned_gates import learn_gates
@@ -31,7 +32,6 @@ Record = dict[str, Any]
 
 _BATCH = 256  # most records a pass where nothing is trained
 _GATE_BATCH = 64
-_ALTERNATIVES = ("tofu",)  # tasks whose records have alternative answers
 _TOKENS = 2**14  # most tokens a pass, with padding
 
 
@@ -86,7 +86,7 @@ def check_methods(config: ExperimentConfig) -> None:
     """
     for method in config.all_methods:
         found = get_objective(method.objective)
-        if found.alternative and config.task.name not in _ALTERNATIVES:
+        if found.alternative and not KINDS[config.task.name].alternatives:
             raise ValueError(
                 f"objectives must need no alternative answers for task {config.task.name!r}, got {method.objective!r}"
             )

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pymape.experiments.kinds import KINDS
 from pymape.experiments.summaries import EVERYWHERE
 from pymape.metrics.evaluation import METRICS
 from pymape.report import Row, Table
@@ -54,10 +55,6 @@ _MEMORY = {
     "peak_cpu_mib": "peak of the whole process in the chosen run",
 }
 _CLASS_NOTE = " Where a class is forgotten, TA and the attack's test records are those of the remaining classes."
-_ACCURACY_NOTES = {
-    "questions": " Accuracy: share of the questions whose answer is found from its first to its last token.",
-    "tofu": " Accuracy: share of an answer's tokens that are the likeliest after those before them.",
-}
 _PAIRED_COLUMNS = ("setting", "objective", "selection", "against", "its own", "the other's", "difference", "won")
 _POOLED_COLUMNS = (
     "selection", "against", "setting", "pairs", "difference", "95 % over pairs", "95 % over models",
@@ -174,7 +171,8 @@ def result_table(rows: Sequence[Mapping[str, Any]], task: str, forget: str) -> T
     best = min(gaps, default=None)
     memory = next(name for name in _MEMORY if name == "peak_cpu_mib" or any(name in row["metrics"] for row in rows))
     lines = [Row(_result_cells(row, memory), _kind(row, row["gap"]["mean"] == best)) for row in rows]
-    note = _RESULT_NOTE.format(_MEMORY[memory]) + _ACCURACY_NOTES.get(task, "")
+    accuracy = KINDS[task].accuracy
+    note = _RESULT_NOTE.format(_MEMORY[memory]) + (f" Accuracy: {accuracy}." if accuracy else "")
     note += _CLASS_NOTE if forget == "class" else ""
     return Table(_RESULT_COLUMNS, lines, labels=2, note=note)
 

@@ -18,10 +18,10 @@ from pymape.experiments.tasks.table import make_table
 from pymape.experiments.tasks.tofu import make_tofu
 from pymape.experiments.tasks.training import train
 
-__all__ = ["Forgetting", "Split", "Task", "forgetting", "make_task", "train"]
+__all__ = ["MAKERS", "Forgetting", "Split", "Task", "forgetting", "make_task", "train"]
 
 # What makes each kind of task, and what it must be given of the configuration.
-_MAKERS: dict[str, tuple[Callable[..., Task], tuple[str, ...]]] = {
+MAKERS: dict[str, tuple[Callable[..., Task], tuple[str, ...]]] = {
     "digits": (make_digits, ()),
     "arrays": (make_arrays, ("data",)),
     "folder": (make_folder, ("data",)),
@@ -37,7 +37,7 @@ def make_task(config: TaskConfig) -> Task:
     Raises:
         ValueError: data that is missing, or options that the task does not have.
     """
-    maker, needed = _MAKERS[config.name]
+    maker, needed = MAKERS[config.name]
     given = {name: getattr(config, name) for name in needed}
     for name, value in given.items():
         if value is None or not Path(value).exists():

@@ -12,12 +12,11 @@ from transformers import PreTrainedModel
 
 from pymape.batching import PaddingCollator, bare_record, record_lengths
 from pymape.experiments.config import TaskConfig
+from pymape.experiments.kinds import KINDS
 from pymape.experiments.tasks.base import Record
 
 __all__ = ["train"]
 
-# Tasks whose batches hold records of similar length; the others' stay what published results were computed with.
-_BUCKETED = ("questions", "tofu")
 _POOL = 8  # batches that are sorted by length together
 
 
@@ -29,7 +28,7 @@ def train(model: PreTrainedModel, records: list[Record], config: TaskConfig, see
     started = time.perf_counter()
     collate = PaddingCollator(getattr(model.config, "pad_token_id", None) or 0)
     rows = [bare_record(record) for record in records]
-    lengths = record_lengths(rows) if config.name in _BUCKETED else None
+    lengths = record_lengths(rows) if KINDS[config.name].bucketed else None
     steps = config.epochs * math.ceil(len(rows) / config.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps)
