@@ -1,4 +1,4 @@
-"""The examples of docs/objectives.md run, and its table names every objective."""
+"""The examples of docs/objectives.md and docs/masks.md run, and the table of objectives names every one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pymape
 from pymape.objectives import objective_names
 from pymape.objectives.registry import _OBJECTIVES
 
-TEXT = (Path(__file__).parent.parent / "docs" / "objectives.md").read_text()
+DOCS = Path(__file__).parent.parent / "docs"
+TEXT = (DOCS / "objectives.md").read_text()
 
 
 def test_the_tables_name_every_objective():
@@ -35,3 +36,13 @@ def test_the_examples_run(tmp_path, monkeypatch):
             assert names["trainer"].state.global_step >= 1
     finally:
         _OBJECTIVES.pop("hinge", None)
+
+
+def test_the_example_of_masks_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", (DOCS / "masks.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {"pymape": pymape, "model": tiny_model("llama")}
+    names |= {"forget_records": records("language", 4, 1), "retain_records": records("language", 4, 2)}
+    exec(example, names)
+    assert names["masks"].summary() in capsys.readouterr().out
+    assert pymape.ModuleMasks.load("masks.safetensors").cost() == names["masks"].cost() <= 0.1
