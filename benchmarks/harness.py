@@ -108,27 +108,44 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def plot(report: Mapping[str, Any], path: str | Path) -> None:
-    """Draw the medians, with bars from p20 to p80, of a written report; the suffix of `path` names the format."""
+    """Draw a written report: every time over that of its shape's first provider, with bars from p20 to p80.
+
+    Args:
+        report: what `Report.write` wrote, read back.
+        path: file to write; its suffix names the format. An SVG is the same for the same report.
+    """
+    import matplotlib
     from matplotlib.figure import Figure
 
     measured = [case for case in report["cases"] if case["median_s"] is not None]
     shapes = list(dict.fromkeys(case["shape"] for case in measured))
-    figure = Figure(figsize=(8, 0.8 + 0.35 * (len(measured) + len(shapes))), layout="constrained")
-    axes, labels, y = figure.subplots(), [], 0
-    for i, shape in enumerate(shapes):
-        for case in (case for case in measured if case["shape"] == shape):
-            median, p20, p80 = (1e3 * case[name] for name in ("median_s", "p20_s", "p80_s"))
-            axes.barh(y, median, xerr=[[max(0, median - p20)], [max(0, p80 - median)]], color=f"C{i % 10}")
-            labels.append((y, f"{shape}: {case['provider']}"))
-            y += 1
-        y += 1
-    axes.set_yticks(*map(list, zip(*labels)), fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("milliseconds (median; 20th to 80th percentile)")
-    axes.set_title(f"{report['name']}, {report['machine']['gpu'] or report['machine']['processor']}")
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary)
+    firsts = {shape: next(case for case in measured if case["shape"] == shape) for shape in shapes}
+    providers = list(dict.fromkeys(case["provider"] for case in measured))
+    with matplotlib.rc_context({"svg.hashsalt": report["name"], "font.size": 8}):
+        figure = Figure(figsize=(9, 1.2 + 0.28 * len(shapes)), layout="constrained")
+        axes = figure.subplots()
+        for number, provider in enumerate(providers):
+            cases = [case for case in measured if case["provider"] == provider]
+            base = np.array([firsts[case["shape"]]["median_s"] for case in cases])
+            low, middle, high = (np.array([c[n] for c in cases]) / base for n in ("p20_s", "median_s", "p80_s"))
+            rows = [shapes.index(case["shape"]) for case in cases]
+            bars = np.maximum(0, [middle - low, high - middle])
+            style = {"fmt": "osD^v<>PX*"[number % 10], "color": f"C{number % 10}", "markersize": 4.5}
+            axes.errorbar(middle, rows, xerr=bars, label=provider, linewidth=1, zorder=3, **style)
+        times = [1e3 * firsts[shape]["median_s"] for shape in shapes]
+        labels = [f"{shape}  ({x:{',.0f' if x >= 100 else '.3g'}} ms)" for shape, x in zip(shapes, times, strict=True)]
+        axes.set_yticks(range(len(shapes)), labels)
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "25" else "")
+        axes.axvline(1, color="0.5", linewidth=0.8)
+        axes.grid(axis="y", color="0.9", linewidth=0.6)
+        axes.set_xlabel(f"time / time of {firsts[shapes[0]]['provider']} (median; 20th to 80th percentile)")
+        axes.set_title(f"{report['name']} on {report['machine']['gpu'] or report['machine']['processor']}")
+        figure.legend(loc="outside lower center", ncols=3)
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, metadata={"Date": None} if Path(path).suffix == ".svg" else None)
 
 
 def machine() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Write `docs/benchmarks.md` and `docs/results/gpu.md` from the results: `python -m benchmarks.pages`."""
+"""Write `docs/benchmarks.md` with its figures, and `docs/results/gpu.md`: `python -m benchmarks.pages`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import instructions, targets
-from benchmarks.harness import markdown
+from benchmarks.harness import markdown, plot
 from pymape.files import atomic_write
 
 __all__ = ["cpu_page", "gpu_page", "main"]
@@ -96,16 +96,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path, page in pages.items():
         with atomic_write(ROOT / "docs" / path) as temporary:
             temporary.write_text(page)
+    for name, report in _reports(RESULTS).items():
+        plot(report, ROOT / "docs" / _figure(name))
     return 0
 
 
 def cpu_page(results: Path) -> str:
     """Return the page on the CPU results found in a folder."""
-    reports = {
-        name: json.loads(path.read_text())
-        for name in (*OPERATORS, *END_TO_END)
-        if (path := results / f"{name}-cpu.json").exists()
-    }
+    reports = _reports(results)
     sections = [_CPU, "", _summary(list(reports.values()))]
     for title, names in (("## Operators", OPERATORS), ("## End to end", END_TO_END)):
         sections += [title, "", *(_section(reports[name]) for name in names if name in reports)]
@@ -113,6 +111,19 @@ def cpu_page(results: Path) -> str:
         if names is OPERATORS and counts.exists():
             sections.append("#" + instructions.markdown(json.loads(counts.read_text())))
     return "\n".join(sections)
+
+
+def _reports(results: Path) -> dict[str, dict[str, Any]]:
+    """The CPU results found in a folder, in the order of the page."""
+    return {
+        name: json.loads(path.read_text())
+        for name in (*OPERATORS, *END_TO_END)
+        if (path := results / f"{name}-cpu.json").exists()
+    }
+
+
+def _figure(name: str) -> str:
+    return f"figures/bench_{name}.svg"
 
 
 def _summary(reports: Sequence[Mapping[str, Any]]) -> str:
@@ -144,7 +155,8 @@ def _section(report: Mapping[str, Any]) -> str:
     source = (ROOT / "benchmarks" / f"bench_{report['name']}.py").read_text()
     about = (ast.get_docstring(ast.parse(source)) or "").split("\n\n")[0]
     title, table = markdown(report).split("\n\n", 1)
-    return f"#{title}\n\n{about}\n\n`python {where['command']}`, {threads} thread{'s' * (threads > 1)}.\n\n{table}"
+    command = f"`python {where['command']}`, {threads} thread{'s' * (threads > 1)}."
+    return f"#{title}\n\n{about}\n\n{command}\n\n![times]({_figure(report['name'])})\n\n{table}"
 
 
 def gpu_page(reports: Mapping[str, Mapping[str, Any]]) -> str:
