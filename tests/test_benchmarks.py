@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -279,7 +280,11 @@ def test_the_page_of_the_targets_is_generated() -> None:
 
 
 def test_the_page_of_cpu_results_is_generated() -> None:
-    assert (ROOT / "docs" / "benchmarks.md").read_text() == pages.cpu_page(pages.RESULTS)
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert page == pages.cpu_page(pages.RESULTS)
+    figures = re.findall(r"!\[times\]\((.+)\)", page)
+    assert len(figures) == page.count("\n### ") - page.count("### Instructions")
+    assert all((ROOT / "docs" / figure).is_file() for figure in figures)
 
 
 def test_the_page_of_cpu_results_has_a_section_for_every_file(report: dict, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_the_first_of_equals_is_kept_and_looking_costs_no_time(
     monkeypatch.setattr("pymape.experiments.looks._clocks", clocks)
     # Beginning, before and after every look: a second of training before each look, a second of looking at each.
     scores = iter([5.0, 3.0, 3.0, 4.0])
-    _, facts = run(trained, Chosen(), 4, judge=lambda _: next(scores))
+    _, facts = run(trained, Chosen(), 4, judge=lambda _: next(scores), every=1)
     assert (facts["steps"], facts["seconds"], facts["cpu_seconds"]) == (2, 2.0, 4.0)
 
 
@@ -93,6 +93,6 @@ def test_one_shot_objectives_are_not_looked_at(trained: tuple[ViTForImageClassif
     original, data = trained
     _, facts = unlearn(
         copy.deepcopy(original), Chosen(), MethodConfig("influence", parameter="gamma"), 1e-2, forget=data.forget,
-        retain=data.retain, steps=1, batch_size=8, seed=0, judge=lambda _: pytest.fail("it takes no steps"),
+        retain=data.retain, steps=1, batch_size=8, seed=0, judge=lambda _: pytest.fail("it takes no steps"), every=1,
     )  # fmt: skip
     assert "steps" not in facts

@@ -18,6 +18,9 @@ __all__ = ["KeepBest"]
 class KeepBest(TrainerCallback):
     """Judge the model of a run every few steps and in the end, and keep what was trained when it was judged best.
 
+    Transformers' `load_best_model_at_end` writes the whole model to disk at every look; this holds what is trained in
+    memory.
+
     Args:
         partial: what is trained, of the model that is judged.
         judge: of a model: the lower, the better; the first of equals is kept.

@@ -155,7 +155,7 @@ def unlearn(
     batch_size: int,
     seed: int,
     judge: Callable[[Any], float] | None = None,
-    every: int = 1,
+    every: int | None = None,
 ) -> tuple[PreTrainedModel, dict[str, float]]:
     """Unlearn in place.
 
@@ -169,8 +169,8 @@ def unlearn(
         steps: optimizer steps, where the objective takes any.
         batch_size: forget records a step, and as many retain records.
         seed: of order, pairing and random labels.
-        judge: of the model on its way: the one that it finds lowest is given back. None gives that of the last step.
-        every: steps between two looks of `judge`.
+        judge: of a model: of those that it is shown, the one that it finds lowest is given back.
+        every: steps between two models that `judge` is shown; None gives the model of the last step.
 
     Returns:
         The plain model, and {"seconds", "trained": number of trained values as a share of the model's parameters}.
@@ -206,7 +206,7 @@ def unlearn(
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_("lora_" in name)
         trained = trainer.partial.numel()
-        best = None if judge is None else KeepBest(trainer.partial, judge, every)
+        best = None if judge is None or every is None else KeepBest(trainer.partial, judge, every)
         if best is not None:
             trainer.add_callback(best)
         with _only(model, chosen.entries):

@@ -45,8 +45,7 @@ _RESULT_NOTE = (
     "that a membership attack calls never seen. All in percent. Mean gap: mean distance to the retrained model over "
     "the four, in points; the smaller, the closer. Trained: which parameters (see the settings below), and their share "
     "of all. Time: of the chosen run alone. Memory: {}. Value: of the tuned parameter, as chosen. Steps: after which "
-    "the rule chose to stop, where it did. At edge: seeds whose choice is the first or last value of the "
-    "grid."
+    "the rule chose to stop, where it did. At edge: seeds whose choice is the first or last value of the grid."
 )
 # The first that was measured is shown.
 _MEMORY = {

@@ -108,12 +108,11 @@ class Unit:
         """
         chosen, model = self.chosen(cell), copy.deepcopy(self._original)
         assert cell.value is not None
-        every = None if steps else self.config.every
         with measure_cost() as cost:
             model, facts = unlearn(
                 model, chosen, self._methods[cell.objective, cell.selection], cell.value, forget=self.data.forget,
                 retain=self.data.retain, steps=steps or self.config.steps, batch_size=self.config.batch_size,
-                seed=self.seed, judge=self._judge if every else None, every=every or 1,
+                seed=self.seed, judge=self._judge, every=None if steps else self.config.every,
             )  # fmt: skip
         return model, facts, cost
 
