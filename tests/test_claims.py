@@ -32,10 +32,9 @@ def cell(seed: int, selection: str, gap: float, **rest: Any) -> Row:
     return {**place, **figures, **costs, **rest}
 
 
-def outcome(cells: list[Row], evidence: list[Row] = [], name: str = "run") -> Outcome:  # noqa: B006
-    config = ExperimentConfig(
-        TaskConfig("digits"), {"s": SettingConfig()}, sorted({c["seed"] for c in cells}), SELECTIONS, ["gd"]
-    )
+def outcome(cells: list[Row], evidence: list[Row] = [], name: str = "run", requests: int = 1) -> Outcome:  # noqa: B006
+    settings = {"s": SettingConfig(share=0.02, requests=requests)}
+    config = ExperimentConfig(TaskConfig("digits"), settings, sorted({c["seed"] for c in cells}), SELECTIONS, ["gd"])
     gold = [{**cell(seed, "", 0.0), "objective": "retrained"} for seed in config.seeds]
     found = summarise_cells([*gold, *cells], ["everything"], evidence)
     return Outcome({"name": name, "config": dataclasses.asdict(config)}, found)
@@ -84,6 +83,13 @@ def test_claim_1_is_judged_as_written(mask: list[float], everything: list[float]
     assert table.rows[0].cells[-1] == holds.lower()
 
 
+def test_chance_is_told_beside_the_claim() -> None:
+    again = [{**cell(seed, "", gap), "objective": "retrained again"} for seed, gap in enumerate((1.0, 1.5, 2.0))]
+    assert "Two retrained models" not in judged(outcome(pairs([1.0] * 3, [2.0] * 3)))[1].verdict
+    verdict = judged(outcome([*again, *pairs([1.0] * 3, [2.0] * 3)]))[1].verdict
+    assert verdict.endswith("Two retrained models are 1.50 points from each other.")
+
+
 def test_models_that_failed_are_said_to_be_left_out() -> None:
     cells = pairs([1.0] * 4, [2.0] * 4)
     cells[0]["failed"] = "loss must stay finite"
@@ -109,6 +115,10 @@ def test_claim_2_is_about_the_curves() -> None:
     claim = judged(outcome(cells, evidence))[2]
     assert claim.holds == "Holds"
     assert "-2.33" in claim.verdict
+    several = judged(outcome(cells, evidence, requests=5))[2]
+    assert several.holds == "Holds in part"
+    assert "After several requests: Does not hold: the mean gap differs by +8.00 points" in several.verdict
+    assert judged(outcome(cells, requests=5))[2].holds == "Does not hold"
     evidence[1]["metrics"]["relearning_distance"] = None  # as JSON has what is not defined
     assert judged(outcome(cells, evidence))[2].holds == "Cannot be judged"
 

@@ -74,6 +74,7 @@ def test_figures_are_the_demos(finished: tuple[Path, Path, dict[str, Any]], tmp_
             assert row["value"] == method["lr"]
             assert {name: row[name] for name in (*METRICS, "gap")} == {name: method[name] for name in (*METRICS, "gap")}
         assert by_place[run["setting"], "retrained", ""]["gap"] == 0
+        assert by_place[run["setting"], "retrained again", ""]["gap"] > 0
 
 
 def test_what_is_done_is_not_done_again(
@@ -81,7 +82,7 @@ def test_what_is_done_is_not_done_again(
 ) -> None:
     file, folder, first = finished
     lines = (folder / "results.jsonl").read_text()
-    assert (first["cells"], first["computed"]) == (12, 12)
+    assert (first["cells"], first["computed"]) == (14, 14)
     last = json.loads(lines.splitlines()[-1])
     lost = next(
         path
@@ -150,7 +151,7 @@ def test_workers_find_the_same_as_one_process(finished: tuple[Path, Path, dict[s
     file = tmp_path / "two.yaml"
     file.write_text(YAML.replace("5.0e-3", "2.0e-3").replace("objectives: [gd]", "objectives: [ga]"))
     summary = run_experiment(str(file), output=str(tmp_path / "run"), workers=2)
-    assert (summary["computed"], summary["workers"]) == (12, 2)
+    assert (summary["computed"], summary["workers"]) == (14, 2)
     same = {row["setting"]: row for row in read_cells(folder / "results.jsonl") if row["objective"] == "retrained"}
     for row in read_cells(tmp_path / "run" / "results.jsonl"):
         if row["objective"] == "retrained":
@@ -323,6 +324,12 @@ def test_interval_against_the_normal_one() -> None:
         ),
         (("title: Small digits", "baselines: [x]"), "baselines must be among everything, learned, got 'x'"),
         (("steps: 2", "stepz: 2"), "stepz"),
+        (("share: 0.1", "share: 0.1, requests: 10"), "settings.random.requests must be at least 1, of shares below 1"),
+        (("lam: 10", "lam: 10, requests: 2"), "settings.class.requests must be 1 where no random records"),
+        (
+            ("budget: 0.3}", "samples: 9}\nsteps: 1\nsettings: {s: {requests: 2}}"),
+            "selections.learned.samples must be all where there are several requests, got 9",
+        ),
     ],
 )
 def test_bad_files_are_refused(change: tuple[str, str], message: str) -> None:

@@ -20,14 +20,15 @@ __all__ = ["CELLS", "CODE", "REFERENCES", "Cell", "Place", "cell_file", "cells_o
 # Raised by hand whenever a change of the code changes what a cell contains.
 CODE = 1
 CELLS = "cells"
-REFERENCES = ("original", "retrained")
+# "retrained again": from other initial weights and in another order, so that its gap is what chance alone makes.
+REFERENCES = ("original", "retrained", "retrained again")
 
 Place = tuple[str, int]  # setting and seed: its cells share their data and models
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One model of the grid; `original` and `retrained` are cells without a selection and a value.
+    """One model of the grid; those of `REFERENCES` are cells without a selection and a value.
 
     Args:
         setting, seed, objective, selection, parameter, value: its place in the grid.

@@ -69,7 +69,7 @@ def claims(outcomes: Sequence[Outcome]) -> list[Claim]:
     """The claims that experiments bear on, judged over all of them together."""
     several = len(outcomes) > 1
     rows = [row for outcome in outcomes for row in _mask_or_not(outcome, several)]
-    found = [_claim_1(rows, outcomes), _claim_2(rows), _claim_3(outcomes, several), _claim_5(rows)]
+    found = [_claim_1(rows, outcomes), _claim_2(rows, outcomes), _claim_3(outcomes, several), _claim_5(rows)]
     return [claim for claim in found if claim is not None]
 
 
@@ -87,23 +87,41 @@ def _claim_1(rows: Sequence[Cell], outcomes: Sequence[Outcome]) -> Claim | None:
         "objective closer to retraining than training all parameters.",
         _judge(pooled[0], _LEAST_WON)[0],
         _verdict("the mean gap", "points", pooled, _LEAST_WON)
-        + (f" {failed} pairs are left out: a model of theirs failed." if failed else ""),
+        + (f" {failed} pairs are left out: a model of theirs failed." if failed else "")
+        + _chance(outcomes),
         [_table({"mean gap (points)": pooled}, _LEAST_WON)],
     )
 
 
-def _claim_2(rows: Sequence[Cell]) -> Claim | None:
-    pooled = _pooled(rows, "relearning_distance")
-    if not pooled:
+def _chance(outcomes: Sequence[Outcome]) -> str:
+    """What separates two retrained models, where there are two."""
+    again = [row for outcome in outcomes for row in outcome.found["chosen"] if row["objective"] == "retrained again"]
+    gaps = [row["gap"] for row in again]
+    return f" Two retrained models are {statistics.fmean(gaps):.2f} points from each other." if gaps else ""
+
+
+def _claim_2(rows: Sequence[Cell], outcomes: Sequence[Outcome]) -> Claim | None:
+    """The halves of the claim, as far as the experiments bear on them."""
+    successive = _pooled([row for row in rows if row["requests"] > 1], "gap")
+    curves = _pooled(rows, "relearning_distance")
+    parts = {
+        "After several requests": ("mean gap (points)", "the mean gap", successive),
+        "In relearning": ("distance of the curves (points)", "the mean distance of the curves", curves),
+    }
+    found = {name: part for name, part in parts.items() if part[-1]}
+    if not found:
         return None
+    verdicts = [f"{name}: {_verdict(what, 'points', pooled)}" for name, (_, what, pooled) in found.items()]
+    if not successive:
+        verdicts.append("The other half of the claim, successive requests, is no part of this.")
     return Claim(
         2,
-        "closer in relearning",
-        "With a learned mask the model's relearning curve is closer to the retrained model's than without.",
-        _judge(pooled[0])[0],
-        _verdict("the mean distance of the curves", "points", pooled)
-        + " The other half of the claim, successive requests, is no part of this.",
-        [_table({"distance of the curves (points)": pooled})],
+        "successive requests and relearning",
+        "With a learned mask the model stays closer to the retrained one over successive requests, and its relearning "
+        "curve is closer to the retrained model's.",
+        _all([_judge(pooled[0])[0] for *_, pooled in found.values()]),
+        " ".join(verdicts) + (_chance(outcomes) if successive else ""),
+        [_table({title: pooled for title, _, pooled in found.values()})],
     )
 
 
@@ -214,10 +232,11 @@ def _rise(row: Cell) -> float:
 
 
 def _models(outcome: Outcome, several: bool) -> list[dict[str, Any]]:
-    """The chosen models; settings carry the experiment's name where there are several experiments."""
-    prefix = f"{outcome.name}: " if several else ""
+    """The chosen models and their number of requests; the setting has the experiment's name where there are several."""
+    prefix, settings = f"{outcome.name}: " if several else "", outcome.config["settings"]
     rows = [row for row in outcome.found["chosen"] if row["selection"]]
-    return [{**row, "setting": f"{prefix}{row['setting']}"} for row in rows]
+    asked = {name: setting.get("requests", 1) for name, setting in settings.items()}  # older runs know no requests
+    return [{**row, "setting": f"{prefix}{row['setting']}", "requests": asked[row["setting"]]} for row in rows]
 
 
 def _mask_or_not(outcome: Outcome, several: bool) -> list[dict[str, Any]]:

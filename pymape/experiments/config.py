@@ -71,6 +71,8 @@ class SettingConfig:
         share: share of the training records, in (0, 1), for random ones.
         groups: number of groups, at least 1.
         which: groups drawn by the seed, or the last ones in the order of the data.
+        requests: one after the other, each for another share of random records; the model and the records that are left
+            go from one to the next, the importance of all records is the original model's.
         lam: weight of the retain set where masks are learned.
     """
 
@@ -78,13 +80,15 @@ class SettingConfig:
     share: float = 0.1
     groups: int = 1
     which: Literal["drawn", "last"] = "drawn"
+    requests: int = 1
     lam: float = 1.0
 
     def identity(self) -> dict[str, Any]:
         """All that the choice of the records depends on, beside the seed."""
         if self.forget == "groups":
             return {"forget": self.forget, "groups": self.groups, "which": self.which}
-        return {"forget": self.forget, "share": self.share if self.forget == "random" else None}
+        found = {"forget": self.forget, "share": self.share if self.forget == "random" else None}
+        return found if self.requests == 1 else {**found, "requests": self.requests}
 
 
 @dataclass
@@ -256,12 +260,22 @@ class ExperimentConfig:
             ranges[f"settings.{name}.share"] = (setting.share, 0 < setting.share < 1, "in (0, 1)")
             ranges[f"settings.{name}.groups"] = (setting.groups, setting.groups >= 1, "at least 1")
             ranges[f"settings.{name}.lam"] = (setting.lam, 0 <= setting.lam < math.inf, "finite and not negative")
+            asked, random = setting.requests, setting.forget == "random"
+            valid = asked >= 1 and asked * setting.share < 1 if random else asked == 1
+            expected = "at least 1, of shares below 1 together" if random else "1 where no random records are forgotten"
+            ranges[f"settings.{name}.requests"] = (asked, valid, expected)
         for name, selection in self.selections.items():
             ranges[f"selections.{name}.budget"] = (selection.budget, 0 < selection.budget <= 1, "in (0, 1]")
             ranges[f"selections.{name}.layers"] = (selection.layers, selection.layers >= 1, "at least 1")
             ranges[f"selections.{name}.rank"] = (selection.rank, selection.rank >= 1, "at least 1")
             samples = selection.samples
             ranges[f"selections.{name}.samples"] = (samples, samples is None or samples >= 1, "at least 1")
+            if any(setting.requests > 1 for setting in self.settings.values()):
+                ranges[f"selections.{name}.samples"] = (
+                    samples,
+                    samples is None,
+                    "all where there are several requests",
+                )
         for name, (value, valid, expected) in ranges.items():
             if not valid:
                 raise ValueError(f"{name} must be {expected}, got {value}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from pymape.experiments.cells import Cell, digest, read_rows
+from pymape.experiments.cells import REFERENCES, Cell, digest, read_rows
 from pymape.experiments.config import EvidenceConfig
 from pymape.experiments.methods import pass_size
 from pymape.experiments.summaries import choose_cells
@@ -102,7 +102,7 @@ class Evidence:
         self.unit, self.options = unit, options
 
     def of(self, subject: Subject) -> dict[str, Any]:
-        """Measure a model and write its scores of every record, and its masks.
+        """Measure a model and write its scores of every record, and its masks, those of the last request.
 
         Returns:
             "metrics": figures by name, with the memory that unlearning added; "relearning": the curve; "differs": what
@@ -112,10 +112,10 @@ class Evidence:
         cell, masks, memory = subject.cell, None, {}
         if cell.objective == "retrained":
             seen = self._retrained
-        elif cell.objective == "original":
-            seen = self._look(self.unit.reference("original")[0])
+        elif cell.objective in REFERENCES:
+            seen = self._look(self.unit.reference(cell.objective)[0])
         else:
-            masks, added = self.unit.chosen(cell).masks, added_memory()
+            masks, added = self.unit.chosen(cell)[-1].masks, added_memory()
             model, _, cost = self.unit.unlearned(cell, subject.row.get("steps"))
             seen, memory = self._look(model), added(cost)
         self._save(subject, seen)

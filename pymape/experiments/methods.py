@@ -53,10 +53,19 @@ class Chosen:
 
 
 class Measured:
-    """Importance of the records of one model, measured once for all selections that ask for as many of them."""
+    """Importance of the records of one model, measured once for all selections that ask for as many of them.
 
-    def __init__(self, model: PreTrainedModel, sets: Mapping[str, list[Record]], seed: int) -> None:
-        self.model, self.sets, self.seed = model, sets, seed
+    Args:
+        model: the model.
+        sets: its "forget" and "retain" records.
+        seed: of what is chosen where not all records are asked for.
+        first: of the same model and records before some moved from "retain" to "forget", which then are known already.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, sets: Mapping[str, list[Record]], seed: int, first: Measured | None = None
+    ) -> None:
+        self.model, self.sets, self.seed, self.first = model, sets, seed, first
         self._found: dict[tuple[str, int], tuple[Importance, float]] = {}
 
     def sample(self, name: str, count: int | None) -> list[Record]:
@@ -70,6 +79,9 @@ class Measured:
     def __call__(self, name: str, count: int | None) -> tuple[Importance, float]:
         """Importance of a set and the seconds that it took when it was measured."""
         records = self.sample(name, count)
+        if self.first is not None:
+            known = Importance.concat([self.first(of, None)[0] for of in self.first.sets])
+            return known.select([record["id"] for record in records]), 0.0
         if (name, len(records)) not in self._found:
             started = time.perf_counter()
             found = importance(self.model, records, batch_size=pass_size(records), progress=False)

@@ -45,7 +45,8 @@ _RESULT_NOTE = (
     "that a membership attack calls never seen. All in percent. Mean gap: mean distance to the retrained model over "
     "the four, in points; the smaller, the closer. Trained: which parameters (see the settings below), and their share "
     "of all. Time: of the chosen run alone. Memory: {}. Value: of the tuned parameter, as chosen. Steps: after which "
-    "the rule chose to stop, where it did. At edge: seeds whose choice is the first or last value of the grid."
+    "the rule chose to stop, where it did. At edge: seeds whose choice is the first or last value of the grid. "
+    "Retrained again: from other initial weights and in another order; its gap is what chance alone makes."
 )
 # The first that was measured is shown.
 _MEMORY = {
@@ -277,7 +278,7 @@ def _result_cells(row: Mapping[str, Any], memory: str) -> list[str]:
         figure_text(row["seconds"]),
         "" if used is None else f"{used['mean']:.0f}",
         chosen,
-        "" if reference else _range_text(row["steps"]),
+        "" if reference else _range_text([step for steps in row["steps"] for step in steps or ()]),
         edge,
     ]
 

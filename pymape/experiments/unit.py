@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from functools import cached_property
+import statistics
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,15 @@ class Unit:
         self.config, self.task, self.folder = config, task, folder
         self.setting, self.seed = config.settings[place[0]], place[1]
         self._split = task.split(self.seed)
-        self.data: Forgetting = forgetting(self.setting, self.seed, self._split, task.classes)
+        # What is forgotten after every request, and in the end.
+        self._requests = [
+            forgetting(self.setting, self.seed, self._split, task.classes, number + 1)
+            for number in range(self.setting.requests)
+        ]
+        self.data: Forgetting = self._requests[-1]
+        self._before: dict[int, dict[str, float]] = {}  # number of records forgotten -> of the original model
         self._methods = {(m.objective, name): m for m in config.all_methods for name in m.selections}
-        self._chosen: dict[str, Chosen] = {}
+        self._chosen: dict[str, list[Chosen]] = {}
 
     def result(self, cell: Cell) -> dict[str, Any]:
         """What the file of a cell holds."""
@@ -63,74 +70,87 @@ class Unit:
                 raise
             return {"failed": str(error)}
         figures = self._figures(model)
-        found = {**figures, "selection_score": self._selection(figures), **cost.figures(), **facts}
-        found["choose_seconds"] = chosen.seconds
-        if chosen.masks is not None:
-            found["mask_cost"] = chosen.masks.cost()
+        found = {**figures, "selection_score": self._selection(figures, self.data), **cost.figures(), **facts}
+        found["choose_seconds"] = sum(each.seconds for each in chosen)
+        masks = [each.masks for each in chosen if each.masks is not None]
+        if masks:
+            found["mask_cost"] = statistics.fmean(each.cost() for each in masks)
             for kept in ("objective_before", "objective_after", "swaps"):
-                if kept in chosen.masks.provenance:
-                    found[kept] = chosen.masks.provenance[kept]
+                if kept in masks[0].provenance:
+                    found[kept] = sum(each.provenance[kept] for each in masks)
         return found
 
     def reference(self, name: str) -> tuple[PreTrainedModel, float]:
-        """The original or the retrained model, and the seconds that its training took."""
-        return self._trained(self._split.train if name == "original" else self.data.retain)
+        """A model of `REFERENCES`, and the seconds that its training took."""
+        if name == "retrained again":
+            return self._retrained(0)
+        return self._trained(self._split.train if name == "original" else self.data.retain, self.seed)
 
     def shadow(self, number: int) -> PreTrainedModel:
-        """A model retrained from other initial weights and in another order; numbers begin with 1."""
-        # Far from the seeds of experiments, so that no shadow is another seed's retrained model.
-        return self._trained(self.data.retain, self.seed + 1_000_000 * number)[0]
+        """A model retrained from yet other initial weights and in another order; numbers begin with 1."""
+        return self._retrained(number)[0]
 
-    def chosen(self, cell: Cell) -> Chosen:
-        """What is trained of the model of a cell, found once for all cells of its selection.
+    def chosen(self, cell: Cell) -> list[Chosen]:
+        """What each request trains of the model of a cell, found once for all cells of its selection.
 
         Raises:
             ValueError: as `choose` does.
         """
         name = cell.selection
         if name not in self._chosen:
-            self._chosen[name] = choose(self.config.selections[name], self.setting.lam, self._measured)
+            selection = self.config.selections[name]
+            self._chosen[name] = [choose(selection, self.setting.lam, measured) for measured in self._measured]
         return self._chosen[name]
 
-    def unlearned(self, cell: Cell, steps: int | None = None) -> tuple[PreTrainedModel, dict[str, float], Cost]:
+    def unlearned(self, cell: Cell, steps: Sequence[int] | None = None) -> tuple[PreTrainedModel, dict[str, Any], Cost]:
         """The model of a cell, made anew: the same at every call.
 
         Args:
             cell: of the grid.
-            steps: that its model has taken, where that is known: then it is made without looking at others on the way,
-                and at the cost of these steps alone.
+            steps: that its model has taken for each request, where that is known: then it is made without looking at
+                others on the way, and at the cost of these steps alone.
 
         Returns:
-            The model, what `unlearn` says about it, and what that cost.
+            The model, what `unlearn` says about it, over all requests and with the steps of each, and what that cost.
 
         Raises:
             ValueError: as `choose` and `unlearn` do.
         """
-        chosen, model = self.chosen(cell), copy.deepcopy(self._original)
+        chosen, model, found = self.chosen(cell), copy.deepcopy(self._original), []
         assert cell.value is not None
         with measure_cost() as cost:
-            model, facts = unlearn(
-                model, chosen, self._methods[cell.objective, cell.selection], cell.value, forget=self.data.forget,
-                retain=self.data.retain, steps=steps or self.config.steps, batch_size=self.config.batch_size,
-                seed=self.seed, judge=self._judge, every=None if steps else self.config.every,
-            )  # fmt: skip
-        return model, facts, cost
+            for number, data in enumerate(self._requests):
+                model, facts = unlearn(
+                    model, chosen[number], self._methods[cell.objective, cell.selection], cell.value,
+                    forget=data.request, retain=data.retain, steps=steps[number] if steps else self.config.steps,
+                    batch_size=self.config.batch_size, seed=self.seed, judge=partial(self._judge, data=data),
+                    every=None if steps else self.config.every,
+                )  # fmt: skip
+                found.append(facts)
+        joined: dict[str, Any] = {name: [facts[name] for facts in found] for name in found[0]}
+        joined["trained"] = statistics.fmean(joined["trained"])
+        joined |= {name: sum(joined[name]) for name in ("seconds", "cpu_seconds") if name in joined}
+        return model, joined, cost
 
     @cached_property
     def _original(self) -> PreTrainedModel:
         return self.reference("original")[0]
 
     @cached_property
-    def _before(self) -> dict[str, float]:
-        return self._figures(self._original)
+    def _measured(self) -> list[Measured]:
+        found: list[Measured] = []
+        for data in self._requests:
+            sets = {"forget": data.request, "retain": data.retain}
+            found.append(Measured(self._original, sets, self.seed, found[0] if found else None))
+        return found
 
-    @cached_property
-    def _measured(self) -> Measured:
-        return Measured(self._original, {"forget": self.data.forget, "retain": self.data.retain}, self.seed)
+    def _retrained(self, number: int) -> tuple[PreTrainedModel, float]:
+        """The retrained model from other initial weights and in another order; each number has its own."""
+        # Far from the seeds of experiments, so that none is another seed's retrained model.
+        return self._trained(self.data.retain, self.seed + 1_000_000 * (number + 1))
 
-    def _trained(self, records: list[Record], start: int | None = None) -> tuple[PreTrainedModel, float]:
+    def _trained(self, records: list[Record], seed: int) -> tuple[PreTrainedModel, float]:
         """A model trained on records, kept on disk: other settings of a seed have the same original."""
-        seed = self.seed if start is None else start
         content = {"code": CODE, "data": self.task.fingerprint, "seed": seed, "torch": torch.__version__}
         key = digest({**content, "task": training(self.config), "ids": [record["id"] for record in records]})
         path = self.folder / _MODELS / f"{key}.safetensors"
@@ -145,25 +165,30 @@ class Unit:
         return model, seconds
 
     def _figures(self, model: PreTrainedModel) -> dict[str, float]:
-        found = {name: self._predict(model, name) for name in self.data.sets}
+        found = {name: self._predict(model, records) for name, records in self.data.sets.items()}
         figures = summarise(found["forget"], found["retain"], found["test"], seed=self.seed)
         figures |= {f"{name}_accuracy": predictions.accuracy for name, predictions in found.items()}
         return figures | {f"{name}_loss": predictions.loss.mean().item() for name, predictions in found.items()}
 
-    def _predict(self, model: PreTrainedModel, name: str) -> Predictions:
-        records = self.data.sets[name]
+    def _predict(self, model: PreTrainedModel, records: list[Record]) -> Predictions:
         return record_scores(model, records, batch_size=pass_size(records), progress=False).predictions()
 
-    def _judge(self, model: PreTrainedModel) -> float:
-        return self._selection({f"{name}_accuracy": self._predict(model, name).accuracy for name in _JUDGED})
+    def _judge(self, model: PreTrainedModel, data: Forgetting) -> float:
+        return self._selection(self._accuracies(model, data), data)
 
-    def _selection(self, figures: Mapping[str, float]) -> float:
+    def _accuracies(self, model: PreTrainedModel, data: Forgetting) -> dict[str, float]:
+        return {f"{name}_accuracy": self._predict(model, data.sets[name]).accuracy for name in _JUDGED}
+
+    def _selection(self, figures: Mapping[str, float], data: Forgetting) -> float:
         """What the choice of the tuned parameter minimises; neither test records nor the retrained model have a part.
 
         |A_forget - target| + |A_retain - A_retain(original)| + |A_val - A_val(original)|, accuracies in percent, with
         target 0 for a class and the original's validation accuracy for all else.
         """
-        before = self._before
+        asked = len(data.forget)
+        if asked not in self._before:
+            self._before[asked] = self._accuracies(self._original, data)
+        before = self._before[asked]
         target = 0.0 if self.setting.forget == "class" else before["validation_accuracy"]
         kept = sum(abs(figures[f"{name}_accuracy"] - before[f"{name}_accuracy"]) for name in ("retain", "validation"))
         return abs(figures["forget_accuracy"] - target) + kept

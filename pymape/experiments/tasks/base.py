@@ -45,6 +45,13 @@ class Forgetting:
     """What one setting of one seed forgets, and what every model is judged on.
 
     Where a class is forgotten, validation and test records are those of the remaining classes.
+
+    Args:
+        description: of what is forgotten.
+        forget: all that has been asked to be forgotten.
+        retain: the other training records.
+        validation, test: see `Split`.
+        request: what the last request asks to forget: all of `forget` where there is one.
     """
 
     description: str
@@ -52,6 +59,7 @@ class Forgetting:
     retain: list[Record]
     validation: list[Record]
     test: list[Record]
+    request: list[Record]
 
     @property
     def sets(self) -> dict[str, list[Record]]:
@@ -82,14 +90,24 @@ class Task:
     facts: Mapping[str, int] = field(default_factory=dict)
 
 
-def forgetting(setting: SettingConfig, seed: int, split: Split, classes: int) -> Forgetting:
+def forgetting(
+    setting: SettingConfig, seed: int, split: Split, classes: int, requests: int | None = None
+) -> Forgetting:
     """Divide a seed's records: a whole class (the seed modulo the number of classes), a random share, or whole groups.
+
+    Args:
+        setting: what is forgotten.
+        seed: the seed.
+        split: its records.
+        classes: number of classes.
+        requests: how many have been made, at least 1; None for all of the setting's.
 
     Raises:
         ValueError: nothing would be forgotten or nothing kept, or records without groups.
     """
     if setting.forget == "class":
         return _without_class(seed % classes, split)
+    last: set[int] | None = None
     if setting.forget == "groups":
         if split.groups is None:
             raise ValueError("records must come in groups where groups are forgotten, got none")
@@ -101,12 +119,17 @@ def forgetting(setting: SettingConfig, seed: int, split: Split, classes: int) ->
         text = f"all {len(chosen)} training records of {len(groups)} of {len(names)} groups ({shown})"
     else:
         generator = torch.Generator().manual_seed(seed)
-        count = max(1, round(setting.share * len(split.train)))
-        chosen = set(torch.randperm(len(split.train), generator=generator)[:count].tolist())
+        count, requests = max(1, round(setting.share * len(split.train))), requests or setting.requests
+        drawn = torch.randperm(len(split.train), generator=generator)[: count * requests].tolist()
+        chosen, last = set(drawn), set(drawn[-count:])
         text = f"{count} random training records ({setting.share:.0%})"
-    forget = [record for row, record in enumerate(split.train) if row in chosen]
+        text = f"{text} at each of {requests} requests" if requests > 1 else text
+    forget, request = (
+        [record for row, record in enumerate(split.train) if row in rows]
+        for rows in (chosen, chosen if last is None else last)
+    )
     retain = [record for row, record in enumerate(split.train) if row not in chosen]
-    return Forgetting(text, forget, retain, split.validation, split.test)
+    return Forgetting(text, forget, retain, split.validation, split.test, request)
 
 
 def digest(*parts: bytes) -> str:
@@ -134,11 +157,12 @@ def _without_class(label: int, split: Split) -> Forgetting:
     forget = [record for record in split.train if int(record["labels"]) == label]
     if not forget:
         raise ValueError(f"training records must hold class {label}, got none of it")
-    parts = [
+    retain, validation, test = (
         [record for record in records if int(record["labels"]) != label]
         for records in (split.train, split.validation, split.test)
-    ]
-    return Forgetting(f"all {len(forget)} training records of class {label}", forget, *parts)
+    )
+    text = f"all {len(forget)} training records of class {label}"
+    return Forgetting(text, forget, retain, validation, test, forget)
 
 
 def _chosen_groups(setting: SettingConfig, seed: int, names: list[str]) -> list[str]:
