@@ -173,7 +173,7 @@ class Evidence:
             decode = partial(tokenizer.decode, skip_special_tokens=True)
         records = self.unit.data.sets[part]
         return record_scores(
-            model, records, batch_size=pass_size(records), decode=decode, progress=False,
+            model, records, batch_size=pass_size(model, records), decode=decode, progress=False,
             gradients=self.options.gradients and part != "retain",
         )  # fmt: skip
 
@@ -189,7 +189,7 @@ class Evidence:
             seed=self.unit.seed,
         )
         forget = self.unit.data.forget
-        metrics |= model_distance(seen.model, gold.model, forget, batch_size=pass_size(forget)).figures()
+        metrics |= model_distance(seen.model, gold.model, forget, batch_size=pass_size(seen.model, forget)).figures()
         if seen.answers:
             metrics |= tofu_metrics(seen.answers, retrained=gold.answers.get("forget"), end_token=end_token)
         if seen.curve is not None and gold.curve is not None:

@@ -32,7 +32,9 @@ Record = dict[str, Any]
 
 _BATCH = 256  # most records a pass where nothing is trained
 _GATE_BATCH = 64
-_TOKENS = 2**14  # most tokens a pass, with padding
+# Most tokens a pass, with padding. On a core, larger passes only pad more and fall out of its caches: against 2**14, RTE
+# with MiniLM takes 0.65 of the time and TOFU half of it.
+_CPU_TOKENS, _TOKENS = 2**11, 2**16
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Measured:
             return known.select([record["id"] for record in records]), 0.0
         if (name, len(records)) not in self._found:
             started = time.perf_counter()
-            found = importance(self.model, records, batch_size=pass_size(records), progress=False)
+            found = importance(self.model, records, batch_size=pass_size(self.model, records), progress=False)
             self._found[name, len(records)] = found, time.perf_counter() - started
         return self._found[name, len(records)]
 
@@ -235,10 +237,11 @@ def unlearn(
     return model, facts
 
 
-def pass_size(records: list[Record], most: int = _BATCH) -> int:
+def pass_size(model: Any, records: list[Record], most: int = _BATCH) -> int:
     """How many records to run a model on at a time where nothing is trained: fewer than `most` where they are long."""
     lengths = record_lengths(records)
-    return most if lengths is None else max(1, min(most, _TOKENS // max(lengths)))
+    tokens = _CPU_TOKENS if model.device.type == "cpu" else _TOKENS
+    return most if lengths is None else max(1, min(most, tokens // max(lengths)))
 
 
 @contextmanager
@@ -288,7 +291,7 @@ def _adapters(model: Any, rank: int | None, seed: int) -> Iterator[Callable[[], 
 
 def _batches(model: Any, records: list[Record], most: int) -> list[dict[str, Tensor]]:
     collate = PaddingCollator(getattr(model.config, "pad_token_id", None) or 0)
-    rows, size = [bare_record(record) for record in records], pass_size(records, most)
+    rows, size = [bare_record(record) for record in records], pass_size(model, records, most)
     batches = (collate(rows[start : start + size]) for start in range(0, len(rows), size))
     return [{name: value.to(model.device) for name, value in batch.items()} for batch in batches]
 

@@ -171,7 +171,7 @@ class Unit:
         return figures | {f"{name}_loss": predictions.loss.mean().item() for name, predictions in found.items()}
 
     def _predict(self, model: PreTrainedModel, records: list[Record]) -> Predictions:
-        return record_scores(model, records, batch_size=pass_size(records), progress=False).predictions()
+        return record_scores(model, records, batch_size=pass_size(model, records), progress=False).predictions()
 
     def _judge(self, model: PreTrainedModel, data: Forgetting) -> float:
         return self._selection(self._accuracies(model, data), data)
