@@ -32,8 +32,8 @@ Record = dict[str, Any]
 
 _BATCH = 256  # most records a pass where nothing is trained
 _GATE_BATCH = 64
-# Most tokens a pass, with padding. On a core, larger passes only pad more and fall out of its caches: against 2**14, RTE
-# with MiniLM takes 0.65 of the time and TOFU half of it.
+# Most tokens a pass, with padding. On a core, larger passes only pad more and fall out of its caches: against 2**14,
+# RTE with MiniLM takes 0.65 of the time and TOFU half of it.
 _CPU_TOKENS, _TOKENS = 2**11, 2**16
 
 
