@@ -134,4 +134,6 @@ def test_tables_and_page_say_so(finished: tuple[ExperimentConfig, Path], tmp_pat
     assert all(row["differs"] == {} for row in rows)
     page = tmp_path / "page.html"
     assert main(["report", str(folder), "--output", str(page)]) == 0
-    assert "retrained again" in page.read_text()
+    text = page.read_text()
+    assert "Dashed: a second retrained model" in text
+    assert ">retrained again</text>" in text  # in the legend of the picture

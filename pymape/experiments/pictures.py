@@ -58,9 +58,15 @@ def gap_figures(outcome: Outcome, setting: str) -> list[Figure]:
         return []
     from pymape.report.plots import bars
 
-    shown = "" if len(selections) < _DRAWN else f" The first {_DRAWN} selections are drawn."
-    caption = f"Mean gap to the retrained model by objective; bars are means, dots are seeds.{shown}"
-    return [Figure(bars(groups, "mean gap (points)"), caption)]
+    caption = "Mean gap to the retrained model by objective; bars are means, dots are seeds."
+    caption += "" if len(selections) < _DRAWN else f" The first {_DRAWN} selections are drawn."
+    levels = {
+        row["objective"]: row["gap"]["mean"]
+        for row in outcome.found["table"]
+        if row["setting"] == setting and row["objective"] == "retrained again"
+    }
+    caption += " Dashed: a second retrained model, which only chance separates from the first." if levels else ""
+    return [Figure(bars(groups, "mean gap (points)", levels), caption)]
 
 
 def relearning_figures(outcome: Outcome, evidence: SavedEvidence, setting: str) -> list[Figure]:

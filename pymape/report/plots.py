@@ -77,12 +77,13 @@ def histograms(
         return _svg(figure)
 
 
-def bars(groups: Mapping[str, Mapping[str, list[float]]], label: str) -> str:
+def bars(groups: Mapping[str, Mapping[str, list[float]]], label: str, levels: Mapping[str, float] | None = None) -> str:
     """Bars of the mean, one a group and method, with a dot a seed.
 
     Args:
         groups: name of a group to {method: one value a seed}.
         label: name of the vertical axis.
+        levels: name of a dashed line to its height.
 
     Returns:
         SVG markup.
@@ -108,10 +109,12 @@ def bars(groups: Mapping[str, Mapping[str, list[float]]], label: str) -> str:
                     markeredgecolor=_INK,
                     markeredgewidth=0.5,
                 )
+        for name, height in (levels or {}).items():
+            axis.axhline(height, color=_INK, linewidth=1, linestyle="--", label=name)
         axis.set_xticks(range(len(groups)), list(groups))
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
-        axis.legend(frameon=False, ncols=len(methods))
+        axis.legend(frameon=False, ncols=len(methods) + len(levels or {}))
         return _svg(figure)
 
 
