@@ -23,9 +23,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,47 +33,28 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
+from transformers import PreTrainedModel
 
 from pymape.config import DemoConfig
 from pymape.demo_page import Evidence, summary_text, write_page
-from pymape.digits import CLASSES, digit_records, load_digits, small_vit
-from pymape.importance import importance
-from pymape.masks import ModuleMasks
+from pymape.digits import CLASSES
+from pymape.experiments.config import MethodConfig, SelectionConfig, SettingConfig, TaskConfig
+from pymape.experiments.methods import Chosen, Measured, choose, unlearn
+from pymape.experiments.tasks import (
+    Forgetting,
+    Split,
+    Task,
+    forgetting,
+    make_task,
+    selection_score,
+    train,
+    without_class,
+)
 from pymape.metrics import Predictions, mean_gap, predict, summarise
 from pymape.results import aggregate, paired_differences
 from pymape.runs import environment, quiet_transformers, run_folder, write_summary
-from pymape.search import search
-from pymape.trainer import UnlearnTrainer
 
 __all__ = ["run_demo"]
-
-_TRAIN_BATCH, _TRAIN_LR, _TRAIN_DECAY = 64, 1e-3, 0.05  # of the original and the retrained model
-
-Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Task:
-    """One setting of one seed: which records are forgotten, and what every model is judged on."""
-
-    setting: str
-    seed: int
-    lam: float
-    forgotten: str
-    forget: list[Record]
-    retain: list[Record]
-    validation: list[Record]
-    test: list[Record]
-
-    @property
-    def sets(self) -> dict[str, list[Record]]:
-        return {"forget": self.forget, "retain": self.retain, "validation": self.validation, "test": self.test}
-
-    def judge(self, model: PreTrainedModel) -> _Verdict:
-        return _Verdict(
-            {name: predict(model, records, batch_size=256) for name, records in self.sets.items()}, self.seed
-        )
 
 
 @dataclass(frozen=True)
@@ -84,8 +64,9 @@ class _Verdict:
     predictions: dict[str, Predictions]
     seed: int
 
-    def accuracy(self, name: str) -> float:
-        return self.predictions[name].accuracy
+    @property
+    def accuracies(self) -> dict[str, float]:
+        return {name: predictions.accuracy for name, predictions in self.predictions.items()}
 
     @cached_property
     def metrics(self) -> dict[str, float]:
@@ -123,8 +104,10 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         evidence: list[Evidence] = []
         models = 1 + len(config.settings) * (1 + 2 * len(config.objectives) * len(config.lrs))
         with tqdm(total=config.seeds * models, desc="demo", unit="model", disable=None) as bar:
+            training = TaskConfig("digits", epochs=config.train_epochs)
+            task = make_task(training)
             for seed in range(config.first_seed, config.first_seed + config.seeds):
-                for run, shown in _run_seed(config, seed, folder, bar):
+                for run, shown in _run_seed(config, task, training, seed, folder, bar):
                     runs.append(run)
                     evidence.append(shown)
         summary = {
@@ -157,29 +140,35 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _run_seed(config: DemoConfig, seed: int, folder: Path, bar: tqdm) -> Iterator[tuple[dict[str, Any], Evidence]]:
-    train, validation, test = _digits(seed)
-    original, original_seconds = _train(train, seed, config.train_epochs)
+def _run_seed(
+    config: DemoConfig, task: Task, training: TaskConfig, seed: int, folder: Path, bar: tqdm
+) -> Iterator[tuple[dict[str, Any], Evidence]]:
+    split = task.split(seed)
+    original = task.start(seed)
+    original_seconds = train(original, split.train, training, seed)
     bar.update()
     for setting in config.settings:
-        task = _task(config, setting, seed, train, validation, test)
-        retrained, retrain_seconds = _train(task.retain, seed, config.train_epochs)
+        data, lam = _forgetting(config, setting, seed, split)
+        retrained = task.start(seed)
+        retrain_seconds = train(retrained, data.retain, training, seed)
         bar.update()
-        before, gold = task.judge(original), task.judge(retrained)
-        masks, mask_seconds = _learn_masks(config, task, original)
+        before, gold = _judge(original, data, seed), _judge(retrained, data, seed)
+        measured = Measured(original, {"forget": data.forget, "retain": data.retain}, seed)
+        learned = choose(SelectionConfig("modules", budget=config.budget), lam, measured)
+        assert learned.masks is not None
         mask_file = f"masks-{setting}-seed{seed}.safetensors"
-        masks.save(folder / mask_file)
+        learned.masks.save(folder / mask_file)
 
         rows, winners = [], {}
         for objective in config.objectives:
-            for used in (None, masks):
+            for chosen in (Chosen(), learned):
                 grid = []
                 for lr in config.lrs:
-                    grid.append(_unlearn(config, task, original, before, objective, used, lr))
+                    grid.append(_candidate(config, data, seed, original, before, objective, chosen, lr))
                     bar.update()
                 best = min(grid, key=lambda candidate: candidate.selection)
-                rows.append(_method_row(objective, used is not None, best, grid, gold))
-                if used is not None:
+                rows.append(_method_row(objective, chosen is learned, best, grid, gold))
+                if chosen is learned:
                     winners[objective] = best
         shown = "gd" if "gd" in winners else config.objectives[0]
         if seed == config.first_seed and setting == config.settings[0]:
@@ -187,107 +176,44 @@ def _run_seed(config: DemoConfig, seed: int, folder: Path, bar: tqdm) -> Iterato
         run = {
             "setting": setting,
             "seed": seed,
-            "forgotten": task.forgotten,
-            "records": {name: len(records) for name, records in task.sets.items()},
+            "forgotten": data.description,
+            "records": {name: len(records) for name, records in data.sets.items()},
             "original": _row(before, gold) | {"seconds": original_seconds},
             "retrained": _row(gold, gold) | {"seconds": retrain_seconds},
-            "masks": {"file": mask_file, "cost": masks.cost(), "seconds": mask_seconds, **masks.provenance},
+            "masks": {
+                "file": mask_file, "cost": learned.masks.cost(), "seconds": learned.seconds, **learned.masks.provenance
+            },
             "methods": rows,
-        }
+        }  # fmt: skip
         predictions = {"original": before, "unlearned": winners[shown].verdict, "retrained": gold}
-        yield run, Evidence(run, shown, masks, {name: verdict.predictions for name, verdict in predictions.items()})
+        models = {name: verdict.predictions for name, verdict in predictions.items()}
+        yield run, Evidence(run, shown, learned.masks, models)
 
 
-def _digits(seed: int) -> tuple[list[Record], list[Record], list[Record]]:
-    """Training, validation and test records: 60, 16 and 24 % of each class."""
-    from sklearn.model_selection import train_test_split
-
-    images, labels = load_digits()
-
-    def divide(rows: Sequence[int], share: float) -> tuple[list[int], list[int]]:
-        return train_test_split(rows, test_size=share, random_state=seed, stratify=labels[list(rows)].numpy())
-
-    train, rest = divide(range(len(labels)), 0.4)
-    validation, test = divide(rest, 0.6)
-    return (
-        digit_records(images, labels, train),
-        digit_records(images, labels, validation),
-        digit_records(images, labels, test),
-    )
-
-
-def _task(
-    config: DemoConfig, setting: str, seed: int, train: list[Record], validation: list[Record], test: list[Record]
-) -> _Task:
+def _forgetting(config: DemoConfig, setting: str, seed: int, split: Split) -> tuple[Forgetting, float]:
+    """What a setting forgets, and the weight of the retain set where masks are learned for it."""
     if setting == "random":
-        generator = torch.Generator().manual_seed(seed)
-        count = max(1, round(config.forget_share * len(train)))
-        chosen = set(torch.randperm(len(train), generator=generator)[:count].tolist())
-        forget = [record for row, record in enumerate(train) if row in chosen]
-        retain = [record for row, record in enumerate(train) if row not in chosen]
-        forgotten = f"{count} random training images ({config.forget_share:.0%})"
-        return _Task(setting, seed, config.random_lam, forgotten, forget, retain, validation, test)
+        return forgetting(SettingConfig("random", config.forget_share), seed, split, CLASSES), config.random_lam
     digit = seed % CLASSES if config.forget_class is None else config.forget_class
-    parts = ([record for record in records if record["labels"] != digit] for records in (train, validation, test))
-    forget = [record for record in train if record["labels"] == digit]
-    forgotten = f"all {len(forget)} training images of the digit {digit}"
-    return _Task(setting, seed, config.class_lam, forgotten, forget, *parts)
+    return without_class(digit, split), config.class_lam
 
 
-def _train(records: list[Record], seed: int, epochs: int) -> tuple[PreTrainedModel, float]:
-    """Train a small ViT from the initial weights and in the order of the seed; returns it and the seconds it took."""
-    started = time.perf_counter()
-    model = small_vit(seed)
-    images = torch.stack([record["pixel_values"] for record in records])
-    labels = torch.stack([record["labels"] for record in records])
-    steps = epochs * math.ceil(len(records) / _TRAIN_BATCH)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=_TRAIN_LR, weight_decay=_TRAIN_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _TRAIN_LR, total_steps=steps)
-    generator = torch.Generator().manual_seed(seed)
-    model.train()
-    for _ in range(epochs):
-        for rows in torch.randperm(len(records), generator=generator).split(_TRAIN_BATCH):
-            optimizer.zero_grad()
-            model(pixel_values=images[rows], labels=labels[rows]).loss.backward()
-            optimizer.step()
-            schedule.step()
-    return model.eval(), time.perf_counter() - started
+def _judge(model: PreTrainedModel, data: Forgetting, seed: int) -> _Verdict:
+    return _Verdict({name: predict(model, records, batch_size=256) for name, records in data.sets.items()}, seed)
 
 
-def _learn_masks(config: DemoConfig, task: _Task, model: PreTrainedModel) -> tuple[ModuleMasks, float]:
-    started = time.perf_counter()
-    forget, retain = (
-        importance(model, records, batch_size=256, progress=False) for records in (task.forget, task.retain)
-    )
-    masks = search(forget=forget, retain=retain, budget=config.budget, lam=task.lam, seed=task.seed, model=model)
-    return masks, time.perf_counter() - started
-
-
-def _unlearn(
-    config: DemoConfig, task: _Task, original: PreTrainedModel, before: _Verdict, objective: str,
-    masks: ModuleMasks | None, lr: float,
+def _candidate(
+    config: DemoConfig, data: Forgetting, seed: int, original: PreTrainedModel, before: _Verdict, objective: str,
+    chosen: Chosen, lr: float,
 ) -> _Candidate:  # fmt: skip
-    model = copy.deepcopy(original)
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="pymape-") as scratch:
-        arguments = TrainingArguments(
-            output_dir=scratch, learning_rate=lr, max_steps=config.steps, seed=task.seed,
-            per_device_train_batch_size=config.batch_size, lr_scheduler_type="constant", logging_strategy="no",
-            save_strategy="no", report_to=[], disable_tqdm=True, dataloader_pin_memory=False,
-        )  # fmt: skip
-        trainer = UnlearnTrainer(
-            model, arguments, forget_dataset=task.forget, retain_dataset=task.retain, objective=objective, masks=masks
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        trainer.merge()
-    seconds = time.perf_counter() - started
-    verdict = task.judge(model)
-    target = before.accuracy("validation") if task.setting == "random" else 0.0
-    selection = abs(verdict.accuracy("forget") - target) + sum(
-        abs(verdict.accuracy(name) - before.accuracy(name)) for name in ("retain", "validation")
+    model, facts = unlearn(
+        copy.deepcopy(original), chosen, MethodConfig(objective), lr, forget=data.forget, retain=data.retain,
+        steps=config.steps, batch_size=config.batch_size, seed=seed,
+    )  # fmt: skip
+    verdict = _judge(model, data, seed)
+    return _Candidate(
+        model, lr, verdict, selection_score(data, before.accuracies, verdict.accuracies), facts["seconds"]
     )
-    return _Candidate(model, lr, verdict, selection, seconds)
 
 
 def _row(verdict: _Verdict, gold: _Verdict) -> dict[str, float]:

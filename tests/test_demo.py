@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import ViTForImageClassification
 
 from pymape.cli import main
@@ -82,7 +81,7 @@ def test_gaps_and_spreads_follow_from_the_runs(demo: tuple[Path, dict[str, Any]]
 def test_a_class_is_judged_on_the_remaining_ones(demo: tuple[Path, dict[str, Any]]) -> None:
     _, summary = demo
     runs = {(run["setting"], run["seed"]): run for run in summary["runs"]}
-    assert runs["class", 1]["forgotten"].endswith("of the digit 1")
+    assert runs["class", 1]["forgotten"].endswith("of class 1")
     assert runs["class", 0]["records"]["test"] < runs["random", 0]["records"]["test"] == 432
     assert runs["random", 0]["records"]["forget"] == round(0.1 * 1078)
     for run in summary["runs"]:
@@ -118,20 +117,7 @@ def test_same_seed_gives_the_same_figures(demo: tuple[Path, dict[str, Any]], tmp
 def test_bad_options_are_refused_before_any_work(
     flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pymape.demo._digits", lambda seed: pytest.fail("work was begun"))
+    monkeypatch.setattr("pymape.demo.make_task", lambda config: pytest.fail("work was begun"))
     assert main(["demo", "--output", str(tmp_path / "demo"), *flags]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-def test_records_are_split_by_class_without_overlap() -> None:
-    from pymape.demo import _digits
-
-    sets = _digits(3)
-    assert [len(records) for records in sets] == [1078, 287, 432]
-    ids = [record["id"] for records in sets for record in records]
-    assert len(set(ids)) == len(ids) == 1797
-    for records in sets:
-        share = torch.stack([record["labels"] for record in records]).bincount(minlength=10) / len(records)
-        assert (share - 0.1).abs().max() < 0.02
-    assert ids != [record["id"] for records in _digits(4) for record in records]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gzip
 import inspect
 import json
@@ -56,6 +57,18 @@ def test_groups_are_forgotten_whole() -> None:
         forgotten(0, groups=4)
     with pytest.raises(ValueError, match="records must come in groups"):
         forgetting(SettingConfig("groups"), 0, Split(records, [], []), 0)
+
+
+def test_digits_are_split_by_class_without_overlap() -> None:
+    task = make_task(TaskConfig("digits"))
+    sets = {seed: dataclasses.astuple(task.split(seed))[:3] for seed in (3, 4)}
+    assert [len(records) for records in sets[3]] == [1078, 287, 432]
+    ids = {seed: [record["id"] for records in parts for record in records] for seed, parts in sets.items()}
+    assert len(set(ids[3])) == len(ids[3]) == 1797
+    for records in sets[3]:
+        share = torch.stack([record["labels"] for record in records]).bincount(minlength=10) / len(records)
+        assert (share - 0.1).abs().max() < 0.02
+    assert ids[3] != ids[4]
 
 
 @pytest.mark.parametrize(

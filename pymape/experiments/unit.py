@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from pymape.experiments.cells import CODE, REFERENCES, Cell, Place, digest, training
 from pymape.experiments.config import ExperimentConfig
 from pymape.experiments.methods import Chosen, Measured, choose, pass_size, unlearn
-from pymape.experiments.tasks import Forgetting, Task, forgetting, train
+from pymape.experiments.tasks import JUDGED, Forgetting, Task, forgetting, selection_score, train
 from pymape.files import atomic_write
 from pymape.metrics import Predictions, record_scores, summarise
 from pymape.metrics.costs import Cost, measure_cost
@@ -27,7 +27,6 @@ __all__ = ["Unit"]
 Record = dict[str, Any]
 
 _MODELS = "models"
-_JUDGED = ("forget", "retain", "validation")  # sets that the choice of the tuned parameter looks at
 # Errors of a method at a value of its grid, which then cannot be chosen; any other ends the run.
 _RESULTS_TOO = ("must stay finite", "must select at least one")
 
@@ -70,7 +69,8 @@ class Unit:
                 raise
             return {"failed": str(error)}
         figures = self._figures(model)
-        found = {**figures, "selection_score": self._selection(figures, self.data), **cost.figures(), **facts}
+        accuracies = {name: figures[f"{name}_accuracy"] for name in JUDGED}
+        found = {**figures, "selection_score": self._selection(accuracies, self.data), **cost.figures(), **facts}
         found["choose_seconds"] = sum(each.seconds for each in chosen)
         masks = [each.masks for each in chosen if each.masks is not None]
         if masks:
@@ -177,18 +177,10 @@ class Unit:
         return self._selection(self._accuracies(model, data), data)
 
     def _accuracies(self, model: PreTrainedModel, data: Forgetting) -> dict[str, float]:
-        return {f"{name}_accuracy": self._predict(model, data.sets[name]).accuracy for name in _JUDGED}
+        return {name: self._predict(model, data.sets[name]).accuracy for name in JUDGED}
 
-    def _selection(self, figures: Mapping[str, float], data: Forgetting) -> float:
-        """What the choice of the tuned parameter minimises; neither test records nor the retrained model have a part.
-
-        |A_forget - target| + |A_retain - A_retain(original)| + |A_val - A_val(original)|, accuracies in percent, with
-        target 0 for a class and the original's validation accuracy for all else.
-        """
+    def _selection(self, accuracies: Mapping[str, float], data: Forgetting) -> float:
         asked = len(data.forget)
         if asked not in self._before:
             self._before[asked] = self._accuracies(self._original, data)
-        before = self._before[asked]
-        target = 0.0 if self.setting.forget == "class" else before["validation_accuracy"]
-        kept = sum(abs(figures[f"{name}_accuracy"] - before[f"{name}_accuracy"]) for name in ("retain", "validation"))
-        return abs(figures["forget_accuracy"] - target) + kept
+        return selection_score(data, self._before[asked], accuracies)

@@ -11,14 +11,25 @@ import torch
 from transformers import PreTrainedModel
 
 from pymape.experiments.config import TaskConfig
-from pymape.experiments.tasks.base import Forgetting, Split, Task, forgetting
+from pymape.experiments.tasks.base import JUDGED, Forgetting, Split, Task, forgetting, selection_score, without_class
 from pymape.experiments.tasks.images import make_arrays, make_digits, make_folder
 from pymape.experiments.tasks.questions import make_questions
 from pymape.experiments.tasks.table import make_table
 from pymape.experiments.tasks.tofu import make_tofu
 from pymape.experiments.tasks.training import train
 
-__all__ = ["MAKERS", "Forgetting", "Split", "Task", "forgetting", "make_task", "train"]
+__all__ = [
+    "JUDGED",
+    "MAKERS",
+    "Forgetting",
+    "Split",
+    "Task",
+    "forgetting",
+    "make_task",
+    "selection_score",
+    "train",
+    "without_class",
+]
 
 # What makes each kind of task, and what it must be given of the configuration.
 MAKERS: dict[str, tuple[Callable[..., Task], tuple[str, ...]]] = {

@@ -15,10 +15,23 @@ from transformers import PreTrainedModel
 from pymape.experiments.config import SettingConfig
 from pymape.metrics import QuestionSet
 
-__all__ = ["VALIDATION", "Forgetting", "Record", "Split", "Task", "digest", "forgetting", "read_bytes"]
+__all__ = [
+    "JUDGED",
+    "VALIDATION",
+    "Forgetting",
+    "Record",
+    "Split",
+    "Task",
+    "digest",
+    "forgetting",
+    "read_bytes",
+    "selection_score",
+    "without_class",
+]
 
 Record = dict[str, Any]
 
+JUDGED = ("forget", "retain", "validation")  # sets that the choice of what is tuned looks at
 VALIDATION = 0.2  # of the training records, where the test records are given apart
 _NAMED = 4  # groups that a description names
 
@@ -52,6 +65,7 @@ class Forgetting:
         retain: the other training records.
         validation, test: see `Split`.
         request: what the last request asks to forget: all of `forget` where there is one.
+        of_class: a whole class is forgotten, so that nothing like it is left to know.
     """
 
     description: str
@@ -60,6 +74,7 @@ class Forgetting:
     validation: list[Record]
     test: list[Record]
     request: list[Record]
+    of_class: bool = False
 
     @property
     def sets(self) -> dict[str, list[Record]]:
@@ -106,7 +121,7 @@ def forgetting(
         ValueError: nothing would be forgotten or nothing kept, or records without groups.
     """
     if setting.forget == "class":
-        return _without_class(seed % classes, split)
+        return without_class(seed % classes, split)
     last: set[int] | None = None
     if setting.forget == "groups":
         if split.groups is None:
@@ -132,6 +147,38 @@ def forgetting(
     return Forgetting(text, forget, retain, split.validation, split.test, request)
 
 
+def without_class(label: int, split: Split) -> Forgetting:
+    """Divide a seed's records: one class, and all others.
+
+    Raises:
+        ValueError: no training record is of that class.
+    """
+    forget = [record for record in split.train if int(record["labels"]) == label]
+    if not forget:
+        raise ValueError(f"training records must hold class {label}, got none of it")
+    retain, validation, test = (
+        [record for record in records if int(record["labels"]) != label]
+        for records in (split.train, split.validation, split.test)
+    )
+    text = f"all {len(forget)} training records of class {label}"
+    return Forgetting(text, forget, retain, validation, test, forget, of_class=True)
+
+
+def selection_score(data: Forgetting, before: Mapping[str, float], after: Mapping[str, float]) -> float:
+    """What the choice of what is tuned minimises; neither test records nor the retrained model have a part in it.
+
+    |A_forget - target| + |A_retain - A_retain(original)| + |A_val - A_val(original)|, with target 0 for a class and the
+    original's validation accuracy for all else: what was never trained on is known as well as validation records are.
+
+    Args:
+        data: what is forgotten.
+        before: accuracies of the original model by set, in percent.
+        after: those of the unlearned model.
+    """
+    target = 0.0 if data.of_class else before["validation"]
+    return abs(after["forget"] - target) + sum(abs(after[name] - before[name]) for name in ("retain", "validation"))
+
+
 def digest(*parts: bytes) -> str:
     """One sha256 of several contents, in their order."""
     found = hashlib.sha256()
@@ -151,18 +198,6 @@ def read_bytes(path: Path) -> bytes:
         return gzip.decompress(content) if path.suffix == ".gz" else content
     except (OSError, EOFError) as error:
         raise ValueError(f"task.data must be readable, got {str(path)!r}: {error}") from error
-
-
-def _without_class(label: int, split: Split) -> Forgetting:
-    forget = [record for record in split.train if int(record["labels"]) == label]
-    if not forget:
-        raise ValueError(f"training records must hold class {label}, got none of it")
-    retain, validation, test = (
-        [record for record in records if int(record["labels"]) != label]
-        for records in (split.train, split.validation, split.test)
-    )
-    text = f"all {len(forget)} training records of class {label}"
-    return Forgetting(text, forget, retain, validation, test, forget)
 
 
 def _chosen_groups(setting: SettingConfig, seed: int, names: list[str]) -> list[str]:
