@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pymape.experiments.summaries import EVERYWHERE, Outcome, bootstrap_interval, compare, group
-from pymape.experiments.tables import interval_text, share_text
+from pymape.experiments.tables import MEMORY, interval_text, share_text
 from pymape.report import Row, Table
 
 __all__ = ["CRITERION", "Claim", "claims", "learned_selection"]
@@ -34,12 +34,6 @@ _J = (
 _WITH, _WITHOUT = "with", "without"  # the sides of a comparison
 _YES, _NO, _UNKNOWN = "Holds", "Does not hold", "Cannot be judged"
 _UNLEARNING, _WHOLE = "time of unlearning", "time with finding the mask"
-# The first that was measured is taken.
-_MEMORY = {
-    "added_gpu_mib": "GPU memory that unlearning adds",
-    "added_mib": "memory that unlearning adds",
-    "peak_cpu_mib": "peak memory of the process",
-}
 
 Cell = Mapping[str, Any]
 
@@ -172,7 +166,7 @@ def _claim_5(rows: Sequence[Cell]) -> Claim | None:
     if not gaps:
         return None
     whole = _pooled(rows, "total_seconds")
-    memory, used = next((title, pooled) for figure, title in _MEMORY.items() if (pooled := _pooled(rows, figure)))
+    memory, used = next((title, pooled) for figure, title in MEMORY.items() if (pooled := _pooled(rows, figure)))
     worse = gaps[0]["models"] >= _LEAST_MODELS and gaps[0]["model_interval"][0] > 0
     verdict = (
         f"In time: {_verdict(f'the {_WHOLE}', 's', whole)} In memory: {_verdict(f'the {memory}', 'MiB', used)} The "

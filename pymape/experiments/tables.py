@@ -14,6 +14,7 @@ from pymape.metrics.evaluation import METRICS
 from pymape.report import Row, Table
 
 __all__ = [
+    "MEMORY",
     "SELECTION_RULE",
     "comparison_tables",
     "evidence_tables",
@@ -44,15 +45,15 @@ _RESULT_NOTE = (
     "UA: 100 - accuracy on the forget set. RA, TA: accuracy on the retain and test set. MIA: share of the forget set "
     "that a membership attack calls never seen. All in percent. Mean gap: mean distance to the retrained model over "
     "the four, in points; the smaller, the closer. Trained: which parameters (see the settings below), and their share "
-    "of all. Time: of the chosen run alone. Memory: {}. Value: of the tuned parameter, as chosen. Steps: after which "
+    "of all. Time: of the chosen run alone. Memory: the {}. Value: of the tuned parameter, as chosen. Steps: after which "
     "the rule chose to stop, where it did. At edge: seeds whose choice is the first or last value of the grid. "
     "Retrained again: from other initial weights and in another order; its gap is what chance alone makes."
 )
-# The first that was measured is shown.
-_MEMORY = {
-    "added_gpu_mib": "what the chosen run adds on the GPU",
-    "added_mib": "what the chosen run adds to the process",
-    "peak_cpu_mib": "peak of the whole process in the chosen run",
+# Figures of memory: the first that was measured is shown.
+MEMORY = {
+    "added_gpu_mib": "GPU memory that unlearning adds",
+    "added_mib": "memory that unlearning adds",
+    "peak_cpu_mib": "peak memory of the process",
 }
 _CLASS_NOTE = " Where a class is forgotten, TA and the attack's test records are those of the remaining classes."
 _PAIRED_COLUMNS = ("setting", "objective", "selection", "against", "its own", "the other's", "difference", "won")
@@ -169,10 +170,10 @@ def result_table(rows: Sequence[Mapping[str, Any]], task: str, forget: str) -> T
     """
     gaps = [row["gap"]["mean"] for row in rows if row["selection"] and row["gap"]["mean"] is not None]
     best = min(gaps, default=None)
-    memory = next(name for name in _MEMORY if name == "peak_cpu_mib" or any(name in row["metrics"] for row in rows))
+    memory = next(name for name in MEMORY if name == "peak_cpu_mib" or any(name in row["metrics"] for row in rows))
     lines = [Row(_result_cells(row, memory), _kind(row, row["gap"]["mean"] == best)) for row in rows]
     accuracy = KINDS[task].accuracy
-    note = _RESULT_NOTE.format(_MEMORY[memory]) + (f" Accuracy: {accuracy}." if accuracy else "")
+    note = _RESULT_NOTE.format(MEMORY[memory]) + (f" Accuracy: {accuracy}." if accuracy else "")
     note += _CLASS_NOTE if forget == "class" else ""
     return Table(_RESULT_COLUMNS, lines, labels=2, note=note)
 
