@@ -45,8 +45,8 @@ _RESULT_NOTE = (
     "UA: 100 - accuracy on the forget set. RA, TA: accuracy on the retain and test set. MIA: share of the forget set "
     "that a membership attack calls never seen. All in percent. Mean gap: mean distance to the retrained model over "
     "the four, in points; the smaller, the closer. Trained: which parameters (see the settings below), and their share "
-    "of all. Time: of the chosen run alone. Memory: the {}. Value: of the tuned parameter, as chosen. Steps: after which "
-    "the rule chose to stop, where it did. At edge: seeds whose choice is the first or last value of the grid. "
+    "of all. Time: of the chosen run alone. Memory: the {}. Value: of the tuned parameter, as chosen. Steps: after "
+    "which the rule chose to stop, where it did. At edge: seeds whose choice is the first or last value of the grid. "
     "Retrained again: from other initial weights and in another order; its gap is what chance alone makes."
 )
 # Figures of memory: the first that was measured is shown.
