@@ -72,7 +72,8 @@ def search(
         `objective_before`, `objective_after` and `swaps`: in total, and per block under `blocks`.
 
     Raises:
-        ValueError: an argument out of range, or importance that is empty, not finite or of another model.
+        ValueError: an argument out of range, importance that is empty, not finite or of another model, or a `lam` at
+            which "difference" finds no module worth selecting.
 
     Source:
         arXiv 2508.17233 (MAPE); Kwon et al. 2022, arXiv 2204.09656 (diagonal warm start, rearrangement).
@@ -94,6 +95,8 @@ def search(
         else:
             scores = [_own_share(block) for block in blocks]
         masks = ModuleMasks.from_scores(scores[0], scores[1], shape, budget)
+        if objective == "difference" and not (masks.heads.any() or masks.filters.any()):
+            raise ValueError(_why_nothing(blocks, scores, budget))
         if objective in QUADRATIC:
             masks, found = _exchange(masks, blocks, mode, across_layers, max_swaps, backend)
     masks.provenance = {
@@ -161,6 +164,16 @@ def _ratio(block: _Block) -> Tensor:
     assert block.retain_fisher is not None
     floor = max(RATIO_FLOOR * float(block.retain_fisher.mean()), torch.finfo(torch.float64).tiny)
     return block.forget_fisher / block.retain_fisher.clamp(min=floor)
+
+
+def _why_nothing(blocks: list[_Block], scores: list[Tensor], budget: float) -> str:
+    """What keeps the difference from selecting a single module."""
+    if any((score > 0).any() for score in scores):
+        return f"budget must afford at least one head or filter, got {budget}"
+    ratios = [block.forget_fisher / cast(Tensor, block.retain_fisher) for block in blocks if block.linear is None]
+    most = max((float(ratio.nan_to_num(0.0).max()) for ratio in ratios), default=None)
+    needed = "smaller" if most is None else f"below {most:.3g}"
+    return f"lam must be {needed} to select at least one head or filter, got {blocks[0].lam:g}"
 
 
 def _exchange(

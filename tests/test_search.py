@@ -210,6 +210,19 @@ def test_rearrangement_follows_the_forget_gradients() -> None:
     assert left_over(masks.filters) < left_over(warm.filters)
 
 
+def test_what_selects_nothing_is_said() -> None:
+    forget, retain = make(8, 0), make(8, 1)
+    ratios = [getattr(forget, f"fisher_{kind}") / getattr(retain, f"fisher_{kind}") for kind in ("heads", "filters")]
+    most = max(float(ratio.max()) for ratio in ratios)
+    assert search(forget=forget, retain=retain, budget=1.0, lam=0.99 * most).cost() > 0
+    with pytest.raises(ValueError, match=rf"lam must be below {most:.3g} to select at least one head or filter, got "):
+        search(forget=forget, retain=retain, budget=1.0, lam=1.01 * most)
+    with pytest.raises(ValueError, match="lam must be smaller to select at least one head or filter, got 1e"):
+        search(forget=forget, retain=retain, lam=1e9, first_order=True)
+    with pytest.raises(ValueError, match="budget must afford at least one head or filter, got 1e-06"):
+        search(forget=forget, retain=retain, lam=0.0, budget=1e-6)
+
+
 def test_forget_objective_is_lam_zero() -> None:
     forget, retain = make(6, 0), make(9, 1)
     alone = search(forget=forget, objective="forget", budget=0.4)

@@ -28,7 +28,7 @@ Record = dict[str, Any]
 
 _MODELS = "models"
 # Errors of a method at a value of its grid, which then cannot be chosen; any other ends the run.
-_RESULTS_TOO = ("must stay finite", "must select at least one")
+_RESULTS_TOO = ("must stay finite", "select at least one")
 
 
 class Unit:
