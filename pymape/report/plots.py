@@ -114,7 +114,7 @@ def bars(groups: Mapping[str, Mapping[str, list[float]]], label: str, levels: Ma
         axis.set_xticks(range(len(groups)), list(groups))
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
-        axis.legend(frameon=False, ncols=len(methods) + len(levels or {}))
+        figure.legend(frameon=False, ncols=len(methods) + len(levels or {}), loc="outside upper right")
         return _svg(figure)
 
 
