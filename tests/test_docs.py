@@ -1,8 +1,9 @@
-"""The examples of docs/objectives.md and docs/masks.md run, and the table of objectives names every one."""
+"""The examples of docs/objectives.md and docs/masks.md run, and the pages say what the code and the results do."""
 
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,8 @@ def test_the_example_of_masks_runs(tmp_path, monkeypatch, capsys):
     exec(example, names)
     assert names["masks"].summary() in capsys.readouterr().out
     assert pymape.ModuleMasks.load("masks.safetensors").cost() == names["masks"].cost() <= 0.1
+
+
+def test_the_page_of_claims_is_that_of_the_results_beside_it():
+    page = runpy.run_path(str(DOCS.parent / "experiments" / "claims_page.py"))["page"]()
+    assert (DOCS / "results" / "claims.md").read_text() == page

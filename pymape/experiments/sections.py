@@ -12,7 +12,15 @@ from pymape.experiments.tables import SELECTION_RULE, comparison_tables, evidenc
 from pymape.files import atomic_write
 from pymape.report import Section
 
-__all__ = ["claim_sections", "comparison_sections", "cost_text", "data_text", "setting_section", "write_markdown"]
+__all__ = [
+    "claim_sections",
+    "comparison_sections",
+    "cost_text",
+    "data_text",
+    "section_lines",
+    "setting_section",
+    "write_markdown",
+]
 
 _COMPARED = {
     "gap": ("Mean gap, selection against selection", "The figure is the mean gap to the retrained model, in points."),
@@ -85,6 +93,17 @@ def cost_text(summary: Mapping[str, Any]) -> str:
     return text
 
 
+def section_lines(sections: Sequence[Section]) -> list[str]:
+    """Sections in Markdown, without their pictures."""
+    lines = []
+    for section in sections:
+        lines += [f"## {section.title}", *([section.text, ""] if section.text else [])]
+        for table in section.tables:
+            lines += [*([f"### {table.title}"] if table.title else []), *markdown(table), ""]
+            lines += [table.note, ""] if table.note else []
+    return lines
+
+
 def write_markdown(path: Path, outcome: Outcome) -> None:
     """Write an experiment's tables."""
     summary, config, found = outcome.summary, outcome.config, outcome.found
@@ -105,11 +124,7 @@ def write_markdown(path: Path, outcome: Outcome) -> None:
         SELECTION_RULE,
         "",
     ]
-    for section in sections:
-        lines += [f"## {section.title}", *([section.text, ""] if section.text else [])]
-        for table in section.tables:
-            lines += [*([f"### {table.title}"] if table.title else []), *markdown(table), ""]
-            lines += [table.note, ""] if table.note else []
+    lines += section_lines(sections)
     lines.append(f"{len(found['failed'])} of {summary['cells']} cells failed.")
     lines += [f"- {reason}" for reason in dict.fromkeys(cell["failed"] for cell in found["failed"])]
     with atomic_write(path) as temporary:

@@ -1,0 +1,64 @@
+"""The claims judged over all experiments together: docs/results/claims.md, from the cells that lie beside it.
+
+python experiments/claims_page.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from pymape.experiments.claims import claims
+from pymape.experiments.config import read_experiment
+from pymape.experiments.sections import claim_sections, section_lines
+from pymape.experiments.summaries import Outcome, read_cells, summarise_cells
+from pymape.files import atomic_write
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "docs" / "results"
+# Experiments that ask the question of the claims, by the name of their results; ablations and baselines ask others.
+PAGES = {
+    "digits": "digits_grid",
+    "cifar": "cifar",
+    "sst2": "sst2",
+    "sst2_successive": "sst2_successive",
+    "rte": "rte",
+    "xquad": "xquad",
+    "tofu": "tofu",
+}
+
+
+def outcome(name: str, results: str) -> Outcome:
+    """An experiment as far as it has been run."""
+    config, rows = read_experiment(HERE / f"{name}.yaml"), read_cells(RESULTS / f"{results}.jsonl")
+    seen = RESULTS / f"{results}-evidence.jsonl"
+    evidence = read_cells(seen) if seen.exists() else []
+    run = dict.fromkeys(row["setting"] for row in rows)
+    config = dataclasses.replace(config, settings={setting: config.settings[setting] for setting in run})
+    summary = {"name": name, "config": dataclasses.asdict(config)}
+    return Outcome(summary, summarise_cells(rows, config.baselines, evidence))
+
+
+def page() -> str:
+    """The page as Markdown."""
+    there = {name: results for name, results in PAGES.items() if (RESULTS / f"{results}.jsonl").exists()}
+    found = claims([outcome(name, results) for name, results in there.items()])
+    links = ", ".join(f"[{name}]({results}.md)" for name, results in there.items())
+    lines = [
+        "# The claims over all experiments",
+        "",
+        f"`python experiments/claims_page.py`, from the cells of {links}: what each was run with, and what stands out, "
+        "is on its own page. Tasks differ in size and noise; the pooled rows give every pair the same weight.",
+        "",
+        *section_lines(claim_sections(found)),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> None:
+    with atomic_write(RESULTS / "claims.md") as path:
+        path.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
