@@ -56,7 +56,6 @@ class MaskConfig:
         budget: share of the heads' and filters' parameters that may be trained, in (0, 1].
         objective: what the masks maximise; "everything" selects all modules, the module-oblivious baseline.
         lam: weight of the retain set in "difference".
-        balance: let `lam` weigh shares of influence, see `pymape.search`.
         mode: "greedy" (warm start and best swaps), "warm" (warm start only) or "rearrange" (one pass).
         across_layers: let modules of different layers trade places.
         first_order: keep the first-order term of the loss.
@@ -67,7 +66,6 @@ class MaskConfig:
     budget: float = 0.3
     objective: MaskObjective = "difference"
     lam: float = 1.0
-    balance: bool = False
     mode: Literal["greedy", "warm", "rearrange"] = "greedy"
     across_layers: bool = False
     first_order: bool = False

@@ -284,7 +284,6 @@ def learn_masks(
             budget=options.budget,
             objective=options.objective,
             lam=options.lam,
-            balance=options.balance,
             mode=options.mode,
             across_layers=options.across_layers,
             first_order=options.first_order,

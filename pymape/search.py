@@ -31,7 +31,6 @@ def search(
     budget: float = 0.1,
     objective: str = "difference",
     lam: float = 1.0,
-    balance: bool = False,
     mode: str = "greedy",
     across_layers: bool = False,
     first_order: bool = False,
@@ -59,8 +58,6 @@ def search(
         budget: share of the module-owned parameters, in (0, 1].
         objective: "difference", "ratio", "forget", "random" or "magnitude".
         lam: weight of the retain set in "difference", >= 0.
-        balance: weigh shares of influence: divide the Fisher information of either set by its trace over all modules,
-            so that one `lam` suits sets whose records are harder or easier, and whatever is forgotten.
         mode: "greedy" (warm start, then the best swaps), "warm" (warm start only) or "rearrange" (warm start, then the
             one-pass rearrangement of Kwon et al. over the forget gradients, which follows their norm and not J).
         across_layers: couple all layers, and let any two trade.
@@ -84,7 +81,6 @@ def search(
     _check(forget, retain, objective, lam, mode, max_swaps, model)
     shape = forget.layout
     lam = float(lam) if objective == "difference" else 0.0
-    weight = _balanced(lam, forget, cast(Importance, retain)) if balance and lam else lam
     found: dict[str, Any] = {"mode": "warm"}
     if objective == "random":
         masks = ModuleMasks.random(shape, budget, seed)
@@ -92,7 +88,7 @@ def search(
         masks = ModuleMasks.magnitude(cast(nn.Module, model), budget)
     else:
         contrast = _by_group(retain) if retain is not None and objective in CONTRASTIVE else None
-        blocks = [_block(kind, _by_group(forget), contrast, weight, first_order) for kind in ("heads", "filters")]
+        blocks = [_block(kind, _by_group(forget), contrast, lam, first_order) for kind in ("heads", "filters")]
         if objective == "ratio":
             # A ratio has no unit: weighted by the cost, it ranks the modules of both kinds on one scale.
             scores = [_ratio(block) * cost for block, cost in zip(blocks, (shape.head_cost, shape.filter_cost))]
@@ -100,7 +96,7 @@ def search(
             scores = [_own_share(block) for block in blocks]
         masks = ModuleMasks.from_scores(scores[0], scores[1], shape, budget)
         if objective == "difference" and not (masks.heads.any() or masks.filters.any()):
-            raise ValueError(_why_nothing(blocks, scores, budget, lam))
+            raise ValueError(_why_nothing(blocks, scores, budget))
         if objective in QUADRATIC:
             masks, found = _exchange(masks, blocks, mode, across_layers, max_swaps, backend)
     masks.provenance = {
@@ -108,7 +104,6 @@ def search(
         "budget": float(budget),
         "used": masks.cost(),
         "lam": lam,
-        **({"balance": True, "weight": weight} if balance and lam else {}),
         "across_layers": across_layers,
         "first_order": first_order,
         "max_swaps": max_swaps,
@@ -171,25 +166,14 @@ def _ratio(block: _Block) -> Tensor:
     return block.forget_fisher / block.retain_fisher.clamp(min=floor)
 
 
-def _balanced(lam: float, forget: Importance, retain: Importance) -> float:
-    """The weight of the retain set at which `lam` compares shares of the traces of both Fisher informations.
-
-    J / tr F_forget is what is maximised then; J itself stays in units of the forget loss, which changes no choice.
-    """
-    traces = [float(own.fisher_heads.sum() + own.fisher_filters.sum()) for own in map(_by_group, (forget, retain))]
-    if 0.0 in traces:
-        raise ValueError(f"importance must not be zero everywhere for balance, got traces of {traces[0]}, {traces[1]}")
-    return lam * traces[0] / traces[1]
-
-
-def _why_nothing(blocks: list[_Block], scores: list[Tensor], budget: float, lam: float) -> str:
+def _why_nothing(blocks: list[_Block], scores: list[Tensor], budget: float) -> str:
     """What keeps the difference from selecting a single module."""
     if any((score > 0).any() for score in scores):
         return f"budget must afford at least one head or filter, got {budget}"
     ratios = [block.forget_fisher / cast(Tensor, block.retain_fisher) for block in blocks if block.linear is None]
     most = max((float(ratio.nan_to_num(0.0).max()) for ratio in ratios), default=None)
-    needed = "smaller" if most is None else f"below {most * lam / blocks[0].lam:.3g}"
-    return f"lam must be {needed} to select at least one head or filter, got {lam:g}"
+    needed = "smaller" if most is None else f"below {most:.3g}"
+    return f"lam must be {needed} to select at least one head or filter, got {blocks[0].lam:g}"
 
 
 def _exchange(

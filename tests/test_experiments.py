@@ -132,15 +132,6 @@ def test_cells_keep_their_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert keys["random", "gd", "everything", 5e-3] == "8fc953006850e4913acf8ae77838cdf1"
 
 
-def test_balance_enters_the_keys_where_it_is_used() -> None:
-    used = SelectionConfig("modules", balance=True).identity(1.0)
-    assert used.pop("balance") is True
-    assert used == SelectionConfig("modules").identity(1.0)
-    for objective in ("ratio", "random"):
-        plain = SelectionConfig("modules", objective).identity(1.0)
-        assert SelectionConfig("modules", objective, balance=True).identity(1.0) == plain
-
-
 def test_page_and_tables_show_the_result(finished: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
     _, folder, _ = finished
     page = tmp_path / "page.html"

@@ -223,37 +223,6 @@ def test_what_selects_nothing_is_said() -> None:
         search(forget=forget, retain=retain, lam=0.0, budget=1e-6)
 
 
-@pytest.mark.parametrize("shape", [LAYOUT, GROUPED], ids=["heads", "groups"])
-def test_balance_weighs_shares(shape: ModelLayout) -> None:
-    forget, retain = make(8, 0, shape), make(8, 1, shape)
-    traces = [
-        sum(float(blocks[kind].double().square().mean(0).sum()) for kind in ("heads", "filters"))
-        for blocks in (
-            {"heads": own.heads.unflatten(2, (2, shape.group_size)).sum(-1), "filters": own.filters}
-            for own in (forget, retain)
-        )
-    ]
-    balanced = search(forget=forget, retain=retain, budget=0.4, lam=0.9, balance=True)
-    assert balanced.provenance["weight"] == pytest.approx(0.9 * traces[0] / traces[1])
-    by_hand = search(forget=forget, retain=retain, budget=0.4, lam=balanced.provenance["weight"])
-    assert torch.equal(balanced.heads, by_hand.heads)
-    assert torch.equal(balanced.filters, by_hand.filters)
-    # Whatever the scale of either set.
-    loud = replace(forget, heads=forget.heads * 64, filters=forget.filters * 64)
-    scaled = search(forget=loud, retain=retain, budget=0.4, lam=0.9, balance=True)
-    assert torch.equal(balanced.heads, scaled.heads)
-    assert torch.equal(balanced.filters, scaled.filters)
-    assert "weight" not in by_hand.provenance
-
-
-def test_balance_needs_something_to_balance() -> None:
-    silent = replace(make(8, 1), heads=torch.zeros(8, 2, 2), filters=torch.zeros(8, 2, 5))
-    with pytest.raises(ValueError, match="importance must not be zero everywhere for balance, got traces of "):
-        search(forget=make(8, 0), retain=silent, balance=True)
-    with pytest.raises(ValueError, match=r"lam must be below .* to select at least one head or filter, got 1000"):
-        search(forget=make(8, 0), retain=make(8, 1), lam=1000, balance=True)
-
-
 def test_forget_objective_is_lam_zero() -> None:
     forget, retain = make(6, 0), make(9, 1)
     alone = search(forget=forget, objective="forget", budget=0.4)

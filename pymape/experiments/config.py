@@ -26,7 +26,7 @@ _FOLDER = "experiments"
 # What a kind of selection depends on.
 _READ = {
     "everything": (),
-    "modules": ("objective", "budget", "lam", "mode", "across_layers", "samples", "balance"),
+    "modules": ("objective", "budget", "lam", "mode", "across_layers", "samples"),
     "gates": ("budget", "lam", "samples"),
     "last_layers": ("layers",),
     "saliency": ("budget", "samples"),
@@ -102,7 +102,6 @@ class SelectionConfig:
         objective: what the masks maximise.
         budget: share of parameters, in (0, 1].
         lam: weight of the retain set; None takes the setting's.
-        balance: let it weigh shares of influence, see `pymape.search`.
         mode: how the masks are searched.
         across_layers: let modules of different layers trade places.
         samples: most records of either set that the masks are learned from; None takes all.
@@ -114,7 +113,6 @@ class SelectionConfig:
     objective: Literal["difference", "ratio", "forget", "random", "magnitude"] = "difference"
     budget: float = 0.1
     lam: float | None = None
-    balance: bool = False
     mode: Literal["greedy", "warm", "rearrange"] = "greedy"
     across_layers: bool = False
     samples: int | None = None
@@ -126,8 +124,6 @@ class SelectionConfig:
         found = {"kind": self.kind} | {name: getattr(self, name) for name in _READ[self.kind]}
         if "lam" in found:
             found["lam"] = lam if self.lam is None else self.lam
-        if self.kind == "modules" and (self.objective != "difference" or not self.balance):
-            del found["balance"]
         if self.kind == "modules" and self.objective != "difference":
             del found["lam"]
         if self.kind == "modules" and self.objective in ("random", "magnitude"):

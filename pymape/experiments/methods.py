@@ -137,9 +137,8 @@ def choose(config: SelectionConfig, lam: float, measured: Measured) -> Chosen:
         if config.objective not in ("random", "magnitude"):
             shared += forget_seconds + retain_seconds
         masks = search(
-            forget=forget, retain=retain, budget=config.budget, objective=config.objective, lam=lam,
-            balance=config.balance, mode=config.mode, across_layers=config.across_layers, seed=measured.seed,
-            model=model,
+            forget=forget, retain=retain, budget=config.budget, objective=config.objective, lam=lam, mode=config.mode,
+            across_layers=config.across_layers, seed=measured.seed, model=model,
         )  # fmt: skip
     elif config.kind == "gates":
         forget_batches, retain_batches = (
