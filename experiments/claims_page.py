@@ -6,6 +6,7 @@ python experiments/claims_page.py
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from pymape.experiments.claims import claims
@@ -18,21 +19,23 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "docs" / "results"
 # Experiments that ask the question of the claims, by the name of their results; ablations and baselines ask others.
 PAGES = {
-    "digits": "digits_grid",
-    "cifar": "cifar",
-    "sst2": "sst2",
-    "sst2_successive": "sst2_successive",
-    "rte": "rte",
-    "xquad": "xquad",
-    "tofu": "tofu",
+    "digits": ("digits_grid",),
+    "cifar": ("cifar",),
+    "sst2": ("sst2",),
+    "sst2_successive": ("sst2_successive",),
+    "rte": ("rte",),
+    "rte_successive": ("rte_successive",),
+    "xquad": ("xquad",),
+    "tofu": ("tofu", "tofu_forget4"),
 }
 
 
-def outcome(name: str, results: str) -> Outcome:
+def outcome(name: str, pages: Sequence[str]) -> Outcome:
     """An experiment as far as it has been run."""
-    config, rows = read_experiment(HERE / f"{name}.yaml"), read_cells(RESULTS / f"{results}.jsonl")
-    seen = RESULTS / f"{results}-evidence.jsonl"
-    evidence = read_cells(seen) if seen.exists() else []
+    config = read_experiment(HERE / f"{name}.yaml")
+    rows = [row for page in pages for row in read_cells(RESULTS / f"{page}.jsonl")]
+    seen = [RESULTS / f"{page}-evidence.jsonl" for page in pages]
+    evidence = [row for path in seen if path.exists() for row in read_cells(path)]
     run = dict.fromkeys(row["setting"] for row in rows)
     config = dataclasses.replace(config, settings={setting: config.settings[setting] for setting in run})
     summary = {"name": name, "config": dataclasses.asdict(config)}
@@ -41,9 +44,9 @@ def outcome(name: str, results: str) -> Outcome:
 
 def page() -> str:
     """The page as Markdown."""
-    there = {name: results for name, results in PAGES.items() if (RESULTS / f"{results}.jsonl").exists()}
-    found = claims([outcome(name, results) for name, results in there.items()])
-    links = ", ".join(f"[{name}]({results}.md)" for name, results in there.items())
+    there = {name: [page for page in pages if (RESULTS / f"{page}.jsonl").exists()] for name, pages in PAGES.items()}
+    found = claims([outcome(name, pages) for name, pages in there.items() if pages])
+    links = ", ".join(f"[{page}]({page}.md)" for pages in there.values() for page in pages)
     lines = [
         "# The claims over all experiments",
         "",
