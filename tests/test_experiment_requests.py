@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_evidence import YAML as SMALL
 from transformers import ViTForImageClassification
 
 from pymape.cli import main
@@ -25,21 +26,11 @@ from pymape.experiments.tasks import Forgetting, forgetting, make_task, train
 from pymape.experiments.unit import Unit
 
 REQUESTS = 3
-YAML = """
-title: Small digits
-task: {name: digits, epochs: 2, options: {num_hidden_layers: 2, hidden_size: 32, intermediate_size: 64}}
-settings:
-  random: {forget: random, share: 0.02, requests: 3}
-seeds: [1]
-objectives: [gd]
-selections:
-  everything: {}
-  learned: {kind: modules, budget: 0.3}
-lrs: [1.0e-3, 5.0e-3]
-steps: 3
-every: 1
-evidence: {relearn_steps: 2, relearn_every: 1}
-"""
+YAML = (
+    SMALL.replace("  class: {forget: class, lam: 10}\n", "")
+    .replace("share: 0.1", f"share: 0.02, requests: {REQUESTS}")
+    .replace("shadows: 2", "shadows: 0")
+)
 
 
 @pytest.fixture(scope="module")

@@ -345,7 +345,7 @@ def test_selections_on_language_models_and_question_answering(
     data = forgetting(SettingConfig("groups", groups=1), 0, task.split(0), 0)
     model = task.start(0).eval()
     original = copy.deepcopy(model).state_dict()
-    chosen = choose(selection, 0.0, Measured(model, {"forget": data.forget, "retain": data.retain}, 0))
+    chosen = choose(selection, 0.1, Measured(model, {"forget": data.forget, "retain": data.retain}, 0))
     assert all(torch.equal(value, original[name]) for name, value in model.state_dict().items())
     before = record_scores(model, data.forget).loss.mean()
     model, facts = unlearn(
@@ -390,7 +390,7 @@ def test_objectives_on_a_language_model(method: MethodConfig, tofu: Task) -> Non
 GRID = """
 task: {task}
 settings:
-  group: {{forget: groups, groups: 1, lam: 0}}
+  group: {{forget: groups, groups: 1, lam: 0.1}}
 seeds: [0]
 objectives: [{objectives}]
 selections:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,8 +33,7 @@ Record = dict[str, Any]
 
 _BATCH = 256  # most records a pass where nothing is trained
 _GATE_BATCH = 64
-# Most tokens a pass, with padding. On a core, larger passes only pad more and fall out of its caches: against 2**14,
-# RTE with MiniLM takes 0.65 of the time and TOFU half of it.
+# Most tokens a pass, with padding. On a core, larger passes only pad more and fall out of its caches.
 _CPU_TOKENS, _TOKENS = 2**11, 2**16
 
 
@@ -82,13 +82,16 @@ class Measured:
         """Importance of a set and the seconds that it took when it was measured."""
         records = self.sample(name, count)
         if self.first is not None:
-            known = Importance.concat([self.first(of, None)[0] for of in self.first.sets])
-            return known.select([record["id"] for record in records]), 0.0
+            return self.first._everything.select([record["id"] for record in records]), 0.0
         if (name, len(records)) not in self._found:
             started = time.perf_counter()
             found = importance(self.model, records, batch_size=pass_size(self.model, records), progress=False)
             self._found[name, len(records)] = found, time.perf_counter() - started
         return self._found[name, len(records)]
+
+    @cached_property
+    def _everything(self) -> Importance:
+        return Importance.concat([self(name, None)[0] for name in self.sets])
 
 
 def check_methods(config: ExperimentConfig) -> None:

@@ -122,14 +122,13 @@ def forgetting(
     """
     if setting.forget == "class":
         return without_class(seed % classes, split)
-    last: set[int] | None = None
     if setting.forget == "groups":
         if split.groups is None:
             raise ValueError("records must come in groups where groups are forgotten, got none")
         of = [split.groups[record["id"]] for record in split.train]
         names = list(dict.fromkeys(of))
         groups = _chosen_groups(setting, seed, names)
-        chosen = {row for row, group in enumerate(of) if group in groups}
+        chosen = last = {row for row, group in enumerate(of) if group in groups}
         shown = ", ".join(groups[:_NAMED]) + (", ..." if len(groups) > _NAMED else "")
         text = f"all {len(chosen)} training records of {len(groups)} of {len(names)} groups ({shown})"
     else:
@@ -139,10 +138,7 @@ def forgetting(
         chosen, last = set(drawn), set(drawn[-count:])
         text = f"{count} random training records ({setting.share:.0%})"
         text = f"{text} at each of {requests} requests" if requests > 1 else text
-    forget, request = (
-        [record for row, record in enumerate(split.train) if row in rows]
-        for rows in (chosen, chosen if last is None else last)
-    )
+    forget, request = ([record for row, record in enumerate(split.train) if row in rows] for rows in (chosen, last))
     retain = [record for row, record in enumerate(split.train) if row not in chosen]
     return Forgetting(text, forget, retain, split.validation, split.test, request)
 
