@@ -117,7 +117,7 @@ def test_a_change_recomputes_only_what_depends_on_it(finished: tuple[Path, Path,
 
 
 def test_cells_keep_their_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key that changes throws away what was computed: only `CODE`, raised by hand, may change those of unused options."""
+    """A key that changes throws away what was computed: only `CODE`, raised by hand, may do that to all cells."""
     file = tmp_path / "small.yaml"
     file.write_text(YAML)
     config = read_experiment(file)
