@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pymape.experiments.claims import claims
 from pymape.experiments.config import read_experiment
-from pymape.experiments.sections import claim_sections, section_lines
+from pymape.experiments.sections import claim_sections, glance_sections, section_lines
 from pymape.experiments.summaries import Outcome, read_cells, summarise_cells
 from pymape.files import atomic_write
 
@@ -45,7 +45,7 @@ def outcome(name: str, pages: Sequence[str]) -> Outcome:
 def page() -> str:
     """The page as Markdown."""
     there = {name: [page for page in pages if (RESULTS / f"{page}.jsonl").exists()] for name, pages in PAGES.items()}
-    found = claims([outcome(name, pages) for name, pages in there.items() if pages])
+    outcomes = [outcome(name, pages) for name, pages in there.items() if pages]
     links = ", ".join(f"[{page}]({page}.md)" for pages in there.values() for page in pages)
     lines = [
         "# The claims over all experiments",
@@ -53,7 +53,7 @@ def page() -> str:
         f"`python experiments/claims_page.py`, from the cells of {links}: what each was run with, and what stands out, "
         "is on its own page. Tasks differ in size and noise; the pooled rows give every pair the same weight.",
         "",
-        *section_lines(claim_sections(found)),
+        *section_lines([*glance_sections(outcomes), *claim_sections(claims(outcomes))]),
     ]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pymape.experiments.claims import Claim, claims, learned_selection
+from pymape.experiments.claims import Claim, at_a_glance, claims, learned_selection
 from pymape.experiments.config import ExperimentConfig, SelectionConfig, SettingConfig, TaskConfig
 from pymape.experiments.summaries import Outcome, compare, summarise_cells
 from pymape.experiments.tables import evidence_tables, markdown
@@ -88,6 +88,21 @@ def test_chance_is_told_beside_the_claim() -> None:
     assert "Two retrained models" not in judged(outcome(pairs([1.0] * 3, [2.0] * 3)))[1].verdict
     verdict = judged(outcome([*again, *pairs([1.0] * 3, [2.0] * 3)]))[1].verdict
     assert verdict.endswith("Two retrained models are 1.50 points from each other.")
+
+
+def test_every_setting_has_a_line_at_a_glance() -> None:
+    references = [
+        {**cell(seed, "", gap), "objective": name}
+        for name, gaps in {"original": (8.0, 9.0, 10.0), "retrained again": (1.0, 1.5, 2.0)}.items()
+        for seed, gap in enumerate(gaps)
+    ]
+    first = [*references, *pairs([1.0, 1.0, 4.0], [2.0] * 3, seconds=5.0, choose_seconds=4.0, peak_cpu_mib=50.0)]
+    table = at_a_glance([outcome(first), outcome(pairs([1.0], [3.0], added_mib=None), name="other")])
+    assert [row.cells for row in table.rows] == [
+        ["run: s", "3", "9.00", "2.00", "2.00", "1.50", "2 of 3", "0.50 x", "0.90 x", "0.50 x"],
+        ["other: s", "1", "", "3.00", "1.00", "", "1 of 1", "1.00 x", "1.00 x", "1.00 x"],
+    ]
+    assert not at_a_glance([outcome([row for row in first if row["selection"] != "learned"])]).rows
 
 
 def test_models_that_failed_are_said_to_be_left_out() -> None:

@@ -52,3 +52,5 @@ def test_the_example_of_masks_runs(tmp_path, monkeypatch, capsys):
 def test_the_page_of_claims_is_that_of_the_results_beside_it():
     page = runpy.run_path(str(DOCS.parent / "experiments" / "claims_page.py"))["page"]()
     assert (DOCS / "results" / "claims.md").read_text() == page
+    glance = page.split("## At a glance\n")[1].split("\n\n")[0]
+    assert glance in (DOCS.parent / "README.md").read_text()

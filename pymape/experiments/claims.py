@@ -11,7 +11,7 @@ from pymape.experiments.summaries import EVERYWHERE, Outcome, bootstrap_interval
 from pymape.experiments.tables import MEMORY, interval_text, share_text
 from pymape.report import Row, Table
 
-__all__ = ["CRITERION", "Claim", "claims", "learned_selection"]
+__all__ = ["CRITERION", "Claim", "at_a_glance", "claims", "learned_selection"]
 
 CRITERION = (
     "A claim holds where the 95 % bootstrap intervals of the mean difference, over pairs and over groups of pairs that "
@@ -27,6 +27,16 @@ _COLUMNS = (
 _SEARCH_COLUMNS = (
     "setting", "selection", "searches", "J, warm start", "J, greedy", "rise of J", "95 %", "higher in", "exchanges",
 )  # fmt: skip
+_GLANCE_COLUMNS = (
+    "task: forgotten", "pairs", "nothing done", "everything", "masks", "retrained again", "masks closer in", "time",
+    "with the search", "memory",
+)  # fmt: skip
+_GLANCE = (
+    "Nothing done, everything, masks, retrained again: mean gap to the retrained model, in points, of the original, of "
+    "models with all parameters or with a learned mask's trained, and of a second retrained model, which is what "
+    "chance alone makes. Pairs: of two models of one seed and objective. Time, with the search, memory: what "
+    "unlearning takes with masks of what it takes on everything; the time without finding the masks and with it."
+)
 _J = (
     "J: what the search maximises, an estimate of how much the forget loss would rise without the selected modules, "
     "less the weighted rise of the retain loss. Exchanges: of a selected for another module, mean over the searches."
@@ -67,6 +77,31 @@ def claims(outcomes: Sequence[Outcome]) -> list[Claim]:
     return [claim for claim in found if claim is not None]
 
 
+def at_a_glance(outcomes: Sequence[Outcome]) -> Table:
+    """One line for every setting: the learned mask against all parameters, beside what chance makes."""
+    lines, several = [], len(outcomes) > 1
+    for outcome in outcomes:
+        rows = _mask_or_not(outcome, several)
+        for setting in outcome.config["settings"]:
+            name = _name(outcome, setting, several)
+            found = [row for row in rows if row["setting"] == name]
+            if pooled := _pooled(found, "gap"):
+                around = [_gaps(outcome, reference, setting) for reference in ("original", "retrained again")]
+                lines.append(Row([name, *_glance_cells(pooled[0], found, *around)]))
+    return Table(_GLANCE_COLUMNS, lines, note=_GLANCE)
+
+
+def _glance_cells(gap: Cell, rows: Sequence[Cell], original: Sequence[float], again: Sequence[float]) -> list[str]:
+    def part(*figures: str) -> str:
+        pooled = next((found[0] for figure in figures if (found := _pooled(rows, figure))), None)
+        return f"{pooled['own'] / pooled['other']:.2f} x" if pooled else ""
+
+    gaps = [original, [gap["other"]], [gap["own"]], again]
+    means = [f"{statistics.fmean(values):.2f}" if values else "" for values in gaps]
+    parts = [part("seconds"), part("total_seconds"), part(*MEMORY)]
+    return [str(gap["pairs"]), *means, f"{gap['won']} of {gap['pairs']}", *parts]
+
+
 def _claim_1(rows: Sequence[Cell], outcomes: Sequence[Outcome]) -> Claim | None:
     pooled = _pooled(rows, "gap")
     if not pooled:
@@ -89,9 +124,14 @@ def _claim_1(rows: Sequence[Cell], outcomes: Sequence[Outcome]) -> Claim | None:
 
 def _chance(outcomes: Sequence[Outcome]) -> str:
     """What separates two retrained models, where there are two."""
-    again = [row for outcome in outcomes for row in outcome.found["chosen"] if row["objective"] == "retrained again"]
-    gaps = [row["gap"] for row in again]
+    gaps = [gap for outcome in outcomes for gap in _gaps(outcome, "retrained again")]
     return f" Two retrained models are {statistics.fmean(gaps):.2f} points from each other." if gaps else ""
+
+
+def _gaps(outcome: Outcome, reference: str, setting: str = EVERYWHERE) -> list[float]:
+    """Of the models of a kind that no method made."""
+    rows = [row for row in outcome.found["chosen"] if row["objective"] == reference]
+    return [row["gap"] for row in rows if setting in (EVERYWHERE, row["setting"])]
 
 
 def _claim_2(rows: Sequence[Cell], outcomes: Sequence[Outcome]) -> Claim | None:
@@ -226,11 +266,18 @@ def _rise(row: Cell) -> float:
 
 
 def _models(outcome: Outcome, several: bool) -> list[dict[str, Any]]:
-    """The chosen models and their number of requests; the setting has the experiment's name where there are several."""
-    prefix, settings = f"{outcome.name}: " if several else "", outcome.config["settings"]
+    """The chosen models and their number of requests."""
+    settings = outcome.config["settings"]
     rows = [row for row in outcome.found["chosen"] if row["selection"]]
     asked = {name: setting.get("requests", 1) for name, setting in settings.items()}  # older runs know no requests
-    return [{**row, "setting": f"{prefix}{row['setting']}", "requests": asked[row["setting"]]} for row in rows]
+    return [
+        {**row, "setting": _name(outcome, row["setting"], several), "requests": asked[row["setting"]]} for row in rows
+    ]
+
+
+def _name(outcome: Outcome, setting: str, several: bool) -> str:
+    """Of a setting, with that of its experiment where there are several."""
+    return f"{outcome.name}: {setting}" if several else setting
 
 
 def _mask_or_not(outcome: Outcome, several: bool) -> list[dict[str, Any]]:

@@ -10,7 +10,14 @@ from typing import Any
 
 from pymape.experiments.claims import Claim, claims
 from pymape.experiments.pictures import SavedEvidence, example_sections, gap_figures, relearning_figures
-from pymape.experiments.sections import claim_sections, comparison_sections, cost_text, data_text, setting_section
+from pymape.experiments.sections import (
+    claim_sections,
+    comparison_sections,
+    cost_text,
+    data_text,
+    glance_sections,
+    setting_section,
+)
 from pymape.experiments.summaries import EVIDENCE, RESULTS, Outcome, read_cells, summarise_cells
 from pymape.experiments.tables import SELECTION_RULE
 from pymape.report import Report, Section, flat_settings, run_facts, write_report
@@ -48,6 +55,7 @@ def run_report(runs: Sequence[str], output: str = "report.html") -> None:
         lead=" ".join([_LEAD, *(outcome.config["note"] for outcome in outcomes)]).strip(),
         key_figures=_key_figures(outcomes, found),
         sections=[
+            *glance_sections(outcomes),
             *claim_sections(found),
             *(section for outcome, evidence in read for section in _settings(outcome, evidence, len(names) > 1)),
             *comparison_sections(outcomes),

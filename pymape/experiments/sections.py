@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pymape.experiments.claims import CRITERION, Claim, claims
+from pymape.experiments.claims import CRITERION, Claim, at_a_glance, claims
 from pymape.experiments.summaries import Outcome, pool
 from pymape.experiments.tables import SELECTION_RULE, comparison_tables, evidence_tables, markdown, result_table
 from pymape.files import atomic_write
@@ -17,6 +17,7 @@ __all__ = [
     "comparison_sections",
     "cost_text",
     "data_text",
+    "glance_sections",
     "section_lines",
     "setting_section",
     "write_markdown",
@@ -29,6 +30,12 @@ _COMPARED = {
         "The figure is the mean distance, in points, of the curve of relearning from the retrained model's.",
     ),
 }
+
+
+def glance_sections(outcomes: Sequence[Outcome]) -> list[Section]:
+    """The learned mask against everything in every setting, where an experiment has both."""
+    table = at_a_glance(outcomes)
+    return [Section("At a glance", "", [table])] if table.rows else []
 
 
 def claim_sections(found: Sequence[Claim]) -> list[Section]:
