@@ -57,6 +57,7 @@ class MaskConfig:
         objective: what the masks maximise; "everything" selects all modules, the module-oblivious baseline.
         lam: weight of the retain set in "difference".
         mode: "greedy" (warm start and best swaps), "warm" (warm start only) or "rearrange" (one pass).
+        normalize: count every layer's heads, and every layer's filters, alike.
         across_layers: let modules of different layers trade places.
         first_order: keep the first-order term of the loss.
         max_swaps: most swaps per layer and kind.
@@ -67,6 +68,7 @@ class MaskConfig:
     objective: MaskObjective = "difference"
     lam: float = 1.0
     mode: Literal["greedy", "warm", "rearrange"] = "greedy"
+    normalize: bool = True
     across_layers: bool = False
     first_order: bool = False
     max_swaps: int = 400

@@ -285,6 +285,7 @@ def learn_masks(
             objective=options.objective,
             lam=options.lam,
             mode=options.mode,
+            normalize=options.normalize,
             across_layers=options.across_layers,
             first_order=options.first_order,
             max_swaps=options.max_swaps,

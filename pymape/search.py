@@ -22,6 +22,7 @@ QUADRATIC = ("difference", "forget")  # the objectives that have a J, and so a g
 CONTRASTIVE = ("difference", "ratio")  # the objectives that weigh the forget set against the retain set
 REPORTED = ("objective_before", "objective_after", "swaps")  # by greedy_swap
 RATIO_FLOOR = 1e-6  # of the mean retain Fisher: keeps the ratio finite for modules that the retain set does not use
+TRACE_FLOOR = 1e-12  # of the largest layer's
 
 
 def search(
@@ -32,6 +33,7 @@ def search(
     objective: str = "difference",
     lam: float = 1.0,
     mode: str = "greedy",
+    normalize: bool = True,
     across_layers: bool = False,
     first_order: bool = False,
     max_swaps: int = 400,
@@ -44,10 +46,13 @@ def search(
     maximise J(S) = dL_forget(S) - lam dL_retain(S)  subject to  cost(S) <= budget,  dL(S) = -g.1_S + 1/2 1_S^T F 1_S
 
     with F the empirical Fisher of the mask gradients. Modules are coupled within a layer and kind (heads, filters): J
-    is the sum over these blocks. `across_layers` makes one block of all modules of a kind. The warm start maximises J
-    with the diagonal of F exactly (`ModuleMasks.from_scores`; a module whose score is not positive is left out, so
-    budget may stay unused) and fixes how many modules each block selects; then `greedy_swap` exchanges within blocks.
-    With grouped-query attention a key/value group is one module, and its gradient the sum of its query heads'.
+    is the sum over these blocks, each in shares of its forget influence, the trace of F_forget. Without `normalize` it
+    is the plain sum: then the layers whose gates move the loss most take the whole budget (in a language model the
+    first one), although training others would do more. Which modules are worth selecting at all is the same.
+    `across_layers` makes one block of all modules of a kind. The warm start maximises J with the diagonal of F exactly
+    (`ModuleMasks.from_scores`; a module whose score is not positive is left out, so budget may stay unused) and fixes
+    how many modules each block selects; then `greedy_swap` exchanges within blocks. With grouped-query attention a
+    key/value group is one module, and its gradient the sum of its query heads'.
 
     The other objectives: "forget" is lam = 0; "ratio" ranks modules by F_forget / F_retain; "random" fills the budget
     at random; "magnitude" takes the largest squared weights. The last three have no J and end at the warm start.
@@ -60,6 +65,7 @@ def search(
         lam: weight of the retain set in "difference", >= 0.
         mode: "greedy" (warm start, then the best swaps), "warm" (warm start only) or "rearrange" (warm start, then the
             one-pass rearrangement of Kwon et al. over the forget gradients, which follows their norm and not J).
+        normalize: count every layer's heads, and every layer's filters, alike.
         across_layers: couple all layers, and let any two trade.
         first_order: keep the term -g.1_S, which is about 0 at a trained optimum.
         max_swaps: greedy swaps allowed per layer and kind, >= 0; `across_layers` pools them.
@@ -76,7 +82,8 @@ def search(
             which "difference" finds no module worth selecting.
 
     Source:
-        arXiv 2508.17233 (MAPE); Kwon et al. 2022, arXiv 2204.09656 (diagonal warm start, rearrangement).
+        arXiv 2508.17233 (MAPE); Kwon et al. 2022, arXiv 2204.09656 (diagonal warm start, rearrangement); importance
+        normalised by layer: Molchanov et al. 2017, arXiv 1611.06440, and Michel et al. 2019, arXiv 1905.10650.
     """
     _check(forget, retain, objective, lam, mode, max_swaps, model)
     shape = forget.layout
@@ -88,12 +95,14 @@ def search(
         masks = ModuleMasks.magnitude(cast(nn.Module, model), budget)
     else:
         contrast = _by_group(retain) if retain is not None and objective in CONTRASTIVE else None
-        blocks = [_block(kind, _by_group(forget), contrast, lam, first_order) for kind in ("heads", "filters")]
+        blocks = [
+            _block(kind, _by_group(forget), contrast, lam, first_order, normalize) for kind in ("heads", "filters")
+        ]
         if objective == "ratio":
             # A ratio has no unit: weighted by the cost, it ranks the modules of both kinds on one scale.
             scores = [_ratio(block) * cost for block, cost in zip(blocks, (shape.head_cost, shape.filter_cost))]
         else:
-            scores = [_own_share(block) for block in blocks]
+            scores = [_own_share(block) * block.weight for block in blocks]
         masks = ModuleMasks.from_scores(scores[0], scores[1], shape, budget)
         if objective == "difference" and not (masks.heads.any() or masks.filters.any()):
             raise ValueError(_why_nothing(blocks, scores, budget))
@@ -104,6 +113,7 @@ def search(
         "budget": float(budget),
         "used": masks.cost(),
         "lam": lam,
+        "normalize": normalize,
         "across_layers": across_layers,
         "first_order": first_order,
         "max_swaps": max_swaps,
@@ -124,6 +134,7 @@ class _Block(NamedTuple):
     forget_fisher: Tensor  # [L, U] fp64 diagonal
     retain_fisher: Tensor | None
     linear: Tensor | None  # [L, U] fp64 first-order term, None for zero
+    weight: Tensor  # [L, 1] fp64 of each layer
     lam: float
 
 
@@ -137,7 +148,9 @@ def _by_group(importance: Importance) -> Importance:
     return dataclasses.replace(importance, heads=heads, layout=dataclasses.replace(shape, heads=shape.kv_heads))
 
 
-def _block(kind: str, forget: Importance, retain: Importance | None, lam: float, first_order: bool) -> _Block:
+def _block(
+    kind: str, forget: Importance, retain: Importance | None, lam: float, first_order: bool, normalize: bool
+) -> _Block:
     fisher: dict[str, Tensor] = {}
     for name, importance in (("forget", forget), ("retain", retain)):
         if importance is not None:
@@ -148,7 +161,11 @@ def _block(kind: str, forget: Importance, retain: Importance | None, lam: float,
     if linear is not None and retain is not None:
         linear = linear - lam * getattr(retain, f"grad_{kind}")
     gradients = None if retain is None else getattr(retain, kind)
-    return _Block(getattr(forget, kind), gradients, fisher["forget"], fisher.get("retain"), linear, lam)
+    influence = fisher["forget"].sum(1, keepdim=True)
+    # Layers without any to speak of select nothing; the floor keeps their weights finite.
+    floor = TRACE_FLOOR * float(influence.max()) or 1.0
+    weight = 1 / influence.clamp(min=floor) if normalize else torch.ones_like(influence)
+    return _Block(getattr(forget, kind), gradients, fisher["forget"], fisher.get("retain"), linear, weight, lam)
 
 
 def _own_share(block: _Block) -> Tensor:
@@ -187,28 +204,38 @@ def _exchange(
 
     selected, reports = [], []
     for block, mask in zip(blocks, (warm.head_groups, warm.filters)):
+        # Weights change no choice within a layer, so that only layers that are coupled need them in their gradients.
+        searched = _coupled(block) if across_layers else block
         device = torch.device("cuda") if backend == "cuda" else block.forget.device
-        tensors = [
-            None if x is None else (x.flatten(-2).unsqueeze(-2) if across_layers else x).to(device)
-            for x in (block.forget, block.retain, mask, block.linear)
-        ]  # [..., L, U], or [..., 1, L * U] across layers
+        retain, linear = (None if x is None else x.to(device) for x in (searched.retain, searched.linear))
         result = greedy_swap(
-            cast(Tensor, tensors[0]),
-            tensors[1],
-            cast(Tensor, tensors[2]),
+            searched.forget.to(device),
+            retain,
+            mask.view(searched.forget.shape[1:]).to(device),
             lam=block.lam,
-            linear=tensors[3],
+            linear=linear,
             max_swaps=max_swaps,
             mode="rearrange" if mode == "rearrange" else "swap",
             backend=backend,
         )
         selected.append(result.mask.cpu().view_as(mask))
-        reports.append({name: getattr(result, name).tolist() for name in REPORTED})
+        weight = 1.0 if across_layers else block.weight[:, 0]
+        values = {name: (getattr(result, name).cpu() * weight).tolist() for name in REPORTED if name != "swaps"}
+        reports.append({**values, "swaps": result.swaps.tolist()})
     found: dict[str, Any] = {"mode": mode, "blocks": dict(zip(("heads", "filters"), reports))}
     for name in REPORTED:
         found[name] = sum(sum(report[name]) for report in reports)
     heads = selected[0].repeat_interleave(warm.layout.group_size, dim=1)
     return ModuleMasks(heads, selected[1], warm.layout), found
+
+
+def _coupled(block: _Block) -> _Block:
+    """The block with all layers as one, [..., 1, L * U], and their weights in the gradients."""
+    root = block.weight.sqrt().float()
+    forget = (block.forget * root).flatten(-2).unsqueeze(-2)
+    retain = None if block.retain is None else (block.retain * root).flatten(-2).unsqueeze(-2)
+    linear = None if block.linear is None else (block.linear * block.weight).flatten().unsqueeze(0)
+    return block._replace(forget=forget, retain=retain, linear=linear)
 
 
 def _describe(importance: Importance) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def test_cells_keep_their_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (cell.setting, cell.objective, cell.selection, cell.value): cell.key for cell in cells.cells_of(config, task)
     }
     assert keys["class", "original", "", None] == "3cd0c8fd1a8df92753e7f8624fb63138"
-    assert keys["class", "gd", "learned", 1e-3] == "3928ac67be45ed654b713a5405d540b8"
+    assert keys["class", "gd", "learned", 1e-3] == "78b9881fcd4b6f11ad345888a00f5e22"
     assert keys["random", "gd", "everything", 5e-3] == "51cdbd7c0fed66e612a587d23932016f"
 
 

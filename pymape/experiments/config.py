@@ -26,7 +26,7 @@ _FOLDER = "experiments"
 # What a kind of selection depends on.
 _READ = {
     "everything": (),
-    "modules": ("objective", "budget", "lam", "mode", "across_layers", "samples"),
+    "modules": ("objective", "budget", "lam", "mode", "normalize", "across_layers", "samples"),
     "gates": ("budget", "lam", "samples"),
     "last_layers": ("layers",),
     "saliency": ("budget", "samples"),
@@ -103,6 +103,7 @@ class SelectionConfig:
         budget: share of parameters, in (0, 1].
         lam: weight of the retain set; None takes the setting's.
         mode: how the masks are searched.
+        normalize: count every layer's heads, and every layer's filters, alike.
         across_layers: let modules of different layers trade places.
         samples: most records of either set that the masks are learned from; None takes all.
         layers: number of layers.
@@ -114,6 +115,7 @@ class SelectionConfig:
     budget: float = 0.1
     lam: float | None = None
     mode: Literal["greedy", "warm", "rearrange"] = "greedy"
+    normalize: bool = True
     across_layers: bool = False
     samples: int | None = None
     layers: int = 1

@@ -141,7 +141,7 @@ def choose(config: SelectionConfig, lam: float, measured: Measured) -> Chosen:
             shared += forget_seconds + retain_seconds
         masks = search(
             forget=forget, retain=retain, budget=config.budget, objective=config.objective, lam=lam, mode=config.mode,
-            across_layers=config.across_layers, seed=measured.seed, model=model,
+            normalize=config.normalize, across_layers=config.across_layers, seed=measured.seed, model=model,
         )  # fmt: skip
     elif config.kind == "gates":
         forget_batches, retain_batches = (
