@@ -59,9 +59,11 @@ def _importance(shape: ModelLayout, samples: int, seed: int, device: str) -> Imp
 def _plain_search(forget: Importance, retain: Importance) -> float:
     """The same warm start and search; returns J, summed over layers and kinds."""
     kinds = [(forget.heads, retain.heads), (forget.filters, retain.filters)]
-    scores = [(f.double().square().mean(0) - r.double().square().mean(0)) / 2 for f, r in kinds]
+    fishers = [(f.double().square().mean(0), r.double().square().mean(0)) for f, r in kinds]
+    weights = [1 / f.sum(1, keepdim=True) for f, _ in fishers]
+    scores = [(f - r) / 2 * weight for (f, r), weight in zip(fishers, weights, strict=True)]
     masks = ModuleMasks.from_scores(scores[0], scores[1], forget.layout, BUDGET)
     return sum(
-        float(plain_swaps(f, r, start.to(f.device)).sum())
-        for (f, r), start in zip(kinds, (masks.heads, masks.filters), strict=True)
+        float((plain_swaps(f, r, start.to(f.device)) * weight[:, 0]).sum())
+        for (f, r), start, weight in zip(kinds, (masks.heads, masks.filters), weights, strict=True)
     )

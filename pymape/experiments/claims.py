@@ -39,7 +39,8 @@ _GLANCE = (
 )
 _J = (
     "J: what the search maximises, an estimate of how much the forget loss would rise without the selected modules, "
-    "less the weighted rise of the retain loss. Exchanges: of a selected for another module, mean over the searches."
+    "less the weighted rise of the retain loss; in shares of each layer's influence where the search normalises. "
+    "Exchanges: of a selected for another module, mean over the searches."
 )
 _WITH, _WITHOUT = "with", "without"  # the sides of a comparison
 _YES, _NO, _UNKNOWN = "Holds", "Does not hold", "Cannot be judged"
