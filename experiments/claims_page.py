@@ -34,6 +34,7 @@ def outcome(name: str, pages: Sequence[str]) -> Outcome:
     """An experiment as far as it has been run."""
     config = read_experiment(HERE / f"{name}.yaml")
     rows = [row for page in pages for row in read_cells(RESULTS / f"{page}.jsonl")]
+    rows = [row for row in rows if row["selection"] in ("", *config.selections)]  # older pages may hold others
     seen = [RESULTS / f"{page}-evidence.jsonl" for page in pages]
     evidence = [row for path in seen if path.exists() for row in read_cells(path)]
     run = dict.fromkeys(row["setting"] for row in rows)
