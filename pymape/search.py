@@ -219,7 +219,7 @@ def _exchange(
             backend=backend,
         )
         selected.append(result.mask.cpu().view_as(mask))
-        weight = 1.0 if across_layers else block.weight[:, 0]
+        weight = 1.0 if across_layers else block.weight[:, 0].cpu()
         values = {name: (getattr(result, name).cpu() * weight).tolist() for name in REPORTED if name != "swaps"}
         reports.append({**values, "swaps": result.swaps.tolist()})
     found: dict[str, Any] = {"mode": mode, "blocks": dict(zip(("heads", "filters"), reports))}
