@@ -29,7 +29,7 @@ PAGES = {
     "tofu": ("tofu", "tofu_forget4"),
 }
 # Those of the plain search, which had no other then.
-PLAIN = ("cifar", "sst2", "rte", "xquad", "tofu_forget4")
+PLAIN = ("digits_grid", "cifar", "sst2", "rte", "xquad", "tofu_forget4")
 
 
 def outcome(name: str, pages: Sequence[str]) -> Outcome:
