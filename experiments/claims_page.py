@@ -26,7 +26,7 @@ PAGES = {
     "rte": ("rte",),
     "rte_successive": ("rte_successive",),
     "xquad": ("xquad",),
-    "tofu": ("tofu", "tofu_forget4"),
+    "tofu": ("tofu_forget2", "tofu_forget4", "tofu"),
 }
 # Those of the plain search, which had no other then.
 PLAIN = ("digits_grid", "cifar", "sst2", "rte", "xquad", "tofu_forget4")
