@@ -47,7 +47,7 @@ def search(
 
     with F the empirical Fisher of the mask gradients. Modules are coupled within a layer and kind (heads, filters): J
     is the sum over these blocks, each in shares of its forget influence, the trace of F_forget. Without `normalize` it
-    is the plain sum: then the layers whose gates move the loss most take the whole budget (in a language model the
+    is the plain sum: then the layers whose gates move the loss most take most of the budget (in a small Llama the
     first one), although training others would do more. Which modules are worth selecting at all is the same.
     `across_layers` makes one block of all modules of a kind. The warm start maximises J with the diagonal of F exactly
     (`ModuleMasks.from_scores`; a module whose score is not positive is left out, so budget may stay unused) and fixes

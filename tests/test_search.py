@@ -119,15 +119,16 @@ def test_warm_start_is_the_diagonal_optimum(seed: int, first_order: bool) -> Non
     assert masks.cost() == masks.provenance["used"] <= 0.35
 
 
-def test_gap_to_the_true_optimum() -> None:
+@pytest.mark.parametrize(("normalize", "left"), [(False, 0.5), (True, 0.75)])
+def test_gap_to_the_true_optimum(normalize: bool, left: float) -> None:
     """The exchange nearly always reaches the best masks of its counts; what is left of the gap is in the counts."""
     heads, filters, costs = all_masks()
     affordable = costs <= 0.4 * 40
     warm_gaps, gaps, gaps_in_counts = [], [], []
     for seed in range(30):
         forget, retain = make(6, seed), make(9, seed + 100)
-        masks = search(forget=forget, retain=retain, budget=0.4, lam=0.5)
-        values = objective(heads, filters, forget, retain, 0.5)
+        masks = search(forget=forget, retain=retain, budget=0.4, lam=0.5, normalize=normalize)
+        values = objective(heads, filters, forget, retain, 0.5, normalize=normalize)
         same_counts = (heads.sum(2) == masks.heads.sum(1)).all(1) & (filters.sum(2) == masks.filters.sum(1)).all(1)
         best, best_in_counts = values[affordable].max().item(), values[same_counts].max().item()
         before, after = masks.provenance["objective_before"], masks.provenance["objective_after"]
@@ -137,7 +138,7 @@ def test_gap_to_the_true_optimum() -> None:
         gaps_in_counts.append((best_in_counts - after) / best)
     assert sum(gap < 1e-9 for gap in gaps_in_counts) >= 27
     assert max(gaps_in_counts) < 0.05
-    assert sum(gaps) < 0.75 * sum(warm_gaps)
+    assert sum(gaps) < left * sum(warm_gaps)
 
 
 @pytest.mark.parametrize("across", [False, True])

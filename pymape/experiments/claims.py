@@ -93,13 +93,10 @@ def at_a_glance(outcomes: Sequence[Outcome]) -> Table:
 
 
 def _glance_cells(gap: Cell, rows: Sequence[Cell], original: Sequence[float], again: Sequence[float]) -> list[str]:
-    def part(*figures: str) -> str:
-        pooled = next((found[0] for figure in figures if (found := _pooled(rows, figure))), None)
-        return f"{pooled['own'] / pooled['other']:.2f} x" if pooled else ""
-
     gaps = [original, [gap["other"]], [gap["own"]], again]
     means = [f"{statistics.fmean(values):.2f}" if values else "" for values in gaps]
-    parts = [part("seconds"), part("total_seconds"), part(*MEMORY)]
+    costs = [_pooled(rows, "seconds"), _pooled(rows, "total_seconds"), _memory(rows)[1]]
+    parts = [f"{pooled[0]['own'] / pooled[0]['other']:.2f} x" for pooled in costs]
     return [str(gap["pairs"]), *means, f"{gap['won']} of {gap['pairs']}", *parts]
 
 
@@ -207,7 +204,7 @@ def _claim_5(rows: Sequence[Cell]) -> Claim | None:
     if not gaps:
         return None
     whole = _pooled(rows, "total_seconds")
-    memory, used = next((title, pooled) for figure, title in MEMORY.items() if (pooled := _pooled(rows, figure)))
+    memory, used = _memory(rows)
     worse = gaps[0]["models"] >= _LEAST_MODELS and gaps[0]["model_interval"][0] > 0
     verdict = (
         f"In time: {_verdict(f'the {_WHOLE}', 's', whole)} In memory: {_verdict(f'the {memory}', 'MiB', used)} The "
@@ -300,6 +297,11 @@ def _pooled(rows: Sequence[Cell], figure: str) -> list[dict[str, Any]]:
         pairs = [pair for pair in found["pairs"] if row["setting"] in (EVERYWHERE, pair["setting"])]
         row |= {side: statistics.fmean(pair[side] for pair in pairs) for side in ("own", "other")}
     return found["pooled"]
+
+
+def _memory(rows: Sequence[Cell]) -> tuple[str, list[dict[str, Any]]]:
+    """What the first measured figure of memory is called, and `_pooled` of it."""
+    return next((title, pooled) for figure, title in MEMORY.items() if (pooled := _pooled(rows, figure)))
 
 
 def _all(words: Sequence[str]) -> str:
