@@ -32,7 +32,7 @@ from pymape.experiments.config import (
 from pymape.experiments.kinds import KINDS
 from pymape.experiments.methods import Chosen, Measured, choose, unlearn
 from pymape.experiments.runner import run_experiment
-from pymape.experiments.summaries import bootstrap_interval, pool, read_cells, summarise_cells
+from pymape.experiments.summaries import bootstrap_interval, pool, read_cells, student_interval, summarise_cells
 from pymape.experiments.tasks import forgetting, make_task, train
 from pymape.metrics import METRICS
 
@@ -289,7 +289,7 @@ def test_choice_gap_and_differences_by_hand() -> None:
     assert pooled["interval"] == (-3.0, 1.0)
 
 
-def test_pairs_that_share_models_are_drawn_together() -> None:
+def test_pairs_that_share_models_count_once() -> None:
     pairs = [
         {"setting": "s", "seed": seed, "objective": objective, "selection": "a", "against": "b", "own": 0.0,
          "other": 0.0, "difference": value}
@@ -297,13 +297,26 @@ def test_pairs_that_share_models_are_drawn_together() -> None:
         for objective in ("ga", "gd", "npo", "kl")
     ]  # fmt: skip
     (row,) = pool(pairs)
-    wide, narrow = (high - low for low, high in (row["model_interval"], row["interval"]))
-    assert wide == pytest.approx(2 * narrow, rel=0.1)
+    assert row["models"] == 4
+    means = [-1.0, 1.0, -1.0, 1.0]
+    assert row["model_interval"] == student_interval(means)
+    half = 3.182446 * math.sqrt(4 / 3) / 2  # quantile of 3 degrees of freedom x deviation / root of the number
+    assert row["model_interval"] == pytest.approx((-half, half))
+    low, high = row["interval"]
+    assert high - low < half
+
+
+def test_little_is_known_of_few_models() -> None:
+    assert student_interval([1.0]) == (-math.inf, math.inf)
+    low, high = student_interval([-2.0, -1.0, -0.3])
+    assert low < -2.0
+    assert high > 0
+    assert bootstrap_interval([-2.0, -1.0, -0.3])[1] == -0.3
 
 
 def test_interval_against_the_normal_one() -> None:
     values = torch.randn(400, generator=torch.Generator().manual_seed(0)).tolist()
-    low, high = bootstrap_interval([[value] for value in values])
+    low, high = bootstrap_interval(values)
     half = 1.96 * torch.tensor(values).std().item() / math.sqrt(len(values))
     assert (high - low) / 2 == pytest.approx(half, rel=0.05)
 

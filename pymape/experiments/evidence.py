@@ -116,8 +116,8 @@ class Evidence:
             seen = self._look(self.unit.reference(cell.objective)[0])
         else:
             masks, added = self.unit.chosen(cell)[-1].masks, added_memory()
-            model, _, cost = self.unit.unlearned(cell, subject.row.get("steps"))
-            seen, memory = self._look(model), added(cost)
+            unlearned = self.unit.unlearned(cell, subject.row.get("steps"))
+            seen, memory = self._look(unlearned.model), added(unlearned.cost)
         self._save(subject, seen)
         if masks is not None:
             masks.save(subject.folder / MASKS)

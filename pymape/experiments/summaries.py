@@ -27,6 +27,7 @@ __all__ = [
     "pool",
     "read_cells",
     "spread",
+    "student_interval",
     "summarise_cells",
 ]
 
@@ -173,7 +174,7 @@ def pool(pairs: Sequence[Cell]) -> list[dict[str, Any]]:
     """Mean difference over all objectives, settings and seeds, and over those of one setting, with intervals.
 
     Pairs of one setting and seed share an original and a retrained model, so that they are not independent: the second
-    interval draws such groups as a whole.
+    interval takes one mean for each such group.
 
     Args:
         pairs: "pairs" of `compare`.
@@ -187,16 +188,17 @@ def pool(pairs: Sequence[Cell]) -> list[dict[str, Any]]:
         settings = dict.fromkeys(pair["setting"] for pair in found)
         for setting in (EVERYWHERE, *(settings if len(settings) > 1 else ())):
             kept = [pair for pair in found if setting in (EVERYWHERE, pair["setting"])]
-            groups = [[pair["difference"] for pair in part] for part in group(kept, "setting", "seed").values()]
+            groups = group(kept, "setting", "seed").values()
+            means = [statistics.fmean(pair["difference"] for pair in part) for part in groups]
             rows.append(
                 {
                     "selection": selection,
                     "against": against,
                     "setting": setting,
                     "mean": statistics.fmean(pair["difference"] for pair in kept),
-                    "interval": bootstrap_interval([[pair["difference"]] for pair in kept]),
-                    "model_interval": bootstrap_interval(groups),
-                    "models": len(groups),
+                    "interval": bootstrap_interval([pair["difference"] for pair in kept]),
+                    "model_interval": student_interval(means),
+                    "models": len(means),
                     **outcome(kept),
                     "losses": [pair for pair in kept if pair["difference"] > 0],
                 }
@@ -204,18 +206,32 @@ def pool(pairs: Sequence[Cell]) -> list[dict[str, Any]]:
     return rows
 
 
-def bootstrap_interval(groups: Sequence[Sequence[float]], resamples: int = _RESAMPLES) -> tuple[float, float]:
-    """95 % percentile interval of the mean of all values, drawing whole groups with replacement.
+def bootstrap_interval(values: Sequence[float], resamples: int = _RESAMPLES) -> tuple[float, float]:
+    """95 % percentile interval of the mean.
 
     Args:
-        groups: values; those of one group are drawn together.
+        values: at least one.
         resamples: number of draws, from a fixed seed.
     """
-    sums, sizes = np.array([sum(group) for group in groups]), np.array([len(group) for group in groups])
-    drawn = np.random.default_rng(0).integers(len(groups), size=(resamples, len(groups)))
-    means = sums[drawn].sum(1) / sizes[drawn].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
+    drawn = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    low, high = np.quantile(np.array(values)[drawn].mean(1), [0.025, 0.975])
     return float(low), float(high)
+
+
+def student_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean by Student's t distribution, which few values need: a bootstrap of three spans no more
+    than the three, however close they lie.
+
+    Args:
+        values: at least one; of one alone nothing is known.
+    """
+    if len(values) == 1:
+        return -math.inf, math.inf
+    from scipy.stats import t as student
+
+    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.fmean(values)
+    return mean - half, mean + half
 
 
 def outcome(pairs: Sequence[Cell]) -> dict[str, int]:

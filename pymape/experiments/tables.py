@@ -34,9 +34,9 @@ SELECTION_RULE = (
 )
 _INTERVALS = (
     "Difference: figure of the selection minus that of the one it is held against, for the same objective, setting and "
-    "seed; negative values favour it. Intervals: percentile bootstrap of the mean, over pairs, and over groups of "
-    "pairs that share an original and a retrained model (one setting and seed), which are not independent. Won: the "
-    "selection has the smaller figure."
+    "seed; negative values favour it. Intervals: percentile bootstrap of the mean over pairs; and Student's t over "
+    "the means of pairs that share an original and a retrained model (one setting and seed), which are not "
+    "independent. Won: the selection has the smaller figure."
 )
 _RESULT_COLUMNS = (
     "objective", "trained", *METRICS, "mean gap", "share", "time (s)", "memory (MiB)", "value", "steps", "at edge",

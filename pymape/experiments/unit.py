@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,30 @@ from pymape.files import atomic_write
 from pymape.metrics import Predictions, record_scores, summarise
 from pymape.metrics.costs import Cost, measure_cost
 
-__all__ = ["Unit"]
+__all__ = ["Unit", "Unlearned"]
 
 Record = dict[str, Any]
 
 _MODELS = "models"
 # Errors of a method at a value of its grid, which then cannot be chosen; any other ends the run.
 _RESULTS_TOO = ("must stay finite", "select at least one")
+
+
+@dataclass(frozen=True)
+class Unlearned:
+    """The model of a cell.
+
+    Args:
+        model: unlearned, after the last request.
+        facts: what `methods.unlearn` says about it, over all requests and with the steps of each.
+        cost: of all requests together.
+        seen: what looks on the way have seen of this very model: its predictions by set.
+    """
+
+    model: PreTrainedModel
+    facts: Mapping[str, Any]
+    cost: Cost
+    seen: Mapping[str, Predictions]
 
 
 class Unit:
@@ -63,14 +81,15 @@ class Unit:
             return {**self._figures(model), "seconds": seconds, "forgotten": self.data.description, **counts}
         try:
             chosen = self.chosen(cell)
-            model, facts, cost = self.unlearned(cell)
+            unlearned = self.unlearned(cell)
         except ValueError as error:
             if not any(reason in str(error) for reason in _RESULTS_TOO):
                 raise
             return {"failed": str(error)}
-        figures = self._figures(model)
+        figures = self._figures(unlearned.model, unlearned.seen)
         accuracies = {name: figures[f"{name}_accuracy"] for name in JUDGED}
-        found = {**figures, "selection_score": self._selection(accuracies, self.data), **cost.figures(), **facts}
+        found = {**figures, "selection_score": self._selection(accuracies, self.data)}
+        found |= {**unlearned.cost.figures(), **unlearned.facts}
         found["choose_seconds"] = sum(each.seconds for each in chosen)
         masks = [each.masks for each in chosen if each.masks is not None]
         if masks:
@@ -102,7 +121,7 @@ class Unit:
             self._chosen[name] = [choose(selection, self.setting.lam, measured) for measured in self._measured]
         return self._chosen[name]
 
-    def unlearned(self, cell: Cell, steps: Sequence[int] | None = None) -> tuple[PreTrainedModel, dict[str, Any], Cost]:
+    def unlearned(self, cell: Cell, steps: Sequence[int] | None = None) -> Unlearned:
         """The model of a cell, made anew: the same at every call.
 
         Args:
@@ -110,27 +129,35 @@ class Unit:
             steps: that its model has taken for each request, where that is known: then it is made without looking at
                 others on the way, and at the cost of these steps alone.
 
-        Returns:
-            The model, what `unlearn` says about it, over all requests and with the steps of each, and what that cost.
-
         Raises:
             ValueError: as `choose` and `unlearn` do.
         """
         chosen, model, found = self.chosen(cell), copy.deepcopy(self._original), []
+        looks: dict[float, dict[str, Predictions]] = {}  # of the last request: score -> of the first model that had it
         assert cell.value is not None
         with measure_cost() as cost:
             for number, data in enumerate(self._requests):
+                looks.clear()
+
+                def judge(model: PreTrainedModel, data: Forgetting = data) -> float:
+                    predictions = self._judged(model, data)
+                    score = self._selection(_accuracies(predictions), data)
+                    looks.setdefault(score, predictions)
+                    return score
+
                 model, facts = unlearn(
                     model, chosen[number], self._methods[cell.objective, cell.selection], cell.value,
                     forget=data.request, retain=data.retain, steps=steps[number] if steps else self.config.steps,
-                    batch_size=self.config.batch_size, seed=self.seed, judge=partial(self._judge, data=data),
+                    batch_size=self.config.batch_size, seed=self.seed, judge=judge,
                     every=None if steps else self.config.every,
                 )  # fmt: skip
                 found.append(facts)
         joined: dict[str, Any] = {name: [facts[name] for facts in found] for name in found[0]}
         joined["trained"] = statistics.fmean(joined["trained"])
         joined |= {name: sum(joined[name]) for name in ("seconds", "cpu_seconds") if name in joined}
-        return model, joined, cost
+        # Adapters round otherwise once they are folded in.
+        seen = looks[min(looks)] if looks and chosen[-1].rank is None else {}
+        return Unlearned(model, joined, cost, seen)
 
     @cached_property
     def _original(self) -> PreTrainedModel:
@@ -164,23 +191,26 @@ class Unit:
             save_model(model, str(temporary), {"seconds": repr(seconds)})
         return model, seconds
 
-    def _figures(self, model: PreTrainedModel) -> dict[str, float]:
-        found = {name: self._predict(model, records) for name, records in self.data.sets.items()}
+    def _figures(self, model: PreTrainedModel, seen: Mapping[str, Predictions] | None = None) -> dict[str, float]:
+        """What a cell says of a model, some of whose predictions may be known."""
+        found = dict(seen or {})
+        found |= {name: self._predict(model, self.data.sets[name]) for name in self.data.sets if name not in found}
         figures = summarise(found["forget"], found["retain"], found["test"], seed=self.seed)
-        figures |= {f"{name}_accuracy": predictions.accuracy for name, predictions in found.items()}
+        figures |= {f"{name}_accuracy": accuracy for name, accuracy in _accuracies(found).items()}
         return figures | {f"{name}_loss": predictions.loss.mean().item() for name, predictions in found.items()}
 
     def _predict(self, model: PreTrainedModel, records: list[Record]) -> Predictions:
         return record_scores(model, records, batch_size=pass_size(model, records), progress=False).predictions()
 
-    def _judge(self, model: PreTrainedModel, data: Forgetting) -> float:
-        return self._selection(self._accuracies(model, data), data)
-
-    def _accuracies(self, model: PreTrainedModel, data: Forgetting) -> dict[str, float]:
-        return {name: self._predict(model, data.sets[name]).accuracy for name in JUDGED}
+    def _judged(self, model: PreTrainedModel, data: Forgetting) -> dict[str, Predictions]:
+        return {name: self._predict(model, data.sets[name]) for name in JUDGED}
 
     def _selection(self, accuracies: Mapping[str, float], data: Forgetting) -> float:
         asked = len(data.forget)
         if asked not in self._before:
-            self._before[asked] = self._accuracies(self._original, data)
+            self._before[asked] = _accuracies(self._judged(self._original, data))
         return selection_score(data, self._before[asked], accuracies)
+
+
+def _accuracies(predictions: Mapping[str, Predictions]) -> dict[str, float]:
+    return {name: found.accuracy for name, found in predictions.items()}
