@@ -70,6 +70,8 @@ def pairs(mask: list[float], everything: list[float], **rest: Any) -> list[Row]:
             "Does not hold",
             "less than 80\N{NO-BREAK SPACE}% of the pairs are won",
         ),
+        # All won, and yet three are too few for differences as different as these.
+        ([1.0] * 3, [1.3, 2.3, 2.9], "Not shown", "the interval over models, [-3.17, +0.84], contains 0."),
         ([1.0, 1.0], [2.0, 2.0], "Cannot be judged", "2 of the at least 3 pairs"),
     ],
 )

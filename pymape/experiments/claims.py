@@ -16,8 +16,8 @@ __all__ = ["CRITERION", "Claim", "at_a_glance", "claims", "learned_selection"]
 CRITERION = (
     "A claim holds where both 95 % intervals of the mean difference lie below 0: the bootstrap over pairs, and "
     "Student's t over groups of pairs that share an original and a retrained model (one setting and seed), of which "
-    "there are at least three; claim 1 also asks for 80 % of the pairs won. A pair of which one side has failed is "
-    "left out."
+    "there are at least three; claim 1 also asks for 80 % of the pairs won. It is not shown where nothing is missing "
+    "but that an interval contains 0. A pair of which one side has failed is left out."
 )
 _LEAST_MODELS = 3
 _LEAST_WON = 0.8
@@ -44,7 +44,7 @@ _J = (
     "Exchanges: of a selected for another module, mean over the searches."
 )
 _WITH, _WITHOUT = "with", "without"  # the sides of a comparison
-_YES, _NO, _UNKNOWN = "Holds", "Does not hold", "Cannot be judged"
+_YES, _NO, _OPEN, _UNKNOWN = "Holds", "Does not hold", "Not shown", "Cannot be judged"
 _UNLEARNING, _WHOLE = "time of unlearning", "time with finding the mask"
 
 Cell = Mapping[str, Any]
@@ -176,8 +176,8 @@ def _claim_3(outcomes: Sequence[Outcome], several: bool) -> Claim | None:
     if not searches:
         return None
     rises = [_rise(row) for row in searches]
-    enough = len(rises) >= _LEAST_MODELS
-    words = [_UNKNOWN if not enough else _YES if bootstrap_interval(rises)[0] > 0 else _NO]
+    low, high = bootstrap_interval(rises)
+    words = [_YES if low > 0 else _OPEN if high > 0 else _NO] if len(rises) >= _LEAST_MODELS else [_UNKNOWN]
     verdict = (
         f"In J: {words[0].lower()}; J ends higher than it began in {sum(rise > 0 for rise in rises)} of {len(rises)} "
         f"searches, and lower in {sum(rise < 0 for rise in rises)}."
@@ -311,22 +311,24 @@ def _all(words: Sequence[str]) -> str:
         return _YES
     if _YES in words:
         return "Holds in part"
-    return _NO if _NO in words else _UNKNOWN
+    return next((word for word in (_NO, _OPEN) if word in words), _UNKNOWN)
 
 
 def _judge(row: Cell, won: float = 0.0) -> tuple[str, list[str]]:
     """Whether a pooled difference meets the criterion, and what keeps it from doing so."""
     if row["models"] < _LEAST_MODELS:
         return _UNKNOWN, [f"{row['models']} of the at least {_LEAST_MODELS} pairs of an original and a retrained model"]
-    faults = []
+    word, faults = _YES, []
     for name, over in (("interval", "pairs"), ("model_interval", "models")):
         low, high = row[name]
         if high >= 0:
-            where = "lies above 0" if low > 0 else "contains 0"
+            where, found = ("lies above 0", _NO) if low > 0 else ("contains 0", _OPEN)
             faults.append(f"the interval over {over}, {interval_text((low, high))}, {where}")
+            word = _NO if _NO in (word, found) else found
     if row["won"] < won * row["pairs"]:
+        word = _NO
         faults.append(f"less than {share_text(won)} of the pairs are won")
-    return (_NO if faults else _YES), faults
+    return word, faults
 
 
 def _verdict(what: str, unit: str, pooled: Sequence[Cell], won: float = 0.0) -> str:
