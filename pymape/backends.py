@@ -1,14 +1,15 @@
 """Which backends can run here, and the one rule that chooses among them.
 
 The rule for `backend="auto"`: CPU tensors take `cpu`; CUDA tensors take `triton` where the operator has a Triton kernel
-and triton is installed, and `cuda` otherwise; tensors of any other device take `reference`. A backend asked for by name
-either runs or raises with the reason.
+and triton is installed, and `cuda` otherwise, or, with a warning, `reference` where the CUDA kernels were not built;
+tensors of any other device take `reference`. A backend asked for by name either runs or raises with the reason.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 from types import ModuleType
 
 import torch
@@ -86,7 +87,7 @@ def resolve_backend(op: str, backend: str, device: torch.device, *, supported: t
         if device.type == "cpu":
             return "cpu"
         if device.type == "cuda":
-            return "triton" if "triton" in supported and _has_triton() else "cuda"
+            return "triton" if "triton" in supported and _has_triton() else _cuda_or_reference(op, device, supported)
         return "reference"
     if backend not in supported:
         valid = ", ".join(("auto", *supported))
@@ -95,3 +96,11 @@ def resolve_backend(op: str, backend: str, device: torch.device, *, supported: t
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} of {op} cannot run: {reason}")
     return backend
+
+
+def _cuda_or_reference(op: str, device: torch.device, supported: tuple[str, ...]) -> str:
+    reason = _why_not("cuda", device) if "cuda" in supported else "triton is not installed"
+    if reason is None:
+        return "cuda"
+    warnings.warn(f"{op} runs in plain torch: {reason}", stacklevel=3)
+    return "reference"
