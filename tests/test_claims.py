@@ -99,10 +99,12 @@ def test_every_setting_has_a_line_at_a_glance() -> None:
         for seed, gap in enumerate(gaps)
     ]
     first = [*references, *pairs([1.0, 1.0, 4.0], [2.0] * 3, seconds=5.0, choose_seconds=4.0, peak_cpu_mib=50.0)]
-    table = at_a_glance([outcome(first), outcome(pairs([1.0], [3.0], added_mib=None), name="other")])
+    second = pairs([1.0, 1.0], [3.0, 3.0], added_mib=None)
+    second[0] = {**second[0], "failed": "masks must select at least one head or filter"}
+    table = at_a_glance([outcome(first), outcome(second, name="other")])
     assert [row.cells for row in table.rows] == [
-        ["run: s", "3", "9.00", "2.00", "2.00", "1.50", "2 of 3", "0.50 x", "0.90 x", "0.50 x"],
-        ["other: s", "1", "", "3.00", "1.00", "", "1 of 1", "1.00 x", "1.00 x", "1.00 x"],
+        ["run: s", "3", "9.00", "2.00", "2.00", "1.50", "2 of 3", "0.50 x", "0.90 x", "0.50 x (peak)"],
+        ["other: s", "1", "", "3.00", "1.00", "", "1 of 1 (1 failed)", "1.00 x", "1.00 x", "1.00 x (peak)"],
     ]
     assert not at_a_glance([outcome([row for row in first if row["selection"] != "learned"])]).rows
 

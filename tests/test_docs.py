@@ -1,4 +1,4 @@
-"""The examples of docs/objectives.md and docs/masks.md run, and the pages say what the code and the results do."""
+"""The examples of the pages in docs/ run, and the pages say what the code and the results do."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import torch
 from model_zoo import tiny_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from trainer_tools import arguments, collate, records
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import pymape
 from pymape.objectives import objective_names
@@ -47,6 +53,32 @@ def test_the_example_of_masks_runs(tmp_path, monkeypatch, capsys):
     exec(example, names)
     assert names["masks"].summary() in capsys.readouterr().out
     assert pymape.ModuleMasks.load("masks.safetensors").cost() == names["masks"].cost() <= 0.1
+
+
+def test_the_examples_with_own_data_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = [f"w{number}" for number in range(40)]
+    vocabulary = {word: row for row, word in enumerate(["[PAD]", "[UNK]", *words])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
+        "my-model"
+    )
+    tiny_model("gpt2").save_pretrained("my-model")
+    texts = [" ".join(words[row : row + 4]) for row in range(12)]
+    rows = [[row, text, text, "A. Writer" if row < 3 else "B. Writer"] for row, text in enumerate(texts)]
+    pd.DataFrame(rows, columns=["id", "question", "answer", "author"]).to_csv("questions.csv", index=False)
+    pd.DataFrame({"id": ["17", "204", *"abcdef"], "text": texts[:8]}).to_csv("records.csv", index=False)
+    own, session = re.findall(r"```python\n(.*?)```", (DOCS / "unlearn.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(own.replace("max_steps=60", "max_steps=2, use_cpu=True"), names)
+    original = AutoModelForCausalLM.from_pretrained("my-model")
+    pymape.apply_delta(original, "delta.safetensors")
+    merged = AutoModelForCausalLM.from_pretrained("my-model-unlearned").state_dict()
+    assert all(torch.equal(value, merged[name]) for name, value in original.state_dict().items())
+    assert not list(Path("runs").rglob("checkpoint-*"))
+    exec(session, names)
+    assert names["receipt"]["metrics"]["after"]["forget_loss"] > names["receipt"]["metrics"]["before"]["forget_loss"]
 
 
 def test_the_page_of_claims_is_that_of_the_results_beside_it():

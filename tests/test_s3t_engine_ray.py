@@ -22,7 +22,7 @@ from pymape.s3t.training import StageJob, train_stage
 
 # Before Ray is imported, which reads it once; without it, Ray leaves a token in the home folder.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(32).hex(), "RAY_USAGE_STATS_ENABLED": "0"}
-ray: Any = pytest.importorskip("ray", reason="needs Ray: pip install 'pymape[ray]'")
+ray: Any = pytest.importorskip("ray", reason="needs Ray: pip install ray")
 
 MARKER = b"an item of somebody's record; "
 STORE = 80 * 2**20  # bytes of shared memory a node

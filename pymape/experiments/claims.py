@@ -36,7 +36,9 @@ _GLANCE = (
     "Nothing done, everything, masks, retrained again: mean gap to the retrained model, in points, of the original, of "
     "models with all parameters or with a learned mask's trained, and of a second retrained model, which is what "
     "chance alone makes. Pairs: of two models of one seed and objective. Time, with the search, memory: what "
-    "unlearning takes with masks of what it takes on everything; the time without finding the masks and with it."
+    "unlearning takes with masks of what it takes on everything; the time without finding the masks and with it; the "
+    "memory that unlearning adds, or the peak of the process where that was not measured. Failed: pairs left out, of "
+    "which a model failed or the search left no mask."
 )
 _J = (
     "J: what the search maximises, an estimate of how much the forget loss would rise without the selected modules, "
@@ -96,9 +98,13 @@ def at_a_glance(outcomes: Sequence[Outcome]) -> Table:
 def _glance_cells(gap: Cell, rows: Sequence[Cell], original: Sequence[float], again: Sequence[float]) -> list[str]:
     gaps = [original, [gap["other"]], [gap["own"]], again]
     means = [f"{statistics.fmean(values):.2f}" if values else "" for values in gaps]
-    costs = [_pooled(rows, "seconds"), _pooled(rows, "total_seconds"), _memory(rows)[1]]
+    title, memory = _memory(rows)
+    costs = [_pooled(rows, "seconds"), _pooled(rows, "total_seconds"), memory]
     parts = [f"{pooled[0]['own'] / pooled[0]['other']:.2f} x" for pooled in costs]
-    return [str(gap["pairs"]), *means, f"{gap['won']} of {gap['pairs']}", *parts]
+    parts[-1] += " (peak)" if title == MEMORY["peak_cpu_mib"] else ""
+    failed = _failed(rows, gap)
+    won = f"{gap['won']} of {gap['pairs']}" + (f" ({failed} failed)" if failed else "")
+    return [str(gap["pairs"]), *means, won, *parts]
 
 
 def _claim_1(rows: Sequence[Cell], outcomes: Sequence[Outcome]) -> Claim | None:
@@ -107,7 +113,7 @@ def _claim_1(rows: Sequence[Cell], outcomes: Sequence[Outcome]) -> Claim | None:
         return None
     chosen = [(outcome.config["selections"], learned_selection(outcome.config)) for outcome in outcomes]
     budgets = sorted({selections[name]["budget"] for selections, name in chosen if name is not None})
-    failed = sum(len(pair) > 1 for pair in group(rows, "setting", "seed", "objective").values()) - pooled[0]["pairs"]
+    failed = _failed(rows, pooled[0])
     return Claim(
         1,
         "closer to retraining",
@@ -119,6 +125,11 @@ def _claim_1(rows: Sequence[Cell], outcomes: Sequence[Outcome]) -> Claim | None:
         + _chance(outcomes),
         [_table({"mean gap (points)": pooled}, _LEAST_WON)],
     )
+
+
+def _failed(rows: Sequence[Cell], pooled: Cell) -> int:
+    """Pairs that are left out of a pooled figure: a model of theirs failed."""
+    return sum(len(pair) > 1 for pair in group(rows, "setting", "seed", "objective").values()) - pooled["pairs"]
 
 
 def _chance(outcomes: Sequence[Outcome]) -> str:

@@ -210,7 +210,7 @@ def rouge_scorer() -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise ImportError("ROUGE needs rouge_score: pip install 'pymape[metrics]'") from error
+        raise ImportError("ROUGE needs rouge_score: pip install rouge_score") from error
     return RougeScorer(["rougeL"], use_stemmer=True)
 
 

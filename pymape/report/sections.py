@@ -31,7 +31,7 @@ def evidence_section(
         A section with pictures, or with a sentence on how to get them where matplotlib is not installed.
     """
     if find_spec("matplotlib") is None:
-        return Section(title, f"{text} The pictures need matplotlib: pip install 'pymape[plot]'.")
+        return Section(title, f"{text} The pictures need matplotlib: pip install matplotlib.")
     from pymape.report.plots import histograms, mask_picture
 
     losses = {

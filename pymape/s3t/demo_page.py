@@ -78,7 +78,7 @@ def _result(summary: Mapping[str, Any]) -> Section:
 def _course(summary: Mapping[str, Any]) -> Section:
     title = "Request by request"
     if find_spec("matplotlib") is None:
-        return Section(title, "The pictures need matplotlib: pip install 'pymape[plot]'.")
+        return Section(title, "The pictures need matplotlib: pip install matplotlib.")
     from pymape.report.plots import lines
 
     runs = summary["runs"].items()

@@ -22,7 +22,7 @@ try:
     import ray
     from ray.exceptions import RayError, RayTaskError
 except ImportError as error:
-    raise ImportError(f"engine 'ray' needs Ray ({error}): pip install 'pymape[ray]'") from error
+    raise ImportError(f"engine 'ray' needs Ray ({error}): pip install ray") from error
 
 __all__ = ["RayEngine"]
 
