@@ -20,10 +20,17 @@ class PairDataset(Dataset):
 
     Args:
         data: data set by name ("forget", "retain").
+        sampler: what draws the row numbers, if it is to be told the epoch.
     """
 
-    def __init__(self, data: Mapping[str, Any]) -> None:
+    def __init__(self, data: Mapping[str, Any], sampler: PairSampler | None = None) -> None:
         self.data = data
+        self.sampler = sampler
+
+    def set_epoch(self, epoch: int) -> None:
+        """What accelerate calls where it finds no sampler: several processes that resume within an epoch hide it."""
+        if self.sampler is not None:
+            self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
         return max(len(dataset) for dataset in self.data.values())

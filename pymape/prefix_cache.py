@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import tempfile
@@ -23,6 +24,7 @@ _SUFFIX = ".safetensors"
 _STATES = "states"
 _HEADER = 1024  # at most what a file needs beside the states
 _RESCAN_SECONDS = 10.0
+_NOT_STORED = (errno.ENOENT, errno.ENOSPC, errno.EDQUOT)  # the folder was deleted meanwhile, as it may be; no space
 
 
 class PrefixCache:
@@ -83,13 +85,18 @@ class PrefixCache:
         return states
 
     def put(self, prefix: str, record: str, inputs: str, states: Tensor) -> bool:
-        """Store a tensor in the place of what the record had under this prefix; False where the limit forbids it."""
+        """Store a tensor in the place of what the record had under this prefix; False where a limit forbids it.
+
+        Raises:
+            OSError: the folder cannot be written, for another reason than a full disk or quota. Nothing is left behind.
+        """
         states = states.detach().cpu().contiguous()
         path = self._file(prefix, record)
         if not self._fits(states.nbytes + _HEADER):
             return False
         metadata = {"inputs": inputs, "checksum": _checksum(prefix, record, inputs, states)}
         content = save({_STATES: states}, metadata)
+        temporary = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             before = path.stat().st_size if path.exists() else 0
@@ -98,8 +105,12 @@ class PrefixCache:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
             os.replace(temporary, path)
-        except FileNotFoundError:  # the folder was deleted meanwhile, as it may be
-            return False
+        except BaseException as error:
+            if temporary is not None:
+                _discard(temporary)
+            if isinstance(error, OSError) and error.errno in _NOT_STORED:
+                return False
+            raise
         self._bytes += len(content) - before
         return True
 
@@ -163,16 +174,30 @@ class PrefixCache:
     def _remove(self, path: str | Path) -> bool:
         """Overwrite and delete a file; False if it is gone already."""
         try:
-            with open(path, "r+b") as file:
-                size = os.fstat(file.fileno()).st_size
-                file.write(bytes(size))
-                file.flush()
-                os.fsync(file.fileno())
+            size = _overwrite(path)
             os.unlink(path)
         except FileNotFoundError:
             return False
         self._bytes -= size
         return True
+
+
+def _overwrite(path: str | Path) -> int:
+    """Overwrite a file with zeros and return its size."""
+    with open(path, "r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        file.write(bytes(size))
+        file.flush()
+        os.fsync(file.fileno())
+    return size
+
+
+def _discard(path: str) -> None:
+    """Delete a file that was begun, overwritten if that is possible."""
+    with contextlib.suppress(OSError):  # a full file system may refuse even that
+        _overwrite(path)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def _name(record: str) -> str:

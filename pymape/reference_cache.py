@@ -20,7 +20,7 @@ from pymape.files import atomic_write
 __all__ = ["ReferenceCache", "record_digest", "weights_digest"]
 
 _logger = logging.getLogger(__name__)
-_FORMAT = "pymape reference 1"
+_FORMAT = "pymape reference 2"  # 1 counted tokens of padding
 
 
 class ReferenceCache:

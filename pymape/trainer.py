@@ -151,6 +151,7 @@ class UnlearnTrainer(Trainer):
         self._merged = True
         if self._use_cache is not None:
             self.model.config.use_cache = self._use_cache
+        _undo_preparation(self.model)
         return self.partial.merge().eval()
 
     def mean_loss(self, dataset: Any) -> float:
@@ -178,10 +179,11 @@ class UnlearnTrainer(Trainer):
         """Batches of paired forget and retain records."""
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
+        sampler = PairSampler([len(dataset) for dataset in self.data.values()], seed)
         loader: DataLoader = DataLoader(
-            PairDataset(self.data),
+            PairDataset(self.data, sampler),
             batch_size=self._train_batch_size,
-            sampler=PairSampler([len(dataset) for dataset in self.data.values()], seed),
+            sampler=sampler,
             collate_fn=PairCollator(
                 self._get_collator_with_removed_columns(self.data_collator, "Training"), self.objective.alternative
             ),
@@ -391,6 +393,20 @@ def _frozen_prefix(model: nn.Module, partial: PartialParameters, cache: Any) -> 
     if not partial.lowest_layer:
         raise ValueError(f"prefix_cache needs masks that leave layer 0 alone, got lowest layer {partial.lowest_layer}")
     return FrozenPrefix(model, partial.lowest_layer, cache if isinstance(cache, PrefixCache) else PrefixCache(cache))
+
+
+def _undo_preparation(model: nn.Module) -> None:
+    """Take back what accelerate has put on the model: autocast around `forward`, and the mark that it is there.
+
+    Its own `extract_model_from_parallel` strips the decorators of transformers' `forward` as well.
+    """
+    own = vars(model)
+    own.pop("_is_accelerate_prepared", None)
+    original = own.pop("_original_forward", None)
+    if original is not None:
+        own.pop("forward", None)
+        if original != model.forward:  # the user had set another one than the class's
+            model.forward = original
 
 
 def _reject_ignored(

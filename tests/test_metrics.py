@@ -59,17 +59,18 @@ def test_predict_gives_the_same_for_every_batch_size_and_puts_the_mode_back() ->
     assert whole.accuracy == accuracy(logits, batch["labels"])
 
 
+class Fixed(nn.Module):
+    """Says token 2 with probability 3/4 at every position, whatever it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.tensor([0.0, 0.0, math.log(6.0)]))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> object:
+        return type("Output", (), {"logits": self.bias.expand(*input_ids.shape, 3)})
+
+
 def test_predict_of_a_language_model_counts_its_own_tokens_only() -> None:
-    class Fixed(nn.Module):
-        """Says token 2 with probability 3/4 at every position, whatever it reads."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.bias = nn.Parameter(torch.tensor([0.0, 0.0, math.log(6.0)]))
-
-        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> object:
-            return type("Output", (), {"logits": self.bias.expand(*input_ids.shape, 3)})
-
     data = [
         {"input_ids": [0, 2, 2, 1, 0], "labels": [0, 2, 2, 1, 0]},
         {"input_ids": [0, 2, 2], "labels": [-100, -100, 2]},
@@ -78,6 +79,16 @@ def test_predict_of_a_language_model_counts_its_own_tokens_only() -> None:
     torch.testing.assert_close(found.correct, torch.tensor([0.5, 1.0]).double())
     expected = [(0.75**2 * 0.125**2) ** 0.25, 0.75]
     torch.testing.assert_close(found.confidence, torch.tensor(expected).double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_predict_of_a_language_model_leaves_labelled_padding_out(padding: str) -> None:
+    text, mask = [2, 0, 2, 0, 0, 0], [1, 1, 1, 0, 0, 0]
+    if padding == "left":
+        text, mask = [0, 0, 0, 2, 0, 2], [0, 0, 0, 1, 1, 1]
+    found = predict(Fixed(), [{"input_ids": text, "attention_mask": mask, "labels": text}])
+    assert found.correct.item() == 0.5
+    assert found.loss.item() == pytest.approx(-math.log(0.75 * 0.125) / 2)
 
 
 def test_predict_rejects_empty_data() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from metrics_tools import FixedForCausalLM, records
-from model_zoo import tiny_model
+from model_zoo import DECODERS, ENCODERS, GROUPED, tiny_model
 from safetensors import safe_open
 
 from pymape.metrics import (
@@ -29,12 +29,24 @@ from pymape.metrics import (
     score_metrics,
 )
 from pymape.metrics import costs as costs_module
+from pymape.metrics.forward import most_tokens
 
 KINDS = [("bert", "sequence_classification"), ("vit", "image_classification"), ("gpt2", "causal_lm")]
 
 
 def sets(family: str, task: str) -> dict[str, list[dict[str, Any]]]:
     return {name: records(family, task, 6, seed, name) for seed, name in enumerate(("forget", "retain", "test"))}
+
+
+@pytest.mark.parametrize("family", ENCODERS + DECODERS)
+def test_most_tokens_are_those_that_learned_positions_hold(family: str) -> None:
+    model = tiny_model(family, "base", max_position_embeddings=12, pad_token_id=3)
+    limit = most_tokens(model)
+    assert limit == {"roberta": 8}.get(family, None if family in GROUPED else 12)
+    model(torch.full((1, limit or 40), 5))
+    if limit is not None:
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.full((1, limit + 1), 5))
 
 
 def test_distance_of_known_distributions(tmp_path: Any) -> None:

@@ -81,6 +81,24 @@ def test_padding_makes_the_records_differ():
     assert len(lengths) == 3
 
 
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_labelled_padding_counts_for_nothing(padding):
+    """Every value of a padded batch is that of its records alone, also where the labels are the padded inputs."""
+    model = tiny_model("llama", dtype=torch.float64)
+    inputs = tiny_batch("llama", padding=padding)
+    inputs["labels"] = inputs["input_ids"]
+    assert (inputs["labels"][inputs["attention_mask"] == 0] != -100).any()
+    # The padded call reads positions from the mask, so that left padding changes nothing but the place.
+    places = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    batch = UnlearnBatch(model, inputs, call=lambda **given: model(**given, position_ids=places))
+    own = [inputs["input_ids"][row][inputs["attention_mask"][row] == 1][None] for row in range(3)]
+    alone = [UnlearnBatch(model, {"input_ids": tokens, "labels": tokens}) for tokens in own]
+    assert batch.counts.tolist() == [tokens.shape[1] - 1 for tokens in own]
+    torch.testing.assert_close(batch.nll(), torch.cat([one.nll() for one in alone]))
+    torch.testing.assert_close(batch.scored_logits(), torch.cat([one.scored_logits() for one in alone]))
+    assert batch.loss().item() == pytest.approx(sum(one.nll().item() for one in alone) / sum(batch.counts.tolist()))
+
+
 def test_ga(family):
     forget = make(family, 1)
     assert evaluate("ga", forget) == pytest.approx(-mean_nll(forget), rel=1e-12)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import errno
+import io
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -284,6 +288,35 @@ def test_size_limit(tmp_path: Path) -> None:
     nothing = prefix_of(model, tmp_path / "nothing", max_bytes=0)
     nothing.run(ids(6), batch)
     assert not files(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_full_disk_costs_the_cache_only(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.FileIO):
+        """Takes half of what it is given; a second name of the file shows what became of that."""
+
+        def write(self, content: Any) -> int:
+            super().write(content[: len(content) // 2])
+            (partial,) = folder.rglob("*.tmp")
+            (tmp_path / "second name").unlink(missing_ok=True)
+            (tmp_path / "second name").hardlink_to(partial)
+            raise OSError(code, os.strerror(code))
+
+    model, batch, folder = deep_model("bert"), tiny_batch("bert"), tmp_path / "cache"
+    prefix = prefix_of(model, folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdopen", lambda handle, mode: Full(handle, mode))
+        if code == errno.EIO:
+            with pytest.raises(OSError, match=os.strerror(code)):
+                prefix.run(ids(3), batch)
+        else:
+            assert torch.equal(prefix.run(ids(3), batch).logits, model(**batch).logits)
+            assert not prefix.cache.put("other", "r", "", torch.ones(4))
+    assert not files(folder)
+    assert not (tmp_path / "second name").read_bytes().strip(b"\0")
+    assert prefix.cache.nbytes == 0
+    prefix.run(ids(3), batch)
+    assert len(prefix.cache) == 3
 
 
 def test_erase_leaves_no_bytes_of_a_record(tmp_path: Path) -> None:

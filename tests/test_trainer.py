@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import re
 import subprocess
@@ -18,6 +19,7 @@ from torch import Tensor
 from trainer_tools import NAMES, arguments, collate, make, mean_loss, outside, records, some_masks
 from transformers import TrainingArguments
 
+from pymape.batching import bare_record
 from pymape.pairing import PairSampler
 from pymape.trainer import UnlearnTrainer
 
@@ -100,7 +102,7 @@ DISTRIBUTED: dict[str, dict[str, Any]] = {
     "conjugate gradients": {"objective": "influence", "objective_options": {"cg_steps": 5}, "forget": 1, "retain": 7},
 }
 TWO_PROCESSES = """
-import json, sys, torch
+import json, os, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
 sys.path.insert(0, sys.argv[1])
@@ -108,6 +110,7 @@ import test_trainer
 folder = Path(sys.argv[2])
 rank = None
 found = {}
+save_file(test_trainer.resumed_in_batches_of(1, folder), folder / f"resumed-{os.environ['RANK']}.safetensors")
 for name in test_trainer.DISTRIBUTED:
     trainer, found[name] = test_trainer.train_in_batches_of(2, folder, name)
     rank = torch.distributed.get_rank()
@@ -134,19 +137,46 @@ def train_in_batches_of(size: int, path: Path, name: str) -> tuple[UnlearnTraine
     return trainer, len(runs)
 
 
-def test_two_processes_give_the_model_of_one(tmp_path):
-    script = tmp_path / "two.py"
+def resumed_in_batches_of(size: int, path: Path) -> dict[str, Tensor]:
+    """Weights after two epochs of four steps, of which the last two were resumed."""
+    options = {"per_device_train_batch_size": size, "optim": "sgd", "save_strategy": "steps", "save_steps": 6}
+    for folder, checkpoint in (("whole", None), ("resumed", str(path / "whole" / "checkpoint-6"))):
+        args = arguments(path / folder, num_train_epochs=2, **options)
+        trainer = make("llama", path, model=tiny_model("llama", dtype=torch.float64), args=args, objective="gd")
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert trainer.state.global_step == 8
+    return trainer.merge().state_dict()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes wrote."""
+    folder = tmp_path_factory.mktemp("two")
+    script = folder / "two.py"
     script.write_text(TWO_PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     done = subprocess.run(
-        [*command, str(Path(__file__).parent), str(tmp_path)], capture_output=True, text=True, timeout=300
+        [*command, str(Path(__file__).parent), str(folder)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in range(2)]
+    return folder
+
+
+def test_two_processes_resume_where_one_does(two_processes, tmp_path):
+    """Within the second epoch, whose order differs from that of the first."""
+    one = resumed_in_batches_of(2, tmp_path)
+    for rank in range(2):
+        two = load_file(two_processes / f"resumed-{rank}.safetensors")
+        for key, value in one.items():
+            torch.testing.assert_close(two[key], value, rtol=1e-10, atol=1e-12)
+
+
+def test_two_processes_give_the_model_of_one(two_processes, tmp_path):
+    found = [json.loads((two_processes / f"found-{rank}.json").read_text()) for rank in range(2)]
     for name in DISTRIBUTED:
         trainer, runs = train_in_batches_of(4, tmp_path, name)
         one = trainer.merge().state_dict()
-        two, other = (load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in range(2))
+        two, other = (load_file(two_processes / f"{name}-{rank}.safetensors") for rank in range(2))
         assert two.keys() == one.keys()
         for key, value in one.items():
             torch.testing.assert_close(two[key], value, rtol=1e-10, atol=1e-12)
@@ -216,6 +246,27 @@ def test_bf16_autocast_checkpointing_and_clipping(tmp_path):
     after = trainer.merge().state_dict()
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in after.values())
     assert any(not torch.equal(value, before[key]) for key, value in after.items())
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("own_forward", [False, True])
+def test_no_autocast_is_left_after_merging(family, own_forward, tmp_path):
+    model = tiny_model(family)
+    if own_forward:
+        model.forward = functools.partial(type(model).forward, model)
+    before, mine = set(vars(model)), vars(model).get("forward")
+    trainer = make(family, tmp_path, model=model, args=arguments(tmp_path, bf16=True))
+    trainer.train()
+    assert {"forward", "_is_accelerate_prepared"} <= vars(model).keys()
+    assert trainer.merge() is model
+    assert set(vars(model)) == before
+    assert vars(model).get("forward") is mine
+    fresh = tiny_model(family, seed=1)
+    fresh.load_state_dict(model.state_dict())
+    inputs = collate([bare_record(row) for row in trainer.data["forget"]])
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, fresh(**inputs).logits)
+        assert isinstance(model(**inputs, return_dict=False), tuple)  # its own decorators are still there
 
 
 def test_dropout_can_be_off(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pymape.batching import PaddingCollator, bare_record
-from pymape.losses import IGNORED_LABEL
+from pymape.losses import IGNORED_LABEL, token_labels
 from pymape.metrics.forward import eval_mode
 
 __all__ = [
@@ -151,7 +151,7 @@ def predict(
 
     Args:
         model: Hugging Face classifier (logits [B, C], labels [B]) or causal LM (logits [B, T, V], labels [B, T],
-            -100 ignored).
+            -100 and padding by the `attention_mask` [B, T] ignored).
         data: map-style data set of dicts with "labels"; a key "id" is not handed to the model.
         batch_size: records a forward pass.
         collate_fn: makes one batch of a list of records; default: pad on the right and stack.
@@ -174,17 +174,19 @@ def predict(
             rows = [data[row] for row in range(start, min(start + batch_size, len(data)))]
             batch = collate([bare_record(row) for row in rows])
             inputs = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
-            labels = inputs.pop("labels")
-            parts.append(_reduce(model(**inputs).logits, labels))
+            asked = {key: value for key, value in inputs.items() if key != "labels"}
+            parts.append(_reduce(model(**asked).logits, inputs))
     return Predictions(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
 
-def _reduce(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _reduce(logits: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    labels = inputs["labels"]
     if logits.ndim == 2 and labels.ndim == 1:
         loss = nn.functional.cross_entropy(logits.double(), labels, reduction="none")  # [B]
         return (logits.argmax(-1) == labels).double(), (-loss).exp(), loss
     if logits.ndim == 3 and labels.shape == logits.shape[:2]:
-        logits, labels = logits[:, :-1], labels[:, 1:]  # position t predicts token t + 1
+        # Position t predicts token t + 1.
+        logits, labels = logits[:, :-1], token_labels("causal language model", inputs)[:, :-1]
         own = labels != IGNORED_LABEL  # [B, T - 1]
         count = own.sum(-1).clamp(min=1)
         loss = nn.functional.cross_entropy(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pymape.losses import IGNORED_LABEL, per_sample_loss, task_of
+from pymape.losses import IGNORED_LABEL, per_sample_loss, task_of, token_labels
 
 __all__ = ["LABELS", "Step", "UnlearnBatch"]
 
@@ -119,10 +119,8 @@ class UnlearnBatch:
                 f"objective must be defined for the task {task}, got one that compares class probabilities"
             )
         logits = self.outputs.logits
-        if task == "causal language model":
-            logits, labels = logits[:, :-1], labels[:, 1:]
         if task != "classification":
-            logits = logits[labels != IGNORED_LABEL]
+            logits = logits[token_labels(task, self.inputs) != IGNORED_LABEL]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def log_probs(self) -> Tensor:
@@ -185,13 +183,12 @@ class Step:
 
 
 def count_tokens(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """[B] number of labelled tokens of every record; 1 where a record has a single loss (classifiers, QA)."""
+    """[B] number of tokens that a record's loss is a mean over; 1 where it has a single loss (classifiers, QA)."""
     task = task_of(model)
     if task in ("classification", "question answering"):
         labels = inputs["labels" if task == "classification" else "start_positions"]
         return torch.ones(len(labels), dtype=torch.int64, device=labels.device)
-    labels = inputs["labels"][:, 1:] if task == "causal language model" else inputs["labels"]
-    return (labels != IGNORED_LABEL).sum(1)
+    return (token_labels(task, inputs) != IGNORED_LABEL).sum(1)
 
 
 def _draw(seed: Sequence[int], classes: int, shape: Sequence[int]) -> Tensor:
