@@ -31,7 +31,7 @@ class DataConfig:
         label_column: column of the labels of a classifier; ignored by language models.
         alternative_column: column of what "dpo" and "idk" teach instead: another label, or another whole text for
             language models; may be empty where a record is not forgotten.
-        max_length: tokens a text is cut to.
+        max_length: tokens a text is cut to, no more than a model with learned positions can read.
         importance_samples: most retain records that the masks are learned from, drawn with the seed; 0 means all.
     """
 

@@ -31,6 +31,7 @@ from pymape.data import Records, load_ids, load_records, read_table, split_forge
 from pymape.importance import Importance, importance
 from pymape.masks import ModuleMasks
 from pymape.metrics import Predictions, mean_gap, measure_cost, predict, summarise
+from pymape.metrics.forward import most_tokens
 from pymape.prefix_cache import PrefixCache
 from pymape.runs import environment, quiet_transformers, run_folder, write_summary
 from pymape.search import search
@@ -148,7 +149,11 @@ def run_unlearn(config: UnlearnConfig) -> dict[str, Any]:
 
 
 class Encoder:
-    """Turns table rows into the records of one model: tokens and labels."""
+    """Turns table rows into the records of one model: tokens and labels.
+
+    Raises:
+        ValueError: `data.max_length` beyond the model's learned positions; of a call, rows that cannot be used.
+    """
 
     def __init__(self, config: UnlearnConfig, model: PreTrainedModel, tokenizer: Any) -> None:
         self.data, self.tokenizer, self.model = config.data, tokenizer, model
@@ -156,6 +161,9 @@ class Encoder:
         self.task = _task_of(type(model).__name__)
         pad = model.config.pad_token_id if model.config.pad_token_id is not None else tokenizer.pad_token_id
         self.collate = PaddingCollator(0 if pad is None else pad)
+        most = most_tokens(model)
+        if most is not None and self.data.max_length > most:
+            raise ValueError(f"data.max_length must be at most {most} for this model, got {self.data.max_length}")
 
     def __call__(self, columns: dict[str, list[Any]], argument: str, ids: Sequence[str] | None = None) -> list[Record]:
         table = Records(list(ids or ()), columns, argument)
@@ -172,6 +180,9 @@ class Encoder:
             name = f"{self.data.label_column} of {argument}"
             labels = validate_labels(values, config.num_labels, config.label2id, argument=name)
         names = ids or [str(row) for row in range(len(texts))]
+        if self.task != _CLASSIFIER:
+            shown = ids or columns.get(self.data.id_column) or names
+            _check_tokens(f"{self.data.text_column} of {argument}", shown, labels)
         others = self._alternatives(table) if self.data.alternative_column and argument == "data.path" else {}
         return [
             {"id": names[row], **{key: encoded[key][row] for key in encoded}, "labels": labels[row]}
@@ -195,6 +206,7 @@ class Encoder:
         answers: dict[int, Record] = {}
         for row, value in values.items():
             encoded = self.tokenizer(value, truncation=True, max_length=self.data.max_length)
+            _check_tokens(f"{column} of {table.source}", [table.ids[row]], [encoded["input_ids"]])
             answers[row] = {**encoded, "labels": encoded["input_ids"]}
         return answers
 
@@ -213,7 +225,8 @@ def load_model(config: UnlearnConfig, source: Records) -> tuple[PreTrainedModel,
         )
     options: dict[str, Any] = {"local_files_only": True, "output_loading_info": True}
     if task is None:
-        options |= _new_head(source.column(config.data.label_column, "data.label_column"))
+        column = config.data.label_column
+        options |= _new_head(source.column(column, "data.label_column"), f"{column} of data.path")
     loader: Any = AutoModelForCausalLM if task == _LANGUAGE_MODEL else AutoModelForSequenceClassification
     model, info = loader.from_pretrained(folder, **options)
     missing = sorted(info["missing_keys"])
@@ -225,12 +238,14 @@ def load_model(config: UnlearnConfig, source: Records) -> tuple[PreTrainedModel,
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
-def _new_head(values: Sequence[Any]) -> dict[str, Any]:
+def _new_head(values: Sequence[Any], argument: str) -> dict[str, Any]:
     """Size of a new classification head and, where labels are names, what its outputs mean."""
     texts = [str(value).strip() for value in values]
     if all(text.removesuffix(".0").isdigit() for text in texts):
         return {"num_labels": max(2, 1 + max(int(float(text)) for text in texts))}
     names = sorted(set(texts))
+    if len(names) < 2:  # transformers takes a single output for a regression
+        raise ValueError(f"{argument} must hold at least two names of classes with train_first, got {names[0]!r} only")
     return {"label2id": {name: row for row, name in enumerate(names)}, "id2label": dict(enumerate(names))}
 
 
@@ -367,6 +382,15 @@ def model_figures(models: dict[str, dict[str, Predictions]], seed: int) -> dict[
 
 def _task_of(architecture: str) -> str | None:
     return next((task for ending, task in _HEADS.items() if architecture.endswith(ending)), None)
+
+
+def _check_tokens(argument: str, ids: Sequence[Any], rows: Sequence[Sequence[int]]) -> None:
+    """Refuse a text in which a language model has nothing to predict."""
+    for name, tokens in zip(ids, rows, strict=True):
+        if len(tokens) < 2:
+            raise ValueError(
+                f"{argument} must have at least 2 tokens for a language model, got {len(tokens)} with id {str(name)!r}"
+            )
 
 
 def _text(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.metadata
 import json
 import os
@@ -12,13 +13,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pymape import __version__
-from pymape.files import atomic_write, umask
+from pymape.files import atomic_write, sync_tree, umask
 
 __all__ = ["SUMMARY", "environment", "quiet_transformers", "run_folder", "write_summary"]
 
@@ -31,7 +32,8 @@ def run_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder that becomes `output` when the block ends without an error.
 
     It is created before any work, in the nearest folder above `output` that exists, so that a place that cannot be
-    written is found out at once. After an error it is removed, and what was at `output` stays as it was.
+    written is found out at once. After an error it is removed, and what was at `output` stays as it was. An earlier
+    run is deleted once the new one has reached the disk; one that a kill left beside `output` is put back first.
 
     Args:
         output: the run's folder; absent, empty, or an earlier run's folder (recognised by its summary.json), which is
@@ -41,9 +43,10 @@ def run_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
         ValueError: `output` cannot be written, or holds something that is not a run.
     """
     target = Path(output).resolve()
-    _check_replaceable(target)
     ancestor = next(folder for folder in target.parents if os.path.lexists(folder))
     try:
+        _put_back(target)
+        _check_replaceable(target)
         stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=ancestor))
     except OSError as error:
         raise ValueError(f"output must be a writable folder, got {str(output)!r}: {error.strerror}") from error
@@ -122,19 +125,40 @@ def _is_run(summary: Path) -> bool:
 
 
 def _put_in_place(stage: Path, target: Path) -> None:
+    ancestor = stage.parent
+    sync_tree(stage)
     target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.exists():
-        stage.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    target.rename(old / target.name)
+    old = None
     try:
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+            target.rename(old / target.name)
         stage.rename(target)
-    except OSError:
-        (old / target.name).rename(target)
+    except BaseException:
+        if old is not None:
+            _move_back(old, target)
         raise
-    finally:
+    for folder in target.parents:  # also those that were just made
+        sync_tree(folder, deep=False)
+        if folder == ancestor:
+            break
+    if old is not None:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(target: Path) -> None:
+    """Undo what a process did that was killed when it had moved the run at `target` aside to replace it."""
+    beside = target.parent.glob(f".{glob.escape(target.name)}.*.old")
+    for old in sorted(beside, key=lambda folder: folder.stat().st_mtime_ns, reverse=True):
+        if _is_run(old / target.name / SUMMARY) and not os.path.lexists(target):
+            _move_back(old, target)
+
+
+def _move_back(old: Path, target: Path) -> None:
+    if (old / target.name).exists() and not os.path.lexists(target):
+        (old / target.name).rename(target)
+    with suppress(OSError):  # not empty
+        old.rmdir()
 
 
 def _finite(value: Any) -> Any:

@@ -25,6 +25,8 @@ KIND, FORMAT = "session", "pymape.receipt.1"
 _RECEIPT = "receipt.json"
 # What belongs to one command, not to the session.
 _NOT_STORED = ("session", "request_id", "output")
+# Columns that the model sees, whose content is fixed when the session is created.
+_COLUMNS = ("text_column", "text_pair_column", "label_column", "alternative_column")
 
 
 class UnlearnSession:
@@ -136,7 +138,8 @@ class UnlearnSession:
             request_id: the caller's name of the request.
             forget: ids of the records to forget.
             config: options of this request; default those the session was created with. It continues from the
-                session's own weights; `data.forget` is not read.
+                session's own weights; `data.forget` is not read. The columns are the session's, and the alternative
+                column too where the session has one.
 
         Returns:
             The receipt.
@@ -161,6 +164,10 @@ class UnlearnSession:
         _check(config)
         if config.model != self.config.model:
             raise ValueError(f"model must be the session's, {self.config.model!r}, got {config.model!r}")
+        for name in _COLUMNS:
+            own, asked = getattr(self.config.data, name), getattr(config.data, name)
+            if asked != own and (own is not None or name != "alternative_column"):
+                raise ValueError(f"data.{name} must be the session's, {own!r}, got {asked!r}")
         records, retain = self._records(forget, config)
         from pymape.session_request import meet  # loads transformers
 
@@ -229,7 +236,7 @@ class UnlearnSession:
         names = _names(self._key, source.ids)
         records = source.select([row for row, name in enumerate(names) if name not in done])
         known: dict[str, str] = json.loads(self._store.read(f"{FIRST}/records.json"))
-        found = zip(records.ids, _names(self._key, records.ids), _digests(self._key, config, records), strict=True)
+        found = zip(records.ids, _names(self._key, records.ids), _digests(self._key, self.config, records), strict=True)
         changed = [identifier for identifier, name, digest in found if known.get(name) != digest]
         if changed:
             raise ValueError(f"data.path must hold the session's records, got {changed[0]!r}, which is new or changed")
@@ -315,9 +322,8 @@ def _names(key: bytes, ids: Sequence[str]) -> list[str]:
 
 
 def _digests(key: bytes, config: UnlearnConfig, records: Records) -> list[str]:
-    """A keyed fingerprint of the columns of every record that the model sees."""
-    data = config.data
-    names = (data.text_column, data.text_pair_column, data.label_column, data.alternative_column)
+    """A keyed fingerprint of the columns of every record that the session's options name."""
+    names = [getattr(config.data, name) for name in _COLUMNS]
     columns = [records.columns.get(name, []) for name in names if name]
     return [
         hmac.digest(key, json.dumps([str(column[row]) for column in columns if column]).encode(), "sha256").hex()[:32]

@@ -28,7 +28,7 @@ def write_files(folder: Path, family: str = "bert", records: int = 24) -> None:
     vocabulary = {word: row for row, word in enumerate(["[PAD]", "[BOS]", "[EOS]", "[UNK]", *WORDS])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    tiny_model(family).save_pretrained(folder / "model")
+    tiny_model(family, max_position_embeddings=128).save_pretrained(folder / "model")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
         folder / "model"
     )
@@ -41,7 +41,7 @@ def write_files(folder: Path, family: str = "bert", records: int = 24) -> None:
 
 def upper_masks() -> ModuleMasks:
     """Some modules of the model's upper layer."""
-    shape = layout(tiny_model("bert"))
+    shape = layout(tiny_model("bert", max_position_embeddings=128))
     heads, filters = (torch.zeros(shape.layers, width, dtype=torch.bool) for width in (shape.heads, shape.filters))
     heads[1, ::2] = filters[1, ::3] = True
     return ModuleMasks(heads, filters, shape)

@@ -64,7 +64,7 @@ def test_the_examples_with_own_data_run(tmp_path, monkeypatch, capsys):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
         "my-model"
     )
-    tiny_model("gpt2").save_pretrained("my-model")
+    tiny_model("gpt2", max_position_embeddings=128).save_pretrained("my-model")
     texts = [" ".join(words[row : row + 4]) for row in range(12)]
     rows = [[row, text, text, "A. Writer" if row < 3 else "B. Writer"] for row, text in enumerate(texts)]
     pd.DataFrame(rows, columns=["id", "question", "answer", "author"]).to_csv("questions.csv", index=False)

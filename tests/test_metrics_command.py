@@ -33,7 +33,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]")
     for name, family, task in (("classifier", "bert", "sequence_classification"), ("language", "gpt2", "causal_lm")):
         for seed in range(4):
-            tiny_model(family, task, seed=seed).save_pretrained(folder / f"{name}-{seed}")
+            tiny_model(family, task, seed=seed, max_position_embeddings=128).save_pretrained(folder / f"{name}-{seed}")
             fast.save_pretrained(folder / f"{name}-{seed}")
     draw = random.Random(0)
 

@@ -143,7 +143,7 @@ def test_rouge_recall_counts_the_common_subsequence() -> None:
 def test_rouge_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rouge_score", None)
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
-    with pytest.raises(ImportError, match=r"pip install 'pymape\[metrics\]'"):
+    with pytest.raises(ImportError, match="pip install rouge_score"):
         rouge_l_recall(["a"], ["a"])
 
 
@@ -197,6 +197,23 @@ def test_answers_do_not_depend_on_the_other_prompts(tokenizer: Any) -> None:
     assert together[0] == tokenizer.decode(tokens[0, 5:], skip_special_tokens=True)
     with pytest.raises(ValueError, match="records must have a token before the first label"):
         generate_answers(model, tokenizer, [{"input_ids": [4, 5], "labels": [4, 5]}])
+
+
+def test_answers_end_where_the_learned_positions_do() -> None:
+    built = Tokenizer(WordLevel({word: row for row, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=built, pad_token="[PAD]")  # nothing ends a text
+    model = tiny_model("gpt2", vocab_size=len(WORDS), max_position_embeddings=12, eos_token_id=None)
+    rows = [{"input_ids": [4] * length + [6], "labels": [-100] * length + [6]} for length in (3, 12, 9, 10)]
+    said: list[int] = []
+    hook = model.transformer.wpe.register_forward_hook(lambda _, inputs, __: said.append(int(inputs[0].max())))
+    together = generate_answers(model, tokenizer, rows, max_new_tokens=4)
+    hook.remove()
+    assert max(said) == 11
+    assert together == [generate_answers(model, tokenizer, [row], max_new_tokens=4)[0] for row in rows]
+    assert [len(answer.split()) for answer in together] == [4, 1, 4, 3]
+    rows.append({"input_ids": [4] * 14, "labels": [-100] * 13 + [4]})
+    with pytest.raises(ValueError, match="records must have prompts of at most 12 tokens for this model, got 13"):
+        generate_answers(model, tokenizer, rows, max_new_tokens=4)
 
 
 def test_scores_of_questions(tokenizer: Any, questions: QuestionSet, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("encoder", "bert", "base"),
         ("language-model", "gpt2", "causal_lm"),
     ):
-        tiny_model(family, task).save_pretrained(folder / name)
+        tiny_model(family, task, max_position_embeddings=128).save_pretrained(folder / name)
         fast.save_pretrained(folder / name)
     draw = random.Random(0)
     for name, count in (("train", 24), ("test", 10)):
@@ -298,6 +298,7 @@ def test_bad_retain_ids(
         ({"stop_when_forgotten": "nowhere.csv"}, "nowhere.csv"),
         ({"objective": "nothing"}, "objective"),
         ({"masks__bugdet": 0.1}, "bugdet"),
+        ({"data__max_length": 129}, "data.max_length must be at most 128 for this model, got 129"),
     ],
 )
 def test_bad_options(
@@ -322,6 +323,39 @@ def test_labels_out_of_range(files: Path, tmp_path: Path, capsys: pytest.Capture
     output = tmp_path / "run"
     line = _refused(_config(files, output, data__path=str(tmp_path / "train.csv")), output, capsys)
     assert "label of data.path must be in [0, 3), got '7' in data row 3" in line
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "row", "message"),
+    [
+        ("path", "train", ",1,w1 w2", "text of data.path must have at least 2 tokens for a language model, got 0"),
+        ("path", "train", "w1,1,w1 w2", "text of data.path must have at least 2 tokens for a language model, got 1"),
+        ("path", "train", "w1 w2,1,w1", "other of data.path must have at least 2 tokens for a language model, got 1"),
+        ("test", "test", " ,1,", "text of data.test must have at least 2 tokens for a language model, got 0"),
+    ],
+)
+def test_texts_without_anything_to_predict(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, name: str, row: str, message: str
+) -> None:
+    header, *lines = (files / f"{name}.csv").read_text().splitlines()
+    lines = [f"{line}," for line in lines]  # an alternative may be missing
+    lines[5] = f"{name}-5,{row}"
+    (tmp_path / "texts.csv").write_text("\n".join([f"{header},other", *lines]))
+    output = tmp_path / "run"
+    changes = {f"data__{option}": str(tmp_path / "texts.csv")}
+    if option == "path":
+        changes["data__alternative_column"] = "other"
+    line = _refused(_config(files, output, model=str(files / "language-model"), **changes), output, capsys)
+    assert f"{message} with id '{name}-5'" in line
+
+
+def test_a_new_head_needs_two_names(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [line.rpartition(",")[0] + ",sports" for line in (files / "train.csv").read_text().splitlines()[1:]]
+    (tmp_path / "train.csv").write_text("\n".join(["id,text,label", *rows]))
+    output = tmp_path / "run"
+    options = {"model": str(files / "encoder"), "train_first": True, "data__path": str(tmp_path / "train.csv")}
+    line = _refused(_config(files, output, **options), output, capsys)
+    assert "label of data.path must hold at least two names of classes with train_first, got 'sports' only" in line
 
 
 def test_masks_of_another_model_and_cut_off_masks(

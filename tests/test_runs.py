@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,78 @@ def test_an_earlier_run_is_replaced_only_when_the_new_one_is_complete(tmp_path: 
     with run_folder(target) as folder:
         write_summary(folder, {"versions": {"pymape": "1"}})
     assert _content(target) == {"summary.json"}
+    assert _content(tmp_path) == {"run"}
+
+
+def _run(target: Path, name: str) -> None:
+    with run_folder(target) as folder:
+        write_summary(folder, {"versions": {"pymape": "1"}})
+        (folder / name).write_text("x")
+
+
+def test_an_earlier_run_is_deleted_when_the_new_one_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "runs" / "one"
+    synced: set[int] = set()
+    removed: list[Path] = []
+    real_sync, real_rename, real_remove = os.fsync, Path.rename, shutil.rmtree
+
+    def fsync(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        real_sync(descriptor)
+
+    def rename(path: Path, new: Path) -> Path:
+        if path.suffix == ".partial":
+            assert {found.stat().st_ino for found in (path, *path.rglob("*"))} <= synced
+            synced.clear()
+        return real_rename(path, new)
+
+    def rmtree(path: Path, **options: bool) -> None:
+        if path.suffix == ".old":
+            assert target.parent.stat().st_ino in synced
+            removed.append(path)
+        real_remove(path, **options)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    _run(target, "first")
+    assert {tmp_path.stat().st_ino, target.parent.stat().st_ino} <= synced  # the entry of the folder made for it too
+    _run(target, "second")
+    assert len(removed) == 1
+    assert _content(target) == {"summary.json", "second"}
+
+
+def test_a_run_that_a_kill_left_aside_is_put_back(tmp_path: Path) -> None:
+    target = tmp_path / "run[1]"
+    for number, name in enumerate(("older", "newer")):
+        _run(tmp_path / "made", name)
+        aside = tmp_path / f".run[1].{number}.old"
+        aside.mkdir()
+        (tmp_path / "made").rename(aside / target.name)  # killed before the new run took the place
+        os.utime(aside, (number, number))
+    with pytest.raises(RuntimeError, match="half way"):
+        _broken_run(target)
+    assert _content(target) == {"summary.json", "newer"}
+    assert _content(tmp_path) == {"run[1]", ".run[1].0.old"}
+    _run(target, "last")
+    assert _content(target) == {"summary.json", "last"}
+
+
+def test_an_earlier_run_is_back_when_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, real_rename = tmp_path / "run", Path.rename
+    _run(target, "first")
+
+    def rename(path: Path, new: Path) -> Path:
+        if path.suffix == ".partial":
+            raise OSError("no")
+        return real_rename(path, new)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="no"):
+        _run(target, "second")
+    assert _content(target) == {"summary.json", "first"}
     assert _content(tmp_path) == {"run"}
 
 

@@ -229,6 +229,28 @@ def test_failing_requests_change_nothing(new: Path, files: Path, message: str, c
     refuses(new, message, "first", REQUESTS["first"], options(files, **changes))
 
 
+def test_a_request_may_bring_alternative_answers_but_no_other_columns(files: Path, tmp_path: Path) -> None:
+    shutil.copy(files / "train.csv", tmp_path / "train.csv")
+    rewrite(
+        tmp_path / "train.csv",
+        lambda rows: [[*rows[0], "other", "more"], *([*row, (int(row[2]) + 1) % 3, "0"] for row in rows[1:])],
+    )
+    data = DataConfig(str(tmp_path / "train.csv"), importance_samples=12)
+    other = dataclasses.replace(data, alternative_column="other")
+    free, fixed = tmp_path / "free", tmp_path / "fixed"
+    UnlearnSession.create(free, options(files, data=data)).close()
+    with UnlearnSession(free) as session:
+        assert session.request("one", ["r1"], options(files, data=other, objective="dpo"))["number"] == 1
+        assert session.request("two", ["r2"], options(files, data=data))["number"] == 2
+    for name, column in {"text_column": "label", "text_pair_column": "text", "label_column": "other"}.items():
+        config = options(files, data=dataclasses.replace(data, **{name: column}))
+        refuses(free, f"data.{name} must be the session's, .*, got '{column}'", "three", ["r3"], config)
+    UnlearnSession.create(fixed, options(files, data=other)).close()
+    for own in (data, dataclasses.replace(data, alternative_column="more")):
+        config = options(files, data=own)
+        refuses(fixed, "data.alternative_column must be the session's, 'other', got", "one", ["r1"], config)
+
+
 def rewrite(path: Path, change: Any) -> None:
     with path.open(newline="") as stream:
         rows = [*csv.reader(stream)]

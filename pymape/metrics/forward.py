@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from pymape.batching import RecordBatches
 from pymape.losses import IGNORED_LABEL, token_labels
 
-__all__ = ["eval_mode", "model_batches", "on_device", "questions", "task_logits"]
+__all__ = ["eval_mode", "model_batches", "most_tokens", "on_device", "questions", "task_logits"]
 
+# What families call their tables of learned positions.
+_POSITIONS = ("position_embeddings", "positions_embed", "wpe", "embed_positions")
 # Inputs that are answers, which the model is not to see.
 _ANSWERS = ("labels", "start_positions", "end_positions")
 
@@ -37,6 +39,16 @@ def model_batches(
     pad = getattr(model.config, "pad_token_id", None)
     pad_token_id = 0 if pad is None else pad
     return RecordBatches(data, batch_size=batch_size, collate_fn=collate_fn, pad_token_id=pad_token_id)
+
+
+def most_tokens(model: nn.Module) -> int | None:
+    """Tokens of the longest text that a model's learned positions hold; None where it has none, as with rotary ones."""
+    found = []
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in _POSITIONS and isinstance(module, nn.Embedding):
+            unused = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from behind it
+            found.append(module.num_embeddings - unused - int(getattr(module, "offset", 0)))
+    return min(found, default=None)
 
 
 def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:

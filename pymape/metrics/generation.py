@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import nn
 
 from pymape.losses import IGNORED_LABEL
-from pymape.metrics.forward import eval_mode
+from pymape.metrics.forward import eval_mode, most_tokens
 
 __all__ = ["TEMPLATE", "answer_records", "answer_text", "generate_answers"]
 
@@ -83,27 +84,34 @@ def generate_answers(
         model: causal language model.
         tokenizer: its tokenizer.
         records: with `input_ids` and `labels`, at least one token before the first label.
-        max_new_tokens: most tokens of an answer; open-unlearning's is 200.
+        max_new_tokens: most tokens of an answer; open-unlearning's is 200. An answer ends earlier where the model's
+            learned positions do.
         batch_size: records at a time.
 
     Returns:
         [N] texts without special tokens.
 
     Raises:
-        ValueError: a record without a prompt.
+        ValueError: a record without a prompt, or with one that is longer than the model's learned positions.
     """
     prompts = [record["input_ids"][: _first_label(record)] for record in records]
     if not all(prompts):
         raise ValueError("records must have a token before the first label, got one whose first token is labelled")
+    longest, limit = max(map(len, prompts), default=0), most_tokens(model)
+    if limit is not None and longest > limit:
+        raise ValueError(f"records must have prompts of at most {limit} tokens for this model, got {longest}")
+    # The last token of an answer needs no position; batches share their limit, so that no answer depends on others.
+    room = [max_new_tokens if limit is None else min(max_new_tokens, limit + 1 - len(prompt)) for prompt in prompts]
     device = next(model.parameters()).device
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     fill = next((token for token in (pad, end) if token is not None), 0)
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))  # little padding
+    alike = [list(rows) for _, rows in groupby(order, key=room.__getitem__)]
+    batches = [rows[start : start + batch_size] for rows in alike for start in range(0, len(rows), batch_size)]
     answers = [""] * len(prompts)
     generate: Any = model.generate
     with eval_mode(model):
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+        for rows in batches:
             width = len(prompts[rows[0]])
             padding = [width - len(prompts[row]) for row in rows]  # on the left: a text goes on at its end
             tokens = [[fill] * missing + list(prompts[row]) for row, missing in zip(rows, padding, strict=True)]
@@ -113,7 +121,7 @@ def generate_answers(
                 attention_mask=torch.tensor(mask, device=device),
                 do_sample=False,
                 num_beams=1,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=room[rows[0]],
                 eos_token_id=end,
                 pad_token_id=fill,
             )
