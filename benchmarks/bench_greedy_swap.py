@@ -6,9 +6,9 @@ by log-normal sizes of the modules and of the samples (sigma 1), so that they ar
 
 from __future__ import annotations
 
+import argparse
 import resource
 import sys
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from pymape.ops import greedy_swap, greedy_swap_reference
 KEPT = 0.1
 
 
-def run(device: str, arguments: Sequence[str] = ()) -> Report:
+def run(device: str, options: argparse.Namespace) -> Report:
     report = Report(
         "greedy_swap", device, notes=["synthetic gradients: rank 8 + noise, log-normal sizes, seeds 0 to 2"]
     )

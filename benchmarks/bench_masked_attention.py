@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +31,13 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def run(device: str, arguments: Sequence[str] = ()) -> Report:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks masked_attention")
+def add_options(parser: argparse.ArgumentParser, device: str) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS if device != "cpu" else PARTS[:2])
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 1024, 2048, 8192], help="of the part `long`")
-    options, _ = parser.parse_known_args(arguments)
+
+
+def run(device: str, options: argparse.Namespace) -> Report:
     report = Report("masked_attention", device)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     if "gates" in options.parts:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,11 +23,12 @@ PARTS = ("activation", "block")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
-def run(device: str, arguments: Sequence[str] = ()) -> Report:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks masked_ffn")
+def add_options(parser: argparse.ArgumentParser, device: str) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
-    options, _ = parser.parse_known_args(arguments)
+
+
+def run(device: str, options: argparse.Namespace) -> Report:
     report = Report("masked_ffn", device)
     dtypes = (torch.float32, torch.bfloat16) if device == "cpu" else (torch.bfloat16,)
     for name in options.layers:

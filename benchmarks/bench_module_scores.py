@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
-from collections.abc import Sequence
 
 import torch
 
@@ -12,7 +12,7 @@ from benchmarks.shapes import LAYERS
 from pymape.ops import module_scores, module_scores_reference
 
 
-def run(device: str, arguments: Sequence[str] = ()) -> Report:
+def run(device: str, options: argparse.Namespace) -> Report:
     report = Report("module_scores", device)
     report.notes += [
         "eager: (grad * out).sum in the inputs' dtype; eager, fp32 sums: the same after both are turned into fp32",

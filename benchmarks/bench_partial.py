@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,14 @@ VOCABULARY = {"cpu": 1000, "cuda": 32000}  # small on a CPU, because embeddings 
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
-def run(device: str, arguments: Sequence[str] = ()) -> Report:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks partial")
+def add_options(parser: argparse.ArgumentParser, device: str) -> None:
     parser.add_argument("--models", nargs="+", choices=sorted(LAYERS[device]), default=sorted(LAYERS[device]))
     parser.add_argument("--layers", type=int, help="default: 12 of BERT-base; of TinyLlama-1.1B 4, and all 22 on a GPU")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    options, _ = parser.parse_known_args(arguments)
+
+
+def run(device: str, options: argparse.Namespace) -> Report:
     torch.set_num_threads(options.threads)
     report = Report("partial", device)
     for name in options.models:

@@ -35,13 +35,14 @@ BATCH = 100
 _SYNCS = ("fsync", "fdatasync")
 
 
-def run(device: str, arguments: Sequence[str] = ()) -> Report:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks s3t_deletion")
+def add_options(parser: argparse.ArgumentParser, device: str) -> None:
     parser.add_argument("--records", type=int, default=100_000)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=8, help="in which all stages are live before 100 requests")
     parser.add_argument("--folder", help="where to work; default: a temporary folder")
-    options, _ = parser.parse_known_args(arguments)
+
+
+def run(device: str, options: argparse.Namespace) -> Report:
     torch.set_num_threads(1)
     report = Report("s3t_deletion", device)
     shape = f"{options.records:,} records, m={SHARDS}, L={SLICES}, B={len(CYCLIC)}"

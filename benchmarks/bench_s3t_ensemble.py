@@ -36,11 +36,12 @@ CASES: dict[str, tuple[int, int, int, tuple[int, ...], Any]] = {
 }
 
 
-def run(device: str, arguments: Sequence[str] = ()) -> Report:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks s3t_ensemble")
+def add_options(parser: argparse.ArgumentParser, device: str) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=6.0, help="how long a contender is measured in each case")
-    options, _ = parser.parse_known_args(arguments)
+
+
+def run(device: str, options: argparse.Namespace) -> Report:
     torch.set_num_threads(options.threads)
     report = Report("s3t_ensemble", device)
     for name, (layers, width, slices, adapted, targets) in CASES.items():

@@ -11,7 +11,7 @@ import argparse
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,7 @@ DEVICE = "cpu"
 SLICES, VOCABULARY = 4, 1000
 
 
-def run(device: str, arguments: Sequence[str] = ()) -> Report:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks s3t_training")
+def add_options(parser: argparse.ArgumentParser, device: str) -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--records", type=int, default=24, help="of each slice")
@@ -39,7 +38,9 @@ def run(device: str, arguments: Sequence[str] = ()) -> Report:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    options, _ = parser.parse_known_args(arguments)
+
+
+def run(device: str, options: argparse.Namespace) -> Report:
     torch.set_num_threads(options.threads)
     report = Report("s3t_training", device)
     with tempfile.TemporaryDirectory() as folder:

@@ -7,7 +7,6 @@ budget, greedy swaps in every layer, for heads and filters. The gradients are th
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
 import torch
 
@@ -20,12 +19,13 @@ from pymape.architectures import ModelLayout
 BUDGET = 0.1
 
 
-def run(device: str, arguments: Sequence[str] = ()) -> Report:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks search")
+def add_options(parser: argparse.ArgumentParser, device: str) -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--samples", type=int, default=128, help="of the forget set, and as many of the retain set")
     parser.add_argument("--rounds", type=int, default=3)
-    options, _ = parser.parse_known_args(arguments)
+
+
+def run(device: str, options: argparse.Namespace) -> Report:
     report = Report("search", device)
     shape = layout(bert_base(options.layers))
     forget, retain = (_importance(shape, options.samples, seed, device) for seed in (1, 2))

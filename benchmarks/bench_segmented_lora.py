@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
@@ -24,7 +25,7 @@ CASES = {
 }
 
 
-def run(device: str, arguments: Sequence[str] = ()) -> Report:
+def run(device: str, options: argparse.Namespace) -> Report:
     report = Report("segmented_lora", device)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     report.notes += [

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ SHARE = 0.1
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
-def run(device: str, arguments: Sequence[str] = ()) -> Report:
+def run(device: str, options: argparse.Namespace) -> Report:
     report = Report("selected_weight_grad", device)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     for name, layer in LAYERS.items():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import random
-from collections.abc import Sequence
 
 import torch
 
@@ -17,7 +17,7 @@ DEVICE = "cpu"
 _Orders = list[tuple[int, ...]]
 
 
-def run(device: str, arguments: Sequence[str] = ()) -> Report:
+def run(device: str, options: argparse.Namespace) -> Report:
     report = Report(
         "simulate_deletions", device, notes=["one thread; the loop counts until all shards are dead, no more"]
     )

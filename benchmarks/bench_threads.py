@@ -17,10 +17,11 @@ DEVICE = "cpu"
 BATCH, TOKENS, HEADS, SIZE, FILTERS = 16, 128, 12, 64, 3072
 
 
-def run(device: str, arguments: Sequence[str] = ()) -> Report:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks threads")
+def add_options(parser: argparse.ArgumentParser, device: str) -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, 2, os.cpu_count() or 1}))
-    options, _ = parser.parse_known_args(arguments)
+
+
+def run(device: str, options: argparse.Namespace) -> Report:
     report = Report("threads", device)
     before = torch.get_num_threads()
     for shape, call, result in _calls():

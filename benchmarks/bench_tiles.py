@@ -6,6 +6,7 @@ to a better table: a short list for every kernel, of tiles that fit and spill no
 
 from __future__ import annotations
 
+import argparse
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,7 +36,7 @@ FFN = {
 BATCH, TOKENS, WIDTH, DTYPE = 4, 2048, 2048, torch.bfloat16
 
 
-def run(device: str, arguments: Sequence[str] = ()) -> Report:
+def run(device: str, options: argparse.Namespace) -> Report:
     report = Report("tiles", device)
     for (kernel, size), tiles in ATTENTION.items():
         report.cases += _attention(kernel, size, tiles, device)

@@ -235,7 +235,7 @@ def compare(
     Args:
         shape: what the cases are of.
         providers: name -> call that returns a tensor, or tensors; the first is pymape's.
-        exact: what they must agree with; default the first provider.
+        exact: what they must agree with; default the first provider, which must then be checked elsewhere.
         tolerance: largest error allowed, as a share of the largest magnitude of each tensor.
         unchecked: further calls, which compute something else by their nature: a copy, a part of the work.
         options: of `measure`.

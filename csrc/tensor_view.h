@@ -8,7 +8,8 @@
 
 // Function multiversioning: the loader picks the widest version the processor has. It must sit on the function that holds
 // the loop: a lambda or helper called from it is compiled once, for the baseline.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
+// GCC knows these architectures from version 12 on.
+#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__) && !defined(__CUDACC__)
 #define PYMAPE_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define PYMAPE_MULTIVERSION

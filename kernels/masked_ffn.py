@@ -253,7 +253,7 @@ def masked_ffn_forward(
     one_sample = batch == 1 or tokens % _BLOCK_M[x.element_size()] == 0
     tile = _TILES[up_weight is None and (gate is None or one_sample), x.element_size()]
     grid = (triton.cdiv(batch * tokens, tile["BLOCK_M"]) * triton.cdiv(filters, tile["BLOCK_N"]),)
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     with device_of(x):
         _masked_ffn_fwd_kernel[grid](
             x, weight, bias, up_weight, up_bias, gate, result, pre, up,

@@ -54,7 +54,7 @@ def _why_not(backend: str, device: torch.device) -> str | None:
     if backend == "cuda":
         if device.type != "cuda":
             return f"it needs CUDA tensors, got tensors on {device}"
-        return None if native().has_cuda else "this build has no CUDA kernels (no nvcc was found when it was built)"
+        return None if native().has_cuda else "this build has no CUDA kernels (it was built without nvcc 12 or newer)"
     if not _has_triton():
         return "triton is not installed"
     if device.type != "cuda" and not (device.type == "cpu" and _triton_interpreted()):
@@ -102,5 +102,6 @@ def _cuda_or_reference(op: str, device: torch.device, supported: tuple[str, ...]
     reason = _why_not("cuda", device) if "cuda" in supported else "triton is not installed"
     if reason is None:
         return "cuda"
-    warnings.warn(f"{op} runs in plain torch: {reason}", stacklevel=3)
+    if not torch.compiler.is_compiling():  # under torch.compile a warning would break the graph
+        warnings.warn(f"{op} runs in plain torch: {reason}", stacklevel=3)
     return "reference"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from pymape import backends
 from pymape.backends import resolve_backend
+from pymape.ops.masked_activation import resolve_ffn_backend
 
 ALL = ("cpu", "cuda", "triton", "reference")
 GPU = torch.device("cuda")
@@ -51,6 +53,25 @@ def test_what_was_not_built_is_said(
     named = supported[1]
     with pytest.raises(RuntimeError, match=f"backend '{named}' of op cannot run: {why}"):
         resolve_backend("op", named, GPU, supported=supported)
+
+
+def test_compiling_says_nothing_and_breaks_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_why_not", lambda backend, device: "it cannot")
+
+    def chosen(x: torch.Tensor) -> torch.Tensor:
+        backend = resolve_backend("op", "auto", GPU, supported=("cpu", "cuda", "reference"))
+        return x + 1 if backend == "reference" else x
+
+    assert torch.compile(chosen, fullgraph=True, backend="eager")(torch.zeros(())) == 1
+
+
+def test_fp64_on_a_gpu_without_cuda_kernels_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide: Any = SimpleNamespace(device=GPU, dtype=torch.float64)
+    machine(monkeypatch, cuda=True, triton=True)
+    assert resolve_ffn_backend("op", "auto", wide) == "cuda"
+    machine(monkeypatch, cuda=False, triton=True)
+    with pytest.warns(UserWarning, match="op runs in plain torch: this build has no CUDA kernels"):
+        assert resolve_ffn_backend("op", "auto", wide) == "reference"
 
 
 def test_other_devices_take_the_reference() -> None:

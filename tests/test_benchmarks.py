@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
+import importlib
 import json
 import re
 import subprocess
@@ -17,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the benchmarks are run from the repository, never installed
 
 from benchmarks import compile_report, gpu, instructions, pages, targets  # noqa: E402
+from benchmarks.__main__ import read_options  # noqa: E402
 from benchmarks.harness import Case, Report, add_rates, compare, compiled, limits, machine, markdown, measure, plot  # noqa: E402
 
 
@@ -99,6 +102,37 @@ def test_a_benchmark_for_another_device_is_refused() -> None:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "--device must be cpu for threads, got cuda" in result.stderr
+
+
+def test_a_misspelt_option_is_refused_and_of_all_what_no_benchmark_takes() -> None:
+    for op, arguments, unknown in (
+        ("threads", ["--treads", "1"], "--treads 1"),
+        ("module_scores", ["--layers", "2"], "--layers 2"),
+        ("all", ["--samples", "2", "--treads"], "--treads"),
+    ):
+        command = [sys.executable, "-m", "benchmarks", op, *arguments]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert result.returncode == 2
+        assert result.stderr.endswith(f"error: unrecognized arguments: {unknown}\n")
+
+
+def test_every_part_gives_options_that_its_benchmark_has() -> None:
+    for op, *arguments in gpu.BENCHMARKS.values():
+        if op != "s3t_ensemble":  # imports peft
+            _, unknown = read_options({op: importlib.import_module(f"benchmarks.bench_{op}")}, "cuda", arguments)
+            assert not unknown
+
+
+def test_importance_is_checked_against_the_reference_on_a_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import bench_importance
+
+    def wrong(*_: object, backend: str = "auto", **__: object) -> tuple[torch.Tensor, ...]:
+        return (torch.ones(2) if backend == "reference" else torch.zeros(2),) * 2
+
+    monkeypatch.setattr(bench_importance, "_scores", wrong)
+    monkeypatch.setattr(bench_importance, "bert_base", lambda layers: torch.nn.Identity())
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        bench_importance.run("cpu", argparse.Namespace(layers=1, rounds=1, records=1, data=None))
 
 
 def test_rates_are_shares_of_the_measured_limits() -> None:

@@ -205,6 +205,20 @@ class TestCpu:
         theirs = with_gradients(lambda *xs: masked_attention_reference(*xs, attn_mask=visible, is_causal=True))(*inputs)
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_a_mask_of_a_wider_range_hides_no_more_keys(self, dtype: torch.dtype) -> None:
+        query, key, value = torch.randn(3, 2, 3, 5, 16).to(dtype)
+        visible = torch.zeros(2, 1, 1, 5)
+        visible[0, ..., 3:] = torch.finfo(torch.float32).min
+        visible[1] = torch.finfo(torch.float32).min  # alike for all keys, which -inf would hide
+        if dtype == torch.float16:
+            query[1] = 0  # the lowest fp16 does not swallow the scores, as that of fp32 does
+        ours = masked_attention(query, key, value, attn_mask=visible)
+        theirs = masked_attention_reference(query.double(), key.double(), value.double(), attn_mask=visible)
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=2e-2)
+        hidden = visible.masked_fill(visible != 0, -torch.inf)
+        assert torch.equal(masked_attention(query, key, value, attn_mask=hidden)[1], torch.zeros_like(query[1]))
+
     def test_without_a_gate(self) -> None:
         query, key, value, grad = torch.randn(4, 2, 3, 5, 16)
         assert_all_as_good_as_torch(masked_attention, masked_attention_reference, query, key, value, grad)
@@ -291,6 +305,21 @@ class TestTriton:
                 lambda *xs, gate=gate: masked_attention_reference(*xs, gate, **options),
                 *(query, key, value, grad),
             )
+
+    @interpreted
+    def test_an_absent_gradient_stays_absent(self) -> None:
+        class Constant(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx: Any, grad: Tensor) -> None:
+                return None
+
+        query, key, value = (x.requires_grad_() for x in torch.randn(3, 1, 2, 5, 16))
+        Constant.apply(masked_attention(query, key, value, make_gate(2), backend="triton")).sum().backward()
+        assert query.grad is key.grad is value.grad is None
 
     @interpreted
     def test_skips_a_closed_head_whose_gate_is_frozen(self) -> None:

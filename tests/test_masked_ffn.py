@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -305,6 +306,33 @@ def test_triton_empty_and_opcheck() -> None:
     x, weight, bias, gate, up_weight, up_bias = inputs.values()
     arguments = (x, weight, bias, up_weight, up_bias, gate, "silu", True, False)
     torch.library.opcheck(torch.ops.pymape.masked_ffn, arguments)
+
+
+@requires_triton
+def test_triton_takes_tf32_where_torch_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pymape.kernels.masked_ffn as kernels
+
+    kernel, matmul, inputs = (
+        MagicMock(),
+        torch.backends.cuda.matmul,
+        _ffn_inputs(torch.float32, gated=True, per_sample=True),
+    )
+    monkeypatch.setattr(kernels, "_masked_ffn_fwd_kernel", kernel)
+
+    def precision() -> str:
+        x, weight, bias, gate, up_weight, up_bias = inputs.values()
+        torch.ops.pymape.masked_ffn(x, weight, bias, up_weight, up_bias, gate, "silu", False, True)
+        return kernel.__getitem__.return_value.call_args.kwargs["PRECISION"]
+
+    before = matmul.fp32_precision
+    try:
+        for allowed in (True, False):
+            matmul.allow_tf32 = allowed  # what torch has of old
+            assert precision() == ("tf32" if allowed else "ieee")
+        matmul.fp32_precision = "tf32"  # the old one raises when it is read after this
+        assert precision() == "tf32"
+    finally:
+        matmul.fp32_precision = before
 
 
 @requires_triton

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import shutil
 import subprocess
@@ -73,6 +74,16 @@ def test_one_openmp_runtime() -> None:
         pytest.skip("needs /proc")
     runtimes = fresh(code).split()
     assert len(runtimes) == 1, runtimes
+
+
+@pytest.mark.skipif(shutil.which("g++") is None or platform.machine() != "x86_64", reason="needs g++ on x86-64")
+@pytest.mark.parametrize(("version", "versions"), [(11, 0), (12, 1)])
+def test_functions_have_versions_from_gcc_12_on(version: int, versions: int) -> None:
+    header = Path(__file__).parents[1] / "csrc" / "tensor_view.h"
+    command = ["g++", "-std=c++20", "-w", "-U__GNUC__", f"-D__GNUC__={version}", "-x", "c++", "-dM", "-E", str(header)]
+    macros = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (macro,) = (line for line in macros.splitlines() if line.startswith("#define PYMAPE_MULTIVERSION"))
+    assert macro.count("target_clones") == versions
 
 
 def test_core_sources_include_no_torch_header() -> None:

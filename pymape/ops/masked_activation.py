@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pymape.backends import native, resolve_backend
+from pymape.ops.second_derivative import refuse_second_derivative
 
 __all__ = ["ACTIVATIONS", "masked_activation", "masked_activation_reference"]
 
@@ -98,7 +99,7 @@ def resolve_ffn_backend(op: str, backend: str, x: Tensor) -> str:
     if chosen == "triton" and x.dtype == torch.float64:
         if backend == "triton":
             raise RuntimeError(f"backend 'triton' of {op} cannot run: it needs fp32, bf16 or fp16, got {x.dtype}")
-        return "cuda"
+        return resolve_backend(op, backend, x.device, supported=("cpu", "cuda", "reference"))
     return chosen
 
 
@@ -294,6 +295,7 @@ def sum_tokens(x: Tensor) -> Tensor:
 
 
 torch.library.register_autograd("pymape::masked_activation", _backward_activation, setup_context=_setup_activation)
+refuse_second_derivative("masked_activation")
 
 
 def _check_activation(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pymape.backends import native, resolve_backend
+from pymape.ops.second_derivative import refuse_second_derivative
 
 __all__ = ["gate_heads", "gate_heads_reference", "masked_attention", "masked_attention_reference"]
 
@@ -136,7 +137,7 @@ def masked_attention(
         is_bool = attn_mask.dtype == torch.bool
         attn_mask, is_causal = attn_mask & causal if is_bool else attn_mask.masked_fill(~causal, -torch.inf), False
     if attn_mask is not None and attn_mask.dtype != torch.bool:
-        attn_mask = attn_mask.to(query.dtype)
+        attn_mask = _in_range(attn_mask, query.dtype).to(query.dtype)
     output = F.scaled_dot_product_attention(
         query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=heads != key.shape[1]
     )
@@ -190,6 +191,14 @@ def _four_dimensional(attn_mask: Tensor, query: Tensor, shape: tuple[int, ...]) 
     return (
         attn_mask.expand(*attn_mask.shape[:3], shape[3]).contiguous() if attn_mask.shape[3] != shape[3] else attn_mask
     )
+
+
+def _in_range(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keep from -inf, which hides a key, the finite values of the mask that lie below the range of `dtype`."""
+    lowest = torch.finfo(dtype).min
+    if torch.finfo(attn_mask.dtype).min >= lowest:
+        return attn_mask
+    return attn_mask.clamp(min=lowest).masked_fill(attn_mask == -torch.inf, -torch.inf)
 
 
 def _why_no_triton(query: Tensor, attn_mask: Tensor | None) -> str | None:
@@ -296,6 +305,7 @@ def _gate_backward(ctx, grad: Tensor):
 
 
 torch.library.register_autograd("pymape::gate_heads", _gate_backward, setup_context=_gate_setup)
+refuse_second_derivative("gate_heads")
 
 
 @torch.library.impl("pymape::masked_attention", "CompositeExplicitAutograd")
@@ -335,10 +345,13 @@ def _attention_setup(ctx, inputs, output) -> None:
     query, key, value, gate, attn_mask, ctx.is_causal, ctx.scale, ctx.gate_grad = inputs
     gated, ungated, row_max, row_norm = output
     ctx.mark_non_differentiable(ungated, row_max, row_norm)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, key, value, gate, attn_mask, ungated if ctx.gate_grad else gated, row_max, row_norm)
 
 
-def _attention_backward(ctx, grad: Tensor, *_unused: Tensor):
+def _attention_backward(ctx, grad: Tensor | None, *_unused: None):
+    if grad is None:
+        return (None,) * 8
     query, key, value, gate, attn_mask, output, row_max, row_norm = ctx.saved_tensors
     needs_query, needs_key, needs_value, needs_gate = ctx.needs_input_grad[:4]
     d_query, d_key, d_value, scores = torch.ops.pymape.masked_attention_backward(
@@ -355,3 +368,4 @@ def _attention_backward(ctx, grad: Tensor, *_unused: Tensor):
 
 
 torch.library.register_autograd("pymape::masked_attention", _attention_backward, setup_context=_attention_setup)
+refuse_second_derivative("masked_attention")
