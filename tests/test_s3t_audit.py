@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from s3t_ledger_tools import make_content, make_rows, name_of, names_in, trained_ledger
+import torch
+from s3t_ledger_tools import make_content, make_rows, make_stage, name_of, names_in, trained_ledger
 
 from pymape.s3t.audit import AuditLog, first_entry
 from pymape.s3t.database import Database, create_database
-from pymape.s3t.ledger import Ledger
+from pymape.s3t.ledger import Ledger, StageRow
+from pymape.s3t.stages import Provenance, pack_stage, row_digest, unpack_stage
 
 KEY = bytes(range(32))
 
@@ -224,6 +226,32 @@ def leave_file(folder: Path) -> list[str]:
     return [f"file '{path}' belongs to nothing"]
 
 
+def forge_stage(folder: Path) -> list[str]:
+    """Other weights of the same provenance, with a database that agrees."""
+    with Ledger(folder) as ledger:
+        row = next(row for row in ledger.stages(0) if row.key.prefix == (3, 0))
+        replace_stage(ledger, row, ledger.provenance(row))
+    return [f"stage {row.key.name} is not the one that landed"]
+
+
+def revive_stage(folder: Path) -> list[str]:
+    """A stage that a request has ended, with weights and a provenance that fit the records that are left."""
+    with Ledger(folder) as ledger:
+        [row] = ledger._stage_rows("s.shard = 0 AND s.prefix = '1'")
+        ledger._db._connection.execute("UPDATE stages SET state = 'trained' WHERE stage = ?", (row.stage,))
+        replace_stage(ledger, row, unpack_stage(make_stage(ledger, row))[1])
+    return [f"stage {row.key.name} is live, and the audit log says that it has ended"]
+
+
+def replace_stage(ledger: Ledger, row: StageRow, provenance: Provenance) -> None:
+    content = pack_stage({"lora": torch.ones(64)}, provenance)
+    ledger.path(row.key).write_bytes(content)
+    ledger._db._connection.execute(
+        "UPDATE files SET sha256 = ?, size = ?, provenance = ? WHERE stage = ?",
+        (bytes.fromhex(row_digest(content)), len(content), provenance.to_json().encode(), row.stage),
+    )
+
+
 DAMAGES: dict[str, Callable[[Path], list[str]]] = {
     "bit flip": damage_stage(flip),
     "truncation": damage_stage(lambda path, other: path.write_bytes(path.read_bytes()[:-1]) and None),
@@ -232,6 +260,8 @@ DAMAGES: dict[str, Callable[[Path], list[str]]] = {
     "record": tamper_record,
     "erased record": restore_record,
     "file": leave_file,
+    "forged stage": forge_stage,
+    "revived stage": revive_stage,
     "audit": tamper("UPDATE audit SET detail = '{}' WHERE seq = 2", "audit log row 2 is not what was written"),
     "receipt": tamper(
         "UPDATE requests SET receipt = replace(receipt, '\"records\": 2', '\"records\": 1') WHERE name = 'first'",

@@ -80,7 +80,7 @@ def test_an_export_is_revoked(tmp_path: Path) -> None:
     folder = tmp_path / "export"
     files = make_export(folder)
     outcome = revoke_export(folder, files)
-    assert outcome == {"path": str(folder), "erased": sorted(files), "changed": [], "missing": [], "failed": {}}
+    assert outcome == {"path": str(folder), "erased": sorted(files), "changed": [], "missing": []}
     assert not folder.exists()
     assert revoke_export(folder, files)["missing"] == sorted(files)
 
@@ -117,16 +117,32 @@ def test_a_revocation_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: 
     assert not folder.exists()
 
 
-def test_a_file_that_cannot_be_erased_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_file_that_cannot_be_erased_the_others_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "export"
     files = make_export(folder)
 
     def refuse(paths: list[Path]) -> int:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        if paths[0].name == ".base_model.json.revoked":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return erase_files(paths)
 
-    monkeypatch.setattr("pymape.s3t.erasure.erase_files", refuse)
-    outcome = revoke_export(folder, files)
-    assert outcome["failed"] == dict.fromkeys(files, "Read-only file system")
+    with monkeypatch.context() as patch:
+        patch.setattr("pymape.s3t.erasure.erase_files", refuse)
+        with pytest.raises(OSError, match=rf"Read-only file system: '{folder}/base_model\.json'"):
+            revoke_export(folder, files)
+    assert [path.name for path in folder.rglob("*")] == [".base_model.json.revoked"]
+    assert revoke_export(folder, files)["erased"] == ["base_model.json"]
+    assert not folder.exists()
+
+
+def test_a_file_of_an_export_is_renamed_on_disk_before_it_is_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, events = make_export(tmp_path / "export"), []
+    monkeypatch.setattr("pymape.s3t.erasure.sync_tree", lambda folder, deep: events.append(folder.name))
+    monkeypatch.setattr("pymape.s3t.erasure.erase_files", lambda paths: events.append("erase"))
+    revoke_export(tmp_path / "export", files)
+    assert events == ["export", "erase", *["shard-00", "erase"] * 2]
 
 
 # Exports of a ledger

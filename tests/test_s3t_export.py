@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,29 @@ def test_an_error_leaves_nothing(bert: str, tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="No space left"):
         export_ensemble(tmp_path / "export", config, chains)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", ["record", "check"])
+def test_a_refused_export_is_overwritten(bert: str, tmp_path: Path, step: str) -> None:
+    places: list[Path] = []
+
+    @contextlib.contextmanager
+    def begin(folder: Path) -> Iterator[None]:
+        places.append(folder)
+        assert list(folder.iterdir()) == []
+        yield
+        assert not folder.exists()
+
+    def refuse(*_: Any) -> None:
+        written = {"record": places[0], "check": tmp_path / "export"}[step]
+        os.link(written / "shard-00" / "adapter_model.safetensors", tmp_path / "link")
+        raise ValueError("stages of an export must be live")
+
+    config, steps = options(bert), {step: refuse}
+    with pytest.raises(ValueError, match="must be live"):
+        export_ensemble(tmp_path / "export", config, make_chains(config, [1]), begin=begin, **steps)
+    assert list(tmp_path.iterdir()) == [tmp_path / "link"]
+    assert not any((tmp_path / "link").read_bytes())
 
 
 @pytest.mark.parametrize("content", [{"notes.txt": "mine"}, {"shard-00/.hidden": "mine"}])

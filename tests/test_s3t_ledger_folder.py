@@ -169,6 +169,31 @@ def test_a_stage_is_durable_before_it_is_known(tmp_path: Path, monkeypatch: pyte
         assert looked
 
 
+# Files that cannot be read
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.EACCES])
+def test_a_stage_that_cannot_be_read_now_is_not_damaged(
+    ledger: Ledger, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row, real, before = ledger.stages(0)[3], Path.read_bytes, content_of(ledger)
+
+    def fail(path: Path) -> bytes:
+        if path == ledger.path(row.key):
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fail)
+        with pytest.raises(OSError, match=row.key.name):
+            ledger.repair()
+        assert [problem for problem in ledger.verify()["problems"] if row.key.name in problem]
+    assert content_of(ledger) == before
+    assert ledger.repair() == 0
+    ledger.path(row.key).unlink()
+    assert ledger.repair() > 0
+
+
 # A full disk
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 import torch
 from s3t_tools import make_records, options, same_tensors, write_base
 
+from pymape.prefix_cache import PrefixCache
 from pymape.s3t import S3T, LoraConfig, S3TConfig, StageConfig
 from pymape.s3t.engine import InlineEngine
+from pymape.s3t.ledger import Ledger
 from pymape.s3t.ledger_training import stage_job
-from pymape.s3t.partition import place
+from pymape.s3t.partition import place, record_name
 from pymape.s3t.stages import unpack_stage
 from pymape.s3t.training import train_stage
 
@@ -192,6 +195,21 @@ def test_requests_are_idempotent_and_batches_are_whole(tmp_path: Path, bases: di
         assert system.receipt("three") == receipts[1]
 
 
+def test_a_single_id_is_no_list_of_characters(tmp_path: Path, bases: dict[str, str]) -> None:
+    with S3T.create(tmp_path / "system", options(bases["bert"])) as system:
+        system.ingest([{**record, "id": number} for number, record in enumerate(make_records("bert", 8))])
+        calls = {
+            "ids must be a list, got the single str '17'": lambda: system.delete("17", "one"),
+            "ids must be a list, got the single bytes b'17'": lambda: system.plan(b"17"),
+            "ids must be a list, got the single str '3'": lambda: system.delete_batch({"one": "3"}),
+            "subjects must be a list, got the single str '42'": lambda: system.delete(request_id="one", subjects="42"),
+        }
+        for message, call in calls.items():
+            with pytest.raises(ValueError, match=message):
+                call()
+        assert system.status()["requests"] == {}
+
+
 def test_plan_changes_nothing_and_tells_what_delete_does(tmp_path: Path, bases: dict[str, str]) -> None:
     with make_system(tmp_path / "system", bases["bert"]) as system:
         system.train(engine="inline")
@@ -241,6 +259,50 @@ def test_export_is_revoked_by_a_deletion(tmp_path: Path, bases: dict[str, str]) 
         assert all((tmp_path / "adapters" / file["file"]).is_file() for file in files)
         system.delete(["r3"], "one")
         assert not list((tmp_path / "adapters").rglob("*.safetensors"))
+
+
+def test_an_export_while_another_thread_trains_is_of_one_moment(
+    tmp_path: Path, bases: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with make_system(tmp_path / "system", bases["bert"]) as system:
+        real, asked = Ledger.serving, []
+
+        def serving(ledger: Ledger) -> Any:
+            found = real(ledger)
+            if not asked:
+                asked.append(found)
+                system.train(engine="inline")
+            return found
+
+        system._ledger.plan()
+        [row] = [row for row in system._ledger.runnable() if row.key.prefix == system._ledger.sequences[0][0][:1]]
+        job = stage_job(system._ledger, system.config, row)
+        assert job is not None
+        system._ledger.land(row.key, train_stage(job))
+        monkeypatch.setattr(Ledger, "serving", serving)
+        system.export(tmp_path / "adapters")
+        index = json.loads((tmp_path / "adapters" / "ensemble.json").read_text())
+        assert index["shards"][0]["depth"] == system._ledger._db.value("SELECT count(*) FROM export_stages") == 1
+        assert len(served(system)) == 4
+
+
+@pytest.mark.parametrize("error", [ValueError("out of memory"), KeyboardInterrupt()])
+def test_what_a_failed_stage_has_cached_of_deleted_records_is_erased(
+    tmp_path: Path, bases: dict[str, str], error: BaseException
+) -> None:
+    with make_system(tmp_path / "system", bases["bert"]) as system:
+        cache = PrefixCache(tmp_path / "system" / "cache")
+
+        def work(job: Any) -> bytes:
+            gone = one_of(system, job.provenance.key.prefix[0])
+            system.delete([gone], "meanwhile")
+            for name in (gone, one_of(system, job.provenance.key.prefix[0]) + "other"):
+                cache.put("prefix", record_name(system._ledger.key, name), "inputs", torch.zeros(2))
+            raise error
+
+        with pytest.raises(type(error)):
+            system.train(engine=InlineEngine(work))
+        assert len(cache) == 1
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from pymape.files import sync_tree
 from pymape.s3t import faults
 from pymape.store import file_hash
 
-__all__ = ["erase_files", "revoke_export"]
+__all__ = ["erase_files", "erase_folder", "revoke_export"]
 
 _BLOCK = bytes(1 << 20)
 
@@ -54,6 +55,17 @@ def erase_files(paths: Iterable[Path]) -> int:
     return erased
 
 
+def erase_folder(folder: Path) -> None:
+    """Overwrite all files in a folder and delete it; nothing happens where there is none.
+
+    Raises:
+        OSError: as `erase_files`, or the folder cannot be removed.
+    """
+    erase_files(path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink())
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder)
+
+
 def revoke_export(folder: Path, files: Mapping[str, str]) -> dict[str, Any]:
     """Erase the files of an export that are still what was written.
 
@@ -63,9 +75,13 @@ def revoke_export(folder: Path, files: Mapping[str, str]) -> dict[str, Any]:
 
     Returns:
         {"path", "erased": files erased, "changed": files with another content, left alone, "missing": files that are
-        not there (or were erased before a crash), "failed": file -> why it could not be erased}.
+        not there (or were erased before a crash or an error)}.
+
+    Raises:
+        OSError: naming a file that cannot be erased; all others are. Calling again continues.
     """
-    outcome: dict[str, Any] = {"path": str(folder), "erased": [], "changed": [], "missing": [], "failed": {}}
+    outcome: dict[str, Any] = {"path": str(folder), "erased": [], "changed": [], "missing": []}
+    failure: OSError | None = None
     for name, sha256 in sorted(files.items()):
         path = folder / name
         # A file that a crash left half overwritten has another sha256, so it is known by a name of its own.
@@ -76,15 +92,20 @@ def revoke_export(folder: Path, files: Mapping[str, str]) -> dict[str, Any]:
                     outcome["changed"].append(name)
                     continue
                 path.rename(ours)
+                sync_tree(path.parent, deep=False)  # the name must be on the disk before the content goes
             erase_files([ours])
             outcome["erased"].append(name)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             outcome["missing"].append(name)
+        except IsADirectoryError:
+            outcome["changed"].append(name)
         except OSError as error:
-            outcome["failed"][name] = error.strerror
+            failure = failure or OSError(error.errno, error.strerror or str(error), str(path))
     inside = sorted({parent for name in files for parent in Path(name).parents}, key=lambda part: -len(part.parts))
     for part in inside:  # folders that held nothing else; "." comes last
         with contextlib.suppress(OSError):
             (folder / part).rmdir()
+    if failure is not None:
+        raise failure
     faults.checkpoint("export: revoked")
     return outcome

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from pymape.losses import task_of
 from pymape.s3t.adapters import SlicedAdapters, load_base
 from pymape.s3t.config import S3TConfig
 from pymape.s3t.ensemble import LANGUAGE_TASKS, Chain, Combination, live_chains, merge_chain, shard_weights
+from pymape.s3t.erasure import erase_folder
 from pymape.store import file_hash
 
 __all__ = ["export_ensemble"]
@@ -67,7 +70,9 @@ def export_ensemble(
     sha256: str | None = None,
     combination: Combination = "mean",
     sizes: Mapping[int, int] | None = None,
+    begin: Callable[[Path], AbstractContextManager[object]] | None = None,
     record: Callable[[list[dict[str, str]]], object] | None = None,
+    check: Callable[[], object] | None = None,
 ) -> list[dict[str, str]]:
     """Write the live shards as PEFT adapters, whole or not at all.
 
@@ -83,8 +88,10 @@ def export_ensemble(
         sha256: `base_hash` that the base model must have.
         combination: as `Ensemble`.
         sizes: as `Ensemble`.
+        begin: makes a context, entered with the temporary folder before anything is in it, left when it is gone.
         record: called with the result once all is written, right before it appears in `folder`. An error leaves
             nothing there.
+        check: called once it is there. An error erases it.
 
     Returns:
         {"file": path inside the folder, "sha256": of the file} of each.
@@ -104,7 +111,11 @@ def export_ensemble(
         stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=ancestor))
     except OSError as error:
         raise ValueError(f"folder must be one that can be written, got {str(folder)!r}: {error.strerror}") from error
-    try:
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(shutil.rmtree, stage, ignore_errors=True)
+        if begin is not None:
+            cleanup.enter_context(begin(stage))
+        cleanup.callback(_erase, stage)
         shards = []
         for (shard, chain), weight in zip(live.items(), weights, strict=True):
             own = stage / f"shard-{shard:02d}"
@@ -128,9 +139,20 @@ def export_ensemble(
         target.parent.mkdir(parents=True, exist_ok=True)
         stage.rename(target)
         sync_tree(target.parent, deep=False)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        if check is not None:
+            try:
+                check()
+            except BaseException:
+                _erase(target)
+                raise
     return files
+
+
+def _erase(folder: Path) -> None:
+    """Erase a folder; what cannot be overwritten is deleted at least."""
+    with contextlib.suppress(OSError):
+        erase_folder(folder)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_adapter(folder: Path, adapters: SlicedAdapters, chain: Chain, base_folder: str) -> None:

@@ -135,11 +135,11 @@ class Ledger(LedgerRequests):
         Raises:
             ValueError: naming a stage that was not made from what is left, or another process has been reading the
                 database all the time.
-            OSError: a file cannot be erased. Calling again continues.
+            OSError: a file cannot be erased. Calling again continues. Where it is an export's, only its request waits.
         """
         problems = self._finish()
         if problems:
-            raise ValueError(problems[0])
+            raise problems[0]
 
     def repair(self) -> int:
         """Plan what deletions have ended anew, on the records that are left, as the next generation of each shard.
@@ -150,6 +150,9 @@ class Ledger(LedgerRequests):
 
         Returns:
             Number of stages planned.
+
+        Raises:
+            OSError: a stage file cannot be read now. Nothing has changed: it need not be damaged.
         """
         damaged = self._damaged()
         with self._change("repair"):
@@ -214,6 +217,7 @@ class Ledger(LedgerRequests):
         if self.deleted:
             names = self._db.rows("SELECT name FROM records JOIN tombstones USING (record)")
             self._erase_cached([name.hex() for (name,) in names])
+        self._sweep_exports()
         self._finish()
 
     def _orphans(self) -> list[str]:
@@ -250,15 +254,15 @@ class Ledger(LedgerRequests):
             )
             self._serve_deepest([shard])
 
-    def _finish(self) -> list[str]:
-        """Do what is left to do; what is wrong afterwards, in sentences."""
+    def _finish(self) -> list[Exception]:
+        """Do what is left to do; what is wrong afterwards."""
         with self._finishing:
             last = self._db.value("SELECT max(request) FROM requests") or 0
             self._switch(self._waiting("switched IS NULL", last))
-            self._erase(self._waiting("switched NOTNULL AND erased IS NULL", last))
+            failed = self._erase(self._waiting("switched NOTNULL AND erased IS NULL", last))
             problems = self._verify_requests(self._waiting("erased NOTNULL", last))
             self._move_anchor()
-            return problems
+            return [*failed, *map(ValueError, problems)]
 
     def _waiting(self, condition: str, last: int) -> list[int]:
         rows = self._db.rows(
@@ -272,8 +276,8 @@ class Ledger(LedgerRequests):
                 depths = self._serve_deepest(self._shards_of(requests))
                 self._advance(requests, "switched", depths=depths)
 
-    def _erase(self, requests: Sequence[int]) -> None:
-        """Erase what requests have ended, and damaged stages."""
+    def _erase(self, requests: Sequence[int]) -> list[OSError]:
+        """Erase what requests have ended, and damaged stages; why exports could not be revoked."""
         places = list(
             self._db.rows_in(
                 "SELECT record, name FROM records JOIN tombstones USING (record) WHERE request IN ({})", requests
@@ -283,11 +287,11 @@ class Ledger(LedgerRequests):
         # Those that an interrupted attempt has erased already are looked for again: it may not have reached the disk.
         stages += self._stages_of(requests, "tombstoned", "erased")
         if not requests and not stages:
-            return
+            return []
         self._await_landings()
         erase_files(self.path(row.key) for row in stages)
         self._erase_cached([name.hex() for _, name in places])
-        self._revoke(requests)
+        failed = self._revoke(requests)
         records, ended = [(record,) for record, _ in places], [(row.stage,) for row in stages]
         with self._db.transaction("erase"):
             for statement, rows in (
@@ -299,17 +303,20 @@ class Ledger(LedgerRequests):
             ):
                 self._db.run_all(statement, rows)
         self._db.truncate_log()
-        if requests:
+        done = [request for request in requests if request not in failed]
+        if done:
             with self._db.transaction("erased"):
-                exports = self._outcomes(requests)
-                self._advance(requests, "erased", records=len(records), stages=len(stages), exports=exports)
+                exports = self._outcomes(done)
+                self._advance(done, "erased", records=len(records), stages=len(stages), exports=exports)
+        return list(failed.values())
 
     def _await_landings(self) -> None:
-        """Wait until no file of a stage that has ended is being written."""
+        """Wait until no file of a stage that has ended is being written, nor an export that holds one."""
 
         def written() -> bool:
             landing = self._db.rows_in("SELECT state FROM stages WHERE stage IN ({})", list(self._landing))
-            return all(state in ("planned", "trained") for (state,) in landing)
+            exports = self._db.rows_in("SELECT request FROM exports WHERE export IN ({})", list(self._exporting))
+            return all(state in ("planned", "trained") for (state,) in landing) and all(by is None for (by,) in exports)
 
         with self._landed:
             self._landed.wait_for(written)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from pymape.s3t.database import now
-from pymape.s3t.erasure import revoke_export
+from pymape.s3t.erasure import erase_folder, revoke_export
 from pymape.s3t.ledger_records import FoundRecord
 from pymape.s3t.ledger_stages import LedgerStages, StageRow, deepest
 from pymape.s3t.stages import StageKey
@@ -19,6 +21,7 @@ from pymape.s3t.stages import StageKey
 __all__ = ["STATES", "LedgerRequests", "names_digest"]
 
 FORMAT = "pymape.deletion.1"
+_PARTIAL = ".partial"  # how the folder of an export is called while it is written
 STATES = ("received", "switched", "erased", "verified")  # columns with the times; "received" is the state "tombstoned"
 
 
@@ -114,26 +117,59 @@ class LedgerRequests(LedgerStages):
         Raises:
             ValueError: a stage that a request has tombstoned meanwhile: the files must be removed again.
         """
-        path, contents = os.path.abspath(folder), {entry["file"]: entry["sha256"] for entry in files}
+        path, contents = os.path.realpath(folder), {entry["file"]: entry["sha256"] for entry in files}
         with self._change("export"):
-            trained = {row.key: row.stage for row in self.stages() if row.state == "trained"}
-            keys = list(stages)
-            for key in keys:
-                if key not in trained:
-                    raise ValueError(f"stages of an export must be live, got {key.name}")
             for (old,) in self._db.rows("SELECT export FROM exports WHERE path = ? AND request IS NULL", (path,)):
-                self._db.run("DELETE FROM export_stages WHERE export = ?", (old,))
-                self._db.run("DELETE FROM exports WHERE export = ?", (old,))
-            export = self._db.insert(
-                "INSERT INTO exports (path, created, files) VALUES (?, ?, ?)", (path, now(), json.dumps(contents))
-            )
-            self._db.run_all("INSERT INTO export_stages VALUES (?, ?)", [(trained[key], export) for key in keys])
+                self._forget_export(old)
+            keys = list(stages)
+            self._insert_export(path, contents, keys)
             self._audit.append("exported", stages=len(keys), files=len(contents))
+
+    @contextmanager
+    def exporting(self, folder: str | os.PathLike[str], stages: Iterable[StageKey]) -> Iterator[None]:
+        """A block that writes an export in a temporary folder: what a crash leaves of it is erased at the next opening.
+
+        A request that ends one of the stages meanwhile is not erased before the block has ended.
+
+        Args:
+            folder: named *.partial; the block moves it to where the export belongs, or removes it.
+            stages: that the files hold.
+
+        Raises:
+            ValueError: a stage that a request has tombstoned.
+        """
+        path = os.path.realpath(folder)
+        with self._db.lock:
+            with self._change("export"):
+                export = self._insert_export(path, None, stages)
+            self._exporting.add(export)
+        try:
+            yield
+        finally:
+            with self._landed:
+                self._exporting.discard(export)
+                self._landed.notify_all()
+                with contextlib.suppress(OSError):  # a full disk; the next opening forgets it
+                    self._sweep_exports()
+
+    def check_export(self, folder: str | os.PathLike[str]) -> None:
+        """Refuse an export that a request has revoked since it was recorded.
+
+        Raises:
+            ValueError: naming the request.
+        """
+        found = self._db.rows(
+            "SELECT name FROM exports LEFT JOIN requests USING (request) WHERE path = ? ORDER BY export DESC LIMIT 1",
+            (os.path.realpath(folder),),
+        )
+        if found and found[0][0] is not None:
+            raise ValueError(f"stages of an export must be live, got some that request {found[0][0]!r} has ended")
 
     def exports(self) -> list[dict[str, Any]]:
         """{"path", "created", "request": that revoked it or None, "outcome": see `erasure.revoke_export`} of each."""
         rows = self._db.rows(
-            "SELECT path, created, q.name, outcome FROM exports e LEFT JOIN requests q USING (request) ORDER BY export"
+            "SELECT path, created, q.name, outcome FROM exports e LEFT JOIN requests q USING (request) "
+            "WHERE files != 'null' ORDER BY export"
         )
         return [
             {"path": path, "created": created, "request": request, "outcome": outcome and json.loads(outcome)}
@@ -169,12 +205,12 @@ class LedgerRequests(LedgerStages):
         """What requests do, one after the other: figures of the receipt, stages that end, exports that are revoked."""
         live: dict[int, dict[tuple[int, ...], StageRow]] = {}
         generations: dict[int, int] = {}
-        exports: dict[int, list[tuple[int, str]]] = {}
-        for stage, export, path in self._db.rows(
-            "SELECT stage, export, path FROM export_stages JOIN exports USING (export) WHERE request IS NULL"
+        exports: dict[int, tuple[str, set[tuple[int, int]]]] = {}  # path and the (shard, slice) that it was trained on
+        for export, path, shard, prefix in self._db.rows(  # not only of live stages: `repair` ends stages too
+            "SELECT export, path, shard, prefix FROM export_stages JOIN exports e USING (export) "
+            "JOIN stages USING (stage) WHERE e.request IS NULL ORDER BY export"
         ):
-            exports.setdefault(stage, []).append((export, path))
-        revoked: set[int] = set()
+            exports.setdefault(export, (path, set()))[1].update((shard, int(part)) for part in prefix.split("."))
         impacts = []
         for records in requests:
             ended: list[StageRow] = []
@@ -199,10 +235,10 @@ class LedgerRequests(LedgerStages):
                         "cancelled": [row.key.name for row in hit if row.state == "planned"],
                     }
                 )
-            ours = {
-                export: path for row in ended for export, path in exports.get(row.stage, ()) if export not in revoked
-            }
-            revoked |= ours.keys()
+            places = {(record.shard, record.slice) for record in records}
+            ours = {export: path for export, (path, parts) in exports.items() if not places.isdisjoint(parts)}
+            for export in ours:
+                del exports[export]
             figures = {
                 "records": len(records),
                 "shards": shards,
@@ -244,16 +280,58 @@ class LedgerRequests(LedgerStages):
             )
             self._db.run_all("UPDATE exports SET request = ? WHERE export = ?", [(row, export) for export in exports])
 
-    def _revoke(self, requests: Sequence[int]) -> None:
-        """Erase the exports that requests revoke."""
-        for export, path, files in list(
+    def _insert_export(self, path: str, files: Mapping[str, str] | None, stages: Iterable[StageKey]) -> int:
+        """Note an export inside a transaction; without `files` it is being written, and all in the folder is its."""
+        trained = {row.key: row.stage for row in self.stages() if row.state == "trained"}
+        keys = list(stages)
+        for key in keys:
+            if key not in trained:
+                raise ValueError(f"stages of an export must be live, got {key.name}")
+        export = self._db.insert(
+            "INSERT INTO exports (path, created, files) VALUES (?, ?, ?)", (path, now(), json.dumps(files))
+        )
+        self._db.run_all("INSERT INTO export_stages VALUES (?, ?)", [(trained[key], export) for key in keys])
+        return export
+
+    def _forget_export(self, export: int) -> None:
+        self._db.run("DELETE FROM export_stages WHERE export = ?", (export,))
+        self._db.run("DELETE FROM exports WHERE export = ?", (export,))
+
+    def _sweep_exports(self) -> None:
+        """Erase and forget what is left of exports that were being written and are not any more."""
+        rows = self._db.rows("SELECT export, path, request FROM exports WHERE files = 'null'")
+        for export, path, request in rows:
+            if export in self._exporting or not path.endswith(_PARTIAL):  # no other folder is all ours
+                continue
+            try:
+                erase_folder(Path(path))
+            except OSError:  # its disk may come back
+                continue
+            with self._change("export"):
+                if request is None:
+                    self._forget_export(export)
+                else:
+                    self._db.run("UPDATE exports SET files = '{}' WHERE export = ?", (export,))
+
+    def _revoke(self, requests: Sequence[int]) -> dict[int, OSError]:
+        """Erase the exports that requests revoke; the first error of each request, whose export is tried again."""
+        failed: dict[int, OSError] = {}
+        for export, request, path, files in list(
             self._db.rows_in(
-                "SELECT export, path, files FROM exports WHERE outcome IS NULL AND request IN ({})", requests
+                "SELECT export, request, path, files FROM exports WHERE outcome IS NULL AND request IN ({})", requests
             )
         ):
-            outcome = revoke_export(Path(path), json.loads(files))
+            contents = json.loads(files)
+            try:
+                if contents is None and path.endswith(_PARTIAL):
+                    erase_folder(Path(path))
+                outcome = revoke_export(Path(path), contents or {})
+            except OSError as error:
+                failed.setdefault(request, error)
+                continue
             with self._db.transaction("revoke"):
                 self._db.run("UPDATE exports SET outcome = ? WHERE export = ?", (json.dumps(outcome), export))
+        return failed
 
     def _outcomes(self, requests: Sequence[int]) -> list[dict[str, Any]]:
         """What became of the exports that requests revoked."""

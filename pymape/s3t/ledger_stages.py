@@ -56,7 +56,8 @@ class LedgerStages(LedgerRecords):
 
     def _start_stages(self) -> None:
         self._landing: set[int] = set()  # stages whose files are being written
-        self._landed = threading.Condition(self._db.lock)
+        self._exporting: set[int] = set()  # exports that are being written
+        self._landed = threading.Condition(self._db.lock)  # notified when one of either is done
         self._cache: PrefixCache | None = None
 
     def plan(self) -> int:
@@ -118,18 +119,23 @@ class LedgerStages(LedgerRecords):
 
         Raises:
             ValueError: naming the file: it is missing or not what landed, or a request has tombstoned the stage.
+            OSError: it cannot be read now, which says nothing about what it holds.
         """
         path = self.path(row.key)
+        content, failure = b"", None
         try:
             content = path.read_bytes()
-        except OSError as error:
-            content, reason = b"", f"{error.strerror}"
-        else:
             reason = f"got one with sha256 {row_digest(content)[:12]}, not {str(row.sha256)[:12]}"
+        except FileNotFoundError as error:
+            reason = f"{error.strerror}"
+        except OSError as error:
+            failure = error
         # After the reading: a file that was overwritten meanwhile belongs to a stage that was tombstoned before.
         state = self._state(row)
         if state != "trained":
             raise ValueError(f"stage {row.key.name} must be trained and live, got one that is {state}")
+        if failure is not None:
+            raise failure
         if row_digest(content) != row.sha256:
             raise ValueError(f"stage {row.key.name} must have an intact file {str(path)!r}: {reason}")
         return content
@@ -155,7 +161,7 @@ class LedgerStages(LedgerRecords):
                 raise ValueError(f"stage must be a planned one, got {key.name}")
             row = found[0]
             if row.state != "planned" or row.stage in self._landing:
-                self._erase_late(row)
+                self.erase_late(key)
                 return False
             problem = self._difference(row, provenance)
             if problem:
@@ -172,10 +178,22 @@ class LedgerStages(LedgerRecords):
             with self._change("land"):
                 landed = self._commit_landing(row, content, provenance)
             if not landed:
-                self._erase_late(row)
+                self.erase_late(key)
             return landed
         finally:
             self._end_landing(row)
+
+    def erase_late(self, key: StageKey) -> None:
+        """Remove what a worker has cached of deleted records after they were erased, now that it is done with a stage.
+
+        Raises:
+            OSError: a file cannot be erased. The next opening tries again.
+        """
+        rows = self._db.rows_in(
+            f"SELECT name FROM records JOIN tombstones USING (record) WHERE shard = {key.shard} AND slice IN ({{}})",
+            key.prefix,
+        )
+        self._erase_cached([name.hex() for (name,) in rows])
 
     def serving(self) -> list[list[StageRow]]:
         """The chain that every shard serves, root first; an empty one is a dead shard.
@@ -194,10 +212,13 @@ class LedgerStages(LedgerRecords):
             chains.append(chain)
         return chains
 
-    def served_records(self) -> dict[int, int]:
-        """Number of records that the served stages of each live shard were trained on."""
-        with self._db.snapshot():
-            chains, counts = self.serving(), self.counts()
+    def served_records(self, chains: Sequence[Sequence[StageRow]]) -> dict[int, int]:
+        """Number of records that the served stages of each live shard were trained on.
+
+        Args:
+            chains: from `serving`, read in the same `snapshot`.
+        """
+        counts = self.counts()
         return {
             shard: sum(counts[shard][part] for part in chain[-1].key.prefix)
             for shard, chain in enumerate(chains)
@@ -326,15 +347,6 @@ class LedgerStages(LedgerRecords):
         erased = self._cache.erase(names)
         faults.checkpoint("erase: cache cleared")
         return erased
-
-    def _erase_late(self, row: StageRow) -> None:
-        """Remove what a worker has cached of deleted records after they were erased, now that it is done."""
-        rows = self._db.rows_in(
-            "SELECT name FROM records JOIN tombstones USING (record) "
-            f"WHERE shard = {row.key.shard} AND slice IN ({{}})",
-            row.key.prefix,
-        )
-        self._erase_cached([name.hex() for (name,) in rows])
 
 
 def deepest(sequences: Sequence[tuple[int, ...]], live: set[tuple[int, ...]]) -> tuple[int, int]:

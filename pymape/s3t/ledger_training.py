@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from torch import Tensor
 from tqdm import tqdm
 
 from pymape.s3t.adapters import load_base
@@ -12,7 +15,39 @@ from pymape.s3t.ledger_stages import CACHE
 from pymape.s3t.stages import StageKey, unpack_stage
 from pymape.s3t.training import StageJob, train_stage
 
-__all__ = ["replay_stage", "stage_job", "train_planned"]
+__all__ = ["Served", "read_served", "replay_stage", "stage_job", "train_planned"]
+
+
+class Served(NamedTuple):
+    """What a ledger serves at one moment.
+
+    Args:
+        stages: all that are served.
+        chains: live shard -> tensors of its stages, root first.
+        sizes: live shard -> number of records that they were trained on.
+    """
+
+    stages: list[StageKey]
+    chains: dict[int, list[dict[str, Tensor]]]
+    sizes: dict[int, int]
+
+
+def read_served(ledger: Ledger) -> Served:
+    """Read what is served; other threads may train and delete meanwhile.
+
+    Raises:
+        ValueError: a stage that is damaged or was tombstoned meanwhile.
+        OSError: one that cannot be read now.
+    """
+    with ledger.snapshot():
+        serving = ledger.serving()
+        sizes = ledger.served_records(serving)
+    chains = {
+        shard: [unpack_stage(ledger.read_stage(row), row.sha256, name=row.key.name)[0] for row in chain]
+        for shard, chain in enumerate(serving)
+        if chain
+    }
+    return Served([row.key for chain in serving for row in chain], chains, sizes)
 
 
 def train_planned(
@@ -47,6 +82,7 @@ def train_planned(
     chosen = make_engine(engine, workers=workers, address=address) if isinstance(engine, str) else engine
     folder = str(ledger.folder / CACHE) if cache and chosen.reaches_cache else None
     submitted: set[StageKey] = set()
+    open_jobs: set[StageKey] = set()
     total = ledger.stage_counts().get("planned", 0)
     bar = tqdm(total=total, desc="train", unit="stage", disable=None if progress is None else not progress)
     try:
@@ -59,6 +95,7 @@ def train_planned(
                     submitted.add(row.key)
                     job = stage_job(ledger, config, row, folder)
                     if job is not None:
+                        open_jobs.add(row.key)
                         chosen.submit(job)
             if not chosen.pending:
                 break
@@ -66,13 +103,17 @@ def train_planned(
             bar.update()
             if isinstance(result, BaseException):
                 failure = failure or result
+                ledger.erase_late(job.provenance.key)
             else:
                 landed = ledger.land(job.provenance.key, result)
                 done["trained" if landed else "discarded"] += 1
+            open_jobs.discard(job.provenance.key)
     finally:
         bar.close()
         if chosen is not engine:
             chosen.close()
+        for key in open_jobs:  # after an interruption
+            ledger.erase_late(key)
     if failure is not None:
         raise failure
     return done

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pymape.s3t.ledger_requests import names_digest
-from pymape.s3t.ledger_stages import deepest
+from pymape.s3t.ledger_stages import StageRow, deepest
 from pymape.s3t.stages import row_digest, unpack_stage
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def _stages(ledger: Ledger) -> tuple[int, list[str]]:
     """Every live stage has an intact file, made from live records, and a live parent; what is served is the deepest."""
     ledger._forget_digests()  # what is compared is what the database holds now
     problems, rows = [], ledger.stages()
+    logged = _log_of_stages(ledger)
     for row in rows:
         problem = None
         if row.state == "trained":
@@ -128,8 +129,9 @@ def _stages(ledger: Ledger) -> tuple[int, list[str]]:
                 problem = (
                     difference and f"stage {row.key.name} was not made from what the ledger holds, got {difference}"
                 )
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 problem = str(error)
+        problem = problem or _logged_problem(row, *logged)
         chain = ledger.chain(row.key)
         if not chain:
             problem = f"stage {row.key.name} must have live parents, got none"
@@ -142,6 +144,40 @@ def _stages(ledger: Ledger) -> tuple[int, list[str]]:
             if len(chain) != best and not waiting:
                 problems.append(f"shard {shard} must serve depth {best}, got {len(chain)}")
     return len(rows), problems
+
+
+def _log_of_stages(ledger: Ledger) -> tuple[dict[str, str], set[str]]:
+    """sha256 of every stage that landed, and names of those that ended, as the audit log and its receipts say.
+
+    Stages and files could be changed together, so that they agree with each other.
+    """
+    landed: dict[str, str] = {}
+    ended: set[str] = set()
+    vouched: set[str] = set()
+    with ledger.snapshot():
+        for entry in ledger.audit_log():
+            detail = json.loads(entry.detail)
+            if entry.event == "stage landed":
+                landed[detail.get("stage")] = detail.get("sha256")
+            elif entry.event == "repair planned":
+                ended.update(detail.get("damaged", []))
+            elif entry.event == "records deleted":
+                vouched.add(detail.get("receipt"))
+        receipts = [receipt for (receipt,) in ledger._db.rows("SELECT receipt FROM requests")]
+    for receipt in receipts:
+        if hashlib.sha256(receipt.encode()).hexdigest() in vouched:
+            for shard in json.loads(receipt)["shards"]:
+                ended.update(shard["stages"], shard["cancelled"])
+    return landed, ended
+
+
+def _logged_problem(row: StageRow, landed: Mapping[str, str], ended: Container[str]) -> str | None:
+    """How a live stage differs from what the audit log says."""
+    if row.key.name in ended:
+        return f"stage {row.key.name} is live, and the audit log says that it has ended"
+    if row.state == "trained" and landed.get(row.key.name) != row.sha256:
+        return f"stage {row.key.name} is not the one that landed, as the audit log says"
+    return None
 
 
 def _files(ledger: Ledger) -> tuple[int, list[str]]:

@@ -19,11 +19,10 @@ from pymape.s3t.engine import Engine
 from pymape.s3t.ensemble import Combination, Ensemble
 from pymape.s3t.export import export_ensemble
 from pymape.s3t.ledger import Ledger, RecordRow
-from pymape.s3t.ledger_training import replay_stage, train_planned
+from pymape.s3t.ledger_training import read_served, replay_stage, train_planned
 from pymape.s3t.partition import place, record_name, subject_name
 from pymape.s3t.rows import RecordCheck
 from pymape.s3t.sequences import choose_sequences
-from pymape.s3t.stages import unpack_stage
 from pymape.s3t.theory import forecast
 
 __all__ = ["S3T"]
@@ -197,8 +196,9 @@ class S3T:
             The receipt.
 
         Raises:
-            ValueError: an id that is unknown, repeated or deleted already, or a request id used for other records.
-                Nothing changes then.
+            ValueError: an id that is unknown, repeated or deleted already, or a request id used for other records:
+                nothing changes then. Or what `finish` raises, once the request is accepted.
+            OSError: the disk is full and nothing has changed, or what `finish` raises. `receipt` tells which.
         """
         names = self._names(ids, subjects, request_id)
         if not names:  # a request that is known: everybody's records are gone already
@@ -221,7 +221,12 @@ class S3T:
         return self._accept([(name, self._names(ids, (), name)) for name, ids in requests.items()], finish)
 
     def finish(self) -> None:
-        """Take every accepted request through switching, erasure and verification."""
+        """Take every accepted request through switching, erasure and verification.
+
+        Raises:
+            ValueError: a stage that was not made from what is left, or a database that another process keeps reading.
+            OSError: a file, also one of an export, cannot be erased. Calling again continues.
+        """
         self._ledger.finish()
 
     def receipt(self, request_id: str) -> dict[str, Any]:
@@ -287,11 +292,7 @@ class S3T:
 
     def chains(self) -> dict[int, list[dict[str, Any]]]:
         """Tensors of the served stages of every live shard, root first; damaged or tombstoned ones are refused."""
-        return {
-            shard: [unpack_stage(self._ledger.read_stage(row), row.sha256, name=row.key.name)[0] for row in chain]
-            for shard, chain in enumerate(self._ledger.serving())
-            if chain
-        }
+        return read_served(self._ledger).chains
 
     def ensemble(self, combination: Combination = "mean") -> Ensemble:
         """The live shards as one model.
@@ -304,7 +305,8 @@ class S3T:
             ValueError: every shard is dead, or a stage file is damaged.
         """
         base = load_base(self.config.model, self.config.labels, self._ledger.base)
-        return Ensemble(base, self.config, self.chains(), combination=combination, sizes=self._ledger.served_records())
+        served = read_served(self._ledger)
+        return Ensemble(base, self.config, served.chains, combination=combination, sizes=served.sizes)
 
     def evaluate(
         self, records: Sequence[Mapping[str, Any]], *, combination: Combination = "mean", batch_size: int = 32
@@ -328,15 +330,22 @@ class S3T:
 
         Returns:
             One {"file", "sha256"} for every file.
+
+        Raises:
+            ValueError: every shard is dead, a damaged stage file, a request that ends a stage meanwhile, or a folder
+                that has files or cannot be written. Nothing is left there then.
         """
-        stages = [row.key for chain in self._ledger.serving() for row in chain]
+        target = Path(folder).resolve()  # once: a link on the way may be another one later
+        served = read_served(self._ledger)
         return export_ensemble(
-            folder,
+            target,
             self.config,
-            self.chains(),
+            served.chains,
             sha256=self._ledger.base,
-            sizes=self._ledger.served_records(),
-            record=lambda files: self._ledger.record_export(folder, files, stages),
+            sizes=served.sizes,
+            begin=lambda temporary: self._ledger.exporting(temporary, served.stages),
+            record=lambda files: self._ledger.record_export(target, files, served.stages),
+            check=lambda: self._ledger.check_export(target),
         )
 
     def _accept(self, requests: Sequence[tuple[str, list[str]]], finish: bool) -> list[dict[str, Any]]:
@@ -364,6 +373,9 @@ class S3T:
 
     def _names(self, ids: Sequence[str], subjects: Sequence[str], request: str | None = None) -> list[str]:
         """Keyed names of records given by id and by subject; none where a known request has deleted all of them."""
+        for name, given in (("ids", ids), ("subjects", subjects)):
+            if isinstance(given, (str, bytes)):
+                raise ValueError(f"{name} must be a list, got the single {type(given).__name__} {given!r}")
         known = bool(subjects) and request is not None and self._ledger.has_request(request)
         stripped = [_identifier(identifier) for identifier in ids]
         names = [record_name(self._ledger.key, identifier) for identifier in stripped]

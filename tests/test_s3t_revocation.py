@@ -1,0 +1,154 @@
+"""Exports of a ledger are revoked whatever happens: errors, damage, links, crashes and requests while they are made."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from s3t_ledger_tools import land_all, names_in, trained_ledger
+
+from pymape.s3t.erasure import erase_files
+from pymape.s3t.ledger import Ledger
+from pymape.s3t.stages import row_digest
+
+CONTENT = b"weights of every stage"
+
+
+def write_export(ledger: Ledger, folder: Path, shard: int = 0) -> None:
+    folder.mkdir(parents=True)
+    (folder / "adapter").write_bytes(CONTENT)
+    stages = [row.key for row in ledger.serving()[shard]]
+    ledger.record_export(folder, [{"file": "adapter", "sha256": row_digest(CONTENT)}], stages)
+
+
+def test_an_export_that_cannot_be_erased_holds_up_its_request_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+
+    def refuse(paths: list[Path]) -> int:
+        if one in paths[0].parents:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return erase_files(paths)
+
+    with trained_ledger(tmp_path / "system") as ledger:
+        write_export(ledger, one, 0)
+        write_export(ledger, other, 1)
+        ledger.tombstone([(str(shard), names_in(ledger, shard, 0)[:1]) for shard in (0, 1)])
+        with monkeypatch.context() as patch:
+            patch.setattr("pymape.s3t.erasure.erase_files", refuse)
+            for _ in range(2):
+                with pytest.raises(OSError, match=f"Read-only file system: '{one}/adapter'"):
+                    ledger.finish()
+                assert [receipt["state"] for receipt in ledger.requests()] == ["switched", "verified"]
+            assert not other.exists()
+            assert ledger.verify()["problems"] == []
+            ledger.close()
+            ledger = Ledger(tmp_path / "system")  # opening does what it can
+            assert ledger.exports()[0]["outcome"] is None
+        ledger.finish()
+        assert ledger.receipt("0")["state"] == "verified"
+        assert ledger.exports()[0]["outcome"]["erased"] == ["adapter"]
+        assert not one.exists()
+        assert ledger.verify()["problems"] == []
+        ledger.close()
+
+
+def test_an_export_of_stages_that_were_replaced_is_revoked(tmp_path: Path) -> None:
+    with trained_ledger(tmp_path / "system") as ledger:
+        write_export(ledger, tmp_path / "export")
+        ledger.path(ledger.serving()[0][0].key).unlink()
+        ledger.repair()
+        land_all(ledger)
+        names = names_in(ledger, 0, 2)[:1]
+        assert ledger.plan_deletion(names)["exports"] == [str(tmp_path / "export")]
+        ledger.tombstone([("first", names)])
+        ledger.finish()
+        assert not (tmp_path / "export").exists()
+
+
+def test_an_export_is_found_without_the_link_that_led_to_it(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    with trained_ledger(tmp_path / "system") as ledger:
+        write_export(ledger, tmp_path / "link" / "export")
+        (tmp_path / "link").unlink()
+        ledger.tombstone([("first", names_in(ledger, 0, 0)[:1])])
+        ledger.finish()
+        assert list((tmp_path / "disk").iterdir()) == []
+
+
+@pytest.mark.parametrize("request_too", [False, True])
+def test_an_export_that_a_crash_interrupts_is_erased_at_the_next_opening(tmp_path: Path, request_too: bool) -> None:
+    partial = tmp_path / ".export.x.partial"
+    with trained_ledger(tmp_path / "system") as ledger:
+        names = names_in(ledger, 0, 0)[:1]
+    code = f"""
+import os
+from pathlib import Path
+from pymape.s3t.ledger import Ledger
+ledger, partial = Ledger({str(tmp_path / "system")!r}), Path({str(partial)!r})
+with ledger.exporting(partial, [row.key for row in ledger.serving()[0]]):
+    (partial / "shard-00").mkdir(parents=True)
+    (partial / "shard-00" / "adapter").write_bytes({CONTENT!r})
+    if {request_too}:
+        ledger.tombstone([("first", {names!r})])
+    os._exit(9)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    os.link(partial / "shard-00" / "adapter", tmp_path / "link")
+    with Ledger(tmp_path / "system") as ledger:
+        assert not partial.exists()
+        assert not any((tmp_path / "link").read_bytes())
+        assert [entry["path"] for entry in ledger.exports()] == [str(partial)] * request_too
+        assert [receipt["state"] for receipt in ledger.requests()] == ["verified"] * request_too
+        assert ledger.verify()["problems"] == []
+
+
+def test_a_request_waits_for_an_export_that_is_being_written(tmp_path: Path) -> None:
+    partial, states = tmp_path / ".export.x.partial", []
+    partial.mkdir()
+    with trained_ledger(tmp_path / "system") as ledger:
+        stages = [row.key for row in ledger.serving()[0]]
+        with ledger.exporting(partial, stages):
+            ledger.tombstone([("first", names_in(ledger, 0, 0)[:1]), ("second", names_in(ledger, 1, 0)[:1])])
+            finisher = threading.Thread(target=ledger.finish)
+            finisher.start()
+            finisher.join(0.3)
+            states += [receipt["state"] for receipt in ledger.requests()]
+            with pytest.raises(ValueError, match="stages of an export must be live, got shard00-0-g0"):
+                ledger.record_export(tmp_path / "export", [], stages)
+            partial.rmdir()
+        finisher.join()
+        assert states == ["switched", "switched"]
+        assert [receipt["state"] for receipt in ledger.requests()] == ["verified", "verified"]
+        with (
+            pytest.raises(ValueError, match="stages of an export must be live, got shard00-0-g0"),
+            ledger.exporting(partial, stages),
+        ):
+            pass
+
+
+def test_an_export_without_a_request_holds_up_nothing(tmp_path: Path) -> None:
+    partial: Any = tmp_path / ".export.x.partial"
+    with trained_ledger(tmp_path / "system") as ledger:
+        with ledger.exporting(partial, [row.key for row in ledger.serving()[0]]):
+            ledger.tombstone([("first", names_in(ledger, 1, 0)[:1])])
+            ledger.finish()
+            assert ledger.receipt("first")["state"] == "verified"
+        assert ledger._db.value("SELECT count(*) FROM exports") == 0
+
+
+def test_an_export_that_was_revoked_before_it_was_there_is_noticed(tmp_path: Path) -> None:
+    with trained_ledger(tmp_path / "system") as ledger:
+        ledger.record_export(tmp_path / "export", [], [row.key for row in ledger.serving()[0]])
+        ledger.check_export(tmp_path / "export")
+        ledger.tombstone([("first", names_in(ledger, 0, 0)[:1])])
+        with pytest.raises(ValueError, match="stages of an export must be live, got some that request 'first' has"):
+            ledger.check_export(tmp_path / "export")
