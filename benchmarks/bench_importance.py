@@ -100,7 +100,8 @@ def compare_with_file_order(
     report: Report, model: nn.Module, records: list[dict[str, Any]], name: str, rounds: int
 ) -> None:
     kept, in_order = (importance(model, records, bucket=bucket, progress=False) for bucket in (True, False))
-    torch.testing.assert_close(kept.filters, in_order.filters, rtol=1e-3, atol=1e-3 * float(kept.filters.abs().max()))
+    near = 1e-3 if report.device == "cpu" else 1e-1  # bf16 on a GPU, where other sizes may take other kernels
+    torch.testing.assert_close(kept.filters, in_order.filters, rtol=near, atol=near * float(kept.filters.abs().max()))
     cases = alternate(
         f"{len(records)} {name}",
         {
@@ -156,8 +157,10 @@ def to_first_heads(model: Any) -> Callable[[dict[str, Tensor]], tuple[Any, Any]]
             return (leaves[0], *args[1:])
 
         handle = find_layers(model)[0].output.register_forward_pre_hook(cut)
-        outputs = model(**batch)
-        handle.remove()
+        try:
+            outputs = model(**batch)
+        finally:
+            handle.remove()
         return outputs, leaves[0]
 
     return forward

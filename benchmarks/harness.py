@@ -7,6 +7,7 @@ import functools
 import json
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -150,9 +151,11 @@ def plot(report: Mapping[str, Any], path: str | Path) -> None:
 
 def machine() -> dict[str, Any]:
     """Return what a reader needs to judge the times: processor, threads, versions, commit."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    ).stdout.strip()
+    commit = ""
+    if shutil.which("git"):
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+        commit = found.stdout.strip()
     return {
         "processor": _processor(),
         "threads": torch.get_num_threads(),
