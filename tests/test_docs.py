@@ -10,11 +10,9 @@ from typing import Any
 import pandas as pd
 import torch
 from model_zoo import tiny_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from session_tools import WORDS, write_files
 from trainer_tools import arguments, collate, records
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 import pymape
 from pymape.objectives import objective_names
@@ -57,15 +55,9 @@ def test_the_example_of_masks_runs(tmp_path, monkeypatch, capsys):
 
 def test_the_examples_with_own_data_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = [f"w{number}" for number in range(40)]
-    vocabulary = {word: row for row, word in enumerate(["[PAD]", "[UNK]", *words])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
-        "my-model"
-    )
-    tiny_model("gpt2", max_position_embeddings=128).save_pretrained("my-model")
-    texts = [" ".join(words[row : row + 4]) for row in range(12)]
+    write_files(tmp_path, "gpt2")
+    Path("model").rename("my-model")
+    texts = [" ".join(WORDS[row : row + 4]) for row in range(12)]
     rows = [[row, text, text, "A. Writer" if row < 3 else "B. Writer"] for row, text in enumerate(texts)]
     pd.DataFrame(rows, columns=["id", "question", "answer", "author"]).to_csv("questions.csv", index=False)
     pd.DataFrame({"id": ["17", "204", *"abcdef"], "text": texts[:8]}).to_csv("records.csv", index=False)
