@@ -129,13 +129,15 @@ def plain_pass(
     """Forward, and backward to one activation, of the stock model with frozen weights."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    with nullcontext() if kernel is None else sdpa_kernel(kernel):
-        for batch in batches:
-            placed = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
-            outputs, leaf = activation({key: value for key, value in placed.items() if key != "labels"})
-            torch.autograd.grad(per_sample_loss(model, placed, outputs).sum(), leaf)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    try:
+        with nullcontext() if kernel is None else sdpa_kernel(kernel):
+            for batch in batches:
+                placed = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
+                outputs, leaf = activation({key: value for key, value in placed.items() if key != "labels"})
+                torch.autograd.grad(per_sample_loss(model, placed, outputs).sum(), leaf)
+    finally:
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
 
 
 def to_inputs(model: Any) -> Callable[[dict[str, Tensor]], tuple[Any, Any]]:

@@ -1,7 +1,8 @@
 """Attention with gated heads, and the gate alone, against torch's attention kernels followed by a gate.
 
 A step is a forward and a backward pass in which queries, keys, values and gates all get gradients: those of the gates
-are the head scores. SDPA runs once with each of torch's kernels; its gate is eager, as a user would write it.
+are the head scores. SDPA runs once with each of torch's kernels; its gate is eager, as a user would write it: rounded
+to the dtype of the output first.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ def _gates(name: str, dtype: torch.dtype, device: str) -> list[Case]:
     inputs = output.requires_grad_(), torch.rand(batch, layer.heads, device=device, requires_grad=True)
     functions = {
         "pymape": gate_heads,
-        "eager": gate_heads_reference,
-        "torch.compile": compiled(gate_heads_reference),
+        "eager": _eager_gate,
+        "torch.compile": compiled(_eager_gate),
     }
     cases = compare(
         f"gate_heads step, {name} {'x'.join(map(str, output.shape))} {str(dtype)[6:]}",
@@ -182,7 +183,11 @@ def _with_kernel(kernel: SDPBackend, attention: Attention, *inputs: Tensor) -> T
 def _sdpa_and_gate(causal: bool, query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
     grouped = query.shape[1] != key.shape[1]
     output = F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=grouped)
-    return (output * gate[..., None, None]).to(output.dtype)
+    return output * gate.to(output.dtype)[..., None, None]
+
+
+def _eager_gate(output: Tensor, gate: Tensor) -> Tensor:
+    return gate_heads_reference(output, gate.to(output.dtype))
 
 
 def _flex(causal: bool, tokens: int, device: str) -> Attention:
@@ -195,7 +200,7 @@ def _flex(causal: bool, tokens: int, device: str) -> Attention:
     def attention(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
         grouped = query.shape[1] != key.shape[1]
         output = flex_attention(query, key, value, block_mask=mask, enable_gqa=grouped)
-        return (output * gate[..., None, None]).to(output.dtype)
+        return output * gate.to(output.dtype)[..., None, None]
 
     return compiled(attention)
 

@@ -1,7 +1,8 @@
 """The first half of a feed-forward block with gated filters, and its elementwise part alone, forward and backward.
 
 A step is a forward and a backward pass that yields the gradient of the input and the filter scores, with frozen
-weights: what an importance pass does.
+weights: what an importance pass does. Gates are in fp32; eager rounds them, and a bias, to the model's dtype first, as
+a user would: multiplied as they are, they would turn every tensor behind them to fp32.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ def _activation(name: str, layer: LayerShape, dtype: torch.dtype, device: str) -
     def call(op: Callable[..., Tensor], pre: Tensor, gate: Tensor, *up: Tensor) -> Tensor:
         return op(pre, gate, bias=bias.to(gate.dtype), up=up[0] if up else None, activation=layer.activation)
 
-    ops: dict[str, Callable[..., Tensor]] = {"pymape": masked_activation, "eager": masked_activation_reference}
+    ops: dict[str, Callable[..., Tensor]] = {"pymape": masked_activation, "eager": _eager_activation}
     if device != "cpu" or layer.compiled_on_cpu:
-        ops["torch.compile"] = compiled(masked_activation_reference)
+        ops["torch.compile"] = compiled(_eager_activation)
     alone = _plain_activation(layer.activation)
     cases = compare(
         f"activation, {name} {'x'.join(map(str, shape))} {str(dtype)[6:]}",
@@ -114,7 +115,7 @@ def _block_providers(
         yield f"pymape, {backend}", lambda x, gate, b=backend: masked_ffn(x, weight, bias, gate, **block, backend=b)
 
     def eager(x: Tensor, gate: Tensor) -> Tensor:
-        return masked_ffn_reference(x, weight, bias, gate, **block)
+        return masked_ffn_reference(x, weight, bias, gate.to(x.dtype), **block)
 
     yield "eager", eager
     if compiles:
@@ -126,14 +127,14 @@ def _block_providers(
 def _epilogue(weight: Tensor, bias: Tensor, x: Tensor, gate: Tensor) -> Tensor:
     """Bias and GELU in the product's epilogue; torch has no derivative of it."""
     hidden = torch._addmm_activation(bias, x.flatten(0, 1), weight.t(), use_gelu=True).view(*x.shape[:2], -1)
-    return (hidden * gate.unsqueeze(1)).to(x.dtype)
+    return hidden * gate.to(x.dtype).unsqueeze(1)
 
 
 def _liger(weight: Tensor, up_weight: Tensor, x: Tensor, gate: Tensor) -> Tensor:
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
     hidden = LigerSiLUMulFunction.apply(F.linear(x, weight), F.linear(x, up_weight))
-    return (hidden * gate.unsqueeze(1)).to(x.dtype)
+    return hidden * gate.to(x.dtype).unsqueeze(1)
 
 
 def _in_double(weight: Tensor, bias: Tensor | None, block: dict[str, Any]) -> Callable[..., Tensor]:
@@ -142,6 +143,11 @@ def _in_double(weight: Tensor, bias: Tensor | None, block: dict[str, Any]) -> Ca
     return lambda x, gate: masked_ffn_reference(
         x, weight.double(), None if bias is None else bias.double(), gate, **wide
     )
+
+
+def _eager_activation(pre: Tensor, gate: Tensor, *, bias: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    gate, bias = gate.to(pre.dtype), bias.to(pre.dtype)
+    return masked_activation_reference(pre, gate, bias=bias, up=up, activation=activation)
 
 
 def _plain_activation(activation: str) -> Callable[[Tensor], Tensor]:

@@ -1,8 +1,8 @@
 """Everything a GPU machine has to show, part by part: `python -m benchmarks.gpu [PART ...]`, or `make gpu`.
 
-Each part takes minutes, needs no network and leaves `build/gpu/SOURCES/PART.json`, where SOURCES is a digest of the
-code; a part that passed for the same code on the same GPU is skipped, so that a run that was cut off goes on. At the
-end the benchmarks that are done are gathered in `benchmarks/results/GPU.json` and `GPU.md`.
+Each part takes minutes, needs no network and leaves `build/gpu/SOURCES-GPU/PART.json`, where SOURCES is a digest of
+the code; a part that passed for the same code on the same GPU is skipped, so that a run that was cut off goes on. At
+the end the benchmarks that are done are gathered in `benchmarks/results/GPU.json` and `GPU.md`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -142,18 +143,23 @@ def run(part: Part, folder: Path, limit: float = LIMIT) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     log, start = folder / f"{part.name}.log", time.monotonic()
     with log.open("w") as output:
+        command = subprocess.Popen(
+            part.command,
+            cwd=ROOT,
+            env={**os.environ, **part.environment},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # so that what it has started ends with it
+        )
         try:
-            command = subprocess.run(
-                part.command,
-                cwd=ROOT,
-                env={**os.environ, **part.environment},
-                stdout=output,
-                stderr=output,
-                timeout=limit,
-            )
-            outcome = "passed" if command.returncode == 0 else f"failed with status {command.returncode}"
+            status = command.wait(limit)
+            outcome = "passed" if status == 0 else f"failed with status {status}"
         except subprocess.TimeoutExpired:
             outcome = f"stopped after {limit:g} s"
+        finally:
+            if command.poll() is None:
+                os.killpg(command.pid, signal.SIGKILL)
+                command.wait()
     seconds = time.monotonic() - start
     print(f"{part.name}: {outcome}, {seconds:.0f} s, {log}", flush=True)
     if outcome != "passed":
@@ -174,7 +180,7 @@ def gather(folder: Path, gpu: str, results: Path = RESULTS) -> Path | None:
     }
     if not reports:
         return None
-    path = results / f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
+    path = results / f"{_file_name(gpu)}.json"
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(reports, indent=1) + "\n")
     with atomic_write(path.with_suffix(".md")) as temporary:
@@ -184,6 +190,10 @@ def gather(folder: Path, gpu: str, results: Path = RESULTS) -> Path | None:
         for name, report in reports.items():
             plot(report, path.with_suffix("") / f"{name}.svg")
     return path
+
+
+def _file_name(gpu: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -204,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"missing: {', '.join(missing)}", file=sys.stderr)
         return 1
     gpu, arch = torch.cuda.get_device_name(), "{}{}".format(*torch.cuda.get_device_capability())
-    folder = ROOT / "build" / "gpu" / f"{source_digest()}-sm{arch}"
+    folder = ROOT / "build" / "gpu" / f"{source_digest()}-{_file_name(gpu)}"
     failed = []
     for part in parts(arch, folder):
         if part.name in chosen and not run(part, folder):

@@ -9,6 +9,7 @@ from typing import Any
 __all__ = ["TARGETS", "Target", "table"]
 
 Reports = Mapping[str, Mapping[str, Any]]  # part of `benchmarks.gpu` -> what its benchmark wrote
+Figures = list[float | None]
 _NOISE = 0.98  # of two equally fast calls, either may come out this much behind
 
 
@@ -20,14 +21,14 @@ class Target:
         operator: what is measured.
         text: the target in words.
         parts: the parts of `make gpu` that measure it.
-        found: the figures of these parts' reports.
+        found: the figures of these parts' reports; None for each that is missing, as where a contender cannot run.
         least, most: what they must be.
     """
 
     operator: str
     text: str
     parts: tuple[str, ...]
-    found: Callable[[Sequence[Mapping[str, Any]]], list[float]]
+    found: Callable[[Sequence[Mapping[str, Any]]], Figures]
     least: float | None = None
     most: float | None = None
 
@@ -35,12 +36,14 @@ class Target:
         """What a table says: the worst figure and whether it is good enough, once all parts have run."""
         if not all(part in reports for part in self.parts):
             return "not yet measured"
-        figures = self.found([case for part in self.parts for case in reports[part]["cases"]])
+        wanted = self.found([case for part in self.parts for case in reports[part]["cases"]])
+        figures = [figure for figure in wanted if figure is not None]
         if not figures:
             return "not measured: no such case ran"
         worst = min(figures) if self.least is not None else max(figures)
         reached = worst >= self.least if self.least is not None else worst <= (self.most or 0.0)
-        return f"{worst:.3g}, {'reached' if reached else '**missed**'}"
+        shown = f" in {len(figures)} of {len(wanted)} cases, the others did not run" if None in wanted else ""
+        return f"{worst:.3g}, {'reached' if reached else '**missed**'}{shown}"
 
 
 def table(reports: Reports) -> str:
@@ -54,23 +57,21 @@ def table(reports: Reports) -> str:
 
 def _figures(
     figure: str, provider: str | tuple[str, ...], *shapes: str
-) -> Callable[[Sequence[Mapping[str, Any]]], list[float]]:
-    """A figure of the providers' cases whose shape contains one of `shapes`."""
+) -> Callable[[Sequence[Mapping[str, Any]]], Figures]:
+    """A figure of the providers' cases, for every one of `shapes` those whose shape contains it."""
     providers = (provider,) if isinstance(provider, str) else provider
 
-    def find(cases: Sequence[Mapping[str, Any]]) -> list[float]:
-        return [
-            case["figures"][figure]
-            for case in cases
-            if case["provider"] in providers
-            and any(shape in case["shape"] for shape in shapes)
-            and figure in case["figures"]
-        ]
+    def find(cases: Sequence[Mapping[str, Any]]) -> Figures:
+        found: Figures = []
+        for shape in shapes:
+            asked = [case for case in cases if case["provider"] in providers and shape in case["shape"]]
+            found += [case["figures"].get(figure) for case in asked] or [None]
+        return found
 
     return find
 
 
-def _seconds(provider: str, shape: str) -> Callable[[Sequence[Mapping[str, Any]]], list[float]]:
+def _seconds(provider: str, shape: str) -> Callable[[Sequence[Mapping[str, Any]]], Figures]:
     return lambda cases: [c["median_s"] for c in cases if c["provider"] == provider and shape in c["shape"]]
 
 

@@ -208,7 +208,8 @@ struct Layer {
     __syncthreads();
   }
 
-  // What a gain must reach when `alone` is one of its terms. One lane reads for all, so that a warp never disagrees.
+  // What a gain must reach when `alone` is one of its terms. One lane's reading counts for all, so that a warp never
+  // disagrees; beside atomicMax it need not be an atomic: to the memory model a volatile read is a relaxed one.
   __device__ double limit(const Exchange& best, double alone) const {
     double found = __longlong_as_double(static_cast<long long>(*static_cast<volatile unsigned long long*>(floor)));
     found = fmax(best.gain, __shfl_sync(kAllLanes, found, 0));

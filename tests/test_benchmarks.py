@@ -204,11 +204,17 @@ def test_a_part_runs_until_it_has_passed_and_never_again(tmp_path: Path, capfd: 
     assert "part: passed before, skipped" in output
 
 
-def test_a_part_that_hangs_is_stopped_and_has_not_passed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    part = gpu.Part("slow", (sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"))
-    assert not gpu.run(part, tmp_path, limit=2)
+def test_a_part_that_hangs_is_stopped_with_all_that_it_started(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sleep = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleep!r}])"
+    part = gpu.Part("slow", (sys.executable, "-c", code))
+    assert not gpu.run(part, tmp_path, limit=5)
     assert not (tmp_path / "slow.done.json").exists()
-    assert "slow: stopped after 2 s" in capfd.readouterr().out
+    assert "slow: stopped after 5 s" in capfd.readouterr().out
+    started = Path("/proc", (tmp_path / "pid").read_text(), "stat")
+    assert not started.exists() or started.read_text().rsplit(")", 1)[1].split()[0] in "ZX"
 
 
 def test_a_tool_that_is_not_installed_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -280,12 +286,18 @@ def test_the_worst_figure_of_a_target_counts() -> None:
     copy, *_ = targets.TARGETS
     assert copy.measured({}) == "not yet measured"
 
-    def report(*shares: float) -> dict:
-        cases = [Case(f"Llama-3-8B filters {i}", "pymape", 1, 1, 1, {"% of copy": x}) for i, x in enumerate(shares)]
+    def report(**shares: float | None) -> dict:
+        cases = [
+            Case(f"{layer.replace('_', '-')} filters", "pymape", 1, 1, 1, {} if x is None else {"% of copy": x})
+            for layer, x in shares.items()
+        ]
         return {"module_scores": asdict(Report("module_scores", "cuda", cases=cases))}
 
-    assert copy.measured(report(91.0, 88.5)) == "88.5, reached"
-    assert copy.measured(report(91.0, 80.0)) == "80, **missed**"
+    assert copy.measured(report(RoBERTa_large=91.0, Llama_3_8B=88.5)) == "88.5, reached"
+    assert copy.measured(report(RoBERTa_large=91.0, Llama_3_8B=80.0)) == "80, **missed**"
+    part = "91, reached in 1 of 2 cases, the others did not run"
+    assert copy.measured(report(RoBERTa_large=91.0)) == part
+    assert copy.measured(report(RoBERTa_large=91.0, Llama_3_8B=None)) == part
     assert copy.measured(report()) == "not measured: no such case ran"
     seconds = next(target for target in targets.TARGETS if target.operator == "`greedy_swap`")
     case = asdict(Case("swap 32x14336, 256 + 256 samples", "pymape", 0.75, 0.7, 0.8))
