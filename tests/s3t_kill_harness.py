@@ -34,7 +34,7 @@ from typing import Any
 os.environ |= {"OMP_NUM_THREADS": "1"}
 
 from s3t_ledger_tools import name_of
-from s3t_life import ACKNOWLEDGED, BATCHES, live, state_of
+from s3t_life import ACKNOWLEDGED, BATCHES, PARTIAL, live, state_of
 
 from pymape.prefix_cache import PrefixCache
 from pymape.s3t import faults
@@ -188,6 +188,7 @@ def check(folder: Path) -> tuple[bool, list[str]]:
         erased = PrefixCache(system / CACHE).erase(deleted)
         wrong += [f"{erased} cached states of deleted records"] if erased else []
     wrong += [f"left over: {path.name}" for path in system.iterdir() if path.name not in _KEPT]
+    wrong += [f"half written: {path.name}" for path in folder.glob(f"*{PARTIAL}")]
     over = "c1" in states
     if over and (folder / "export").exists():
         wrong.append("the export is there")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ FIRST = [[("a1", [0]), ("a2", [3, 4])], [("a3", [1, 2])], [("a4", [9])]]  # batc
 SECOND = [[("b1", [12])], [("b2", [18, 30]), ("b3", [5])], [("b4", [10])]]
 LAST = [[("c1", [35])]]
 BATCHES = FIRST + SECOND + LAST
+PARTIAL = ".partial"  # the suffix that says that all in an export's folder is the ledger's
 ACKNOWLEDGED = [request for batch in BATCHES for request, _ in batch]
 Report = Callable[[str], Any]
 
@@ -90,12 +92,17 @@ def landing(book: Ledger) -> Iterator[None]:
 
 
 def write_export(book: Ledger, export: Path) -> None:
-    export.mkdir(exist_ok=True)
+    """As `export_ensemble` does, in the order of its steps: begin, write, record, move."""
     chain = book.serving()[1]
-    for row in chain:
-        (export / f"{row.key.name}.safetensors").write_bytes(book.read_stage(row))
-    files = [{"file": path.name, "sha256": file_hash(path)} for path in sorted(export.iterdir())]
-    book.record_export(export, files, [row.key for row in chain])
+    keys, partial = [row.key for row in chain], export.with_suffix(PARTIAL)
+    with book.exporting(partial, keys):
+        partial.mkdir()
+        for row in chain:
+            (partial / f"{row.key.name}.safetensors").write_bytes(book.read_stage(row))
+        files = [{"file": path.name, "sha256": file_hash(path)} for path in sorted(partial.iterdir())]
+        book.record_export(export, files, keys)
+        shutil.rmtree(export, ignore_errors=True)  # of a life that was interrupted after this
+        partial.rename(export)
 
 
 def state_of(book: Ledger) -> dict[str, Any]:

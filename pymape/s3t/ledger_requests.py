@@ -140,7 +140,7 @@ class LedgerRequests(LedgerStages):
         """
         path = os.path.realpath(folder)
         with self._db.lock:
-            with self._change("export"):
+            with self._change("begin export"):
                 export = self._insert_export(path, None, stages)
             self._exporting.add(export)
         try:
@@ -307,7 +307,7 @@ class LedgerRequests(LedgerStages):
                 erase_folder(Path(path))
             except OSError:  # its disk may come back
                 continue
-            with self._change("export"):
+            with self._change("forget export"):
                 if request is None:
                     self._forget_export(export)
                 else:
