@@ -118,6 +118,21 @@ def test_repair_restores_depth_without_the_record(tmp_path: Path, bases: dict[st
             system.ingest([record for record in make_records("bert", RECORDS) if record["id"] == gone])
 
 
+def test_stages_of_other_options_than_the_system_s_are_found(tmp_path: Path, bases: dict[str, str]) -> None:
+    """Somebody changes the seed in the database: every stage says that it was trained with another."""
+    with make_system(tmp_path / "system", bases["bert"]) as system:
+        system.train(engine="inline")
+        assert system.verify()["ok"]
+        trained = system.status()["stages"]["trained"]
+        settings = system._ledger.settings | {"seed": 1}
+        with system._ledger._db.transaction("test"):
+            system._ledger._db.run("UPDATE system SET value = ? WHERE name = 'settings'", (json.dumps(settings),))
+    report = S3T(tmp_path / "system", read_only=True).verify()
+    assert not report["ok"]
+    assert len(report["problems"]) == trained
+    assert report["problems"][0].endswith(" was trained with another seed than the system's")
+
+
 def test_a_request_during_training_discards_what_was_trained_on_its_records(
     tmp_path: Path, bases: dict[str, str]
 ) -> None:

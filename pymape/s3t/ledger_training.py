@@ -13,9 +13,9 @@ from pymape.s3t.engine import Engine, make_engine
 from pymape.s3t.ledger import Ledger, StageRow
 from pymape.s3t.ledger_stages import CACHE
 from pymape.s3t.stages import StageKey, unpack_stage
-from pymape.s3t.training import StageJob, train_stage
+from pymape.s3t.training import StageJob, config_digest, stage_seed, train_stage
 
-__all__ = ["Served", "read_served", "replay_stage", "stage_job", "train_planned"]
+__all__ = ["Served", "other_options", "read_served", "replay_stage", "stage_job", "train_planned"]
 
 
 class Served(NamedTuple):
@@ -135,6 +135,24 @@ def stage_job(ledger: Ledger, config: S3TConfig, row: StageRow, cache: str | Non
         rows = [tuple(ledger.records(row.key.shard, [part])) for part in row.key.prefix]
         parents = [ledger.read_stage(parent) for parent in chain[:-1]]
         return StageJob.of(config, row.key, ledger.base, rows, parents, cache)
+
+
+def other_options(ledger: Ledger, config: S3TConfig) -> list[str]:
+    """A sentence for every trained stage whose provenance names other options or another seed than the system's."""
+    digest, problems = config_digest(config), []
+    with ledger.snapshot():
+        for row in ledger.stages():
+            if row.state != "trained":
+                continue
+            try:
+                provenance = ledger.provenance(row)
+            except ValueError:  # which `Ledger.verify` reports
+                continue
+            if provenance.config != digest:
+                problems.append(f"stage {row.key.name} was trained with other options than the system's")
+            if provenance.seed != stage_seed(config.seed, row.key):
+                problems.append(f"stage {row.key.name} was trained with another seed than the system's")
+    return problems
 
 
 def replay_stage(ledger: Ledger, config: S3TConfig) -> tuple[str | None, str | None]:

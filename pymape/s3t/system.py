@@ -19,7 +19,7 @@ from pymape.s3t.engine import Engine
 from pymape.s3t.ensemble import Combination, Ensemble
 from pymape.s3t.export import export_ensemble
 from pymape.s3t.ledger import Ledger, RecordRow
-from pymape.s3t.ledger_training import read_served, replay_stage, train_planned
+from pymape.s3t.ledger_training import other_options, read_served, replay_stage, train_planned
 from pymape.s3t.partition import place, record_name, subject_name
 from pymape.s3t.rows import RecordCheck
 from pymape.s3t.sequences import choose_sequences
@@ -275,7 +275,7 @@ class S3T:
         """Check everything that can be checked.
 
         Audit chain, database, checksum and provenance of every stage file, agreement of provenance with the records
-        that are left, absence of deleted records and of files that nothing refers to.
+        that are left and with the system's options, absence of deleted records and of files that nothing refers to.
 
         Args:
             replay: also train one served stage again and compare bit by bit.
@@ -284,10 +284,11 @@ class S3T:
             {"ok": bool, "problems": [sentences], "checked": {...}}.
         """
         report = self._ledger.verify()
+        report["problems"] += other_options(self._ledger, self.config)
         if replay:
             report["checked"]["replayed"], problem = replay_stage(self._ledger, self.config)
             report["problems"] += [problem] if problem else []
-            report["ok"] = not report["problems"]
+        report["ok"] = not report["problems"]
         return report
 
     def chains(self) -> dict[int, list[dict[str, Any]]]:
