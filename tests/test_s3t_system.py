@@ -169,6 +169,12 @@ def test_subjects_are_deleted_together_and_share_a_slice(tmp_path: Path, bases: 
         assert system.delete(subjects=["person-3"], request_id="person") == receipt
         with pytest.raises(ValueError, match="subjects must have records, got 'person-3' with none"):
             system.delete(subjects=["person-3"], request_id="again")
+        both = system.delete(["r6"], "both", subjects=["person-7"])
+        assert both["records"] == 3
+        assert system.delete(["r6"], "both", subjects=["person-7"]) == both
+        for ids, subjects in ((["r8"], ["person-7"]), (["r6"], ["person-9"])):
+            with pytest.raises(ValueError, match="request_id must be new for other records, got 'both', which is known"):
+                system.delete(ids, "both", subjects=subjects)
 
 
 def test_subjects_may_be_numbers_and_missing(tmp_path: Path, bases: dict[str, str]) -> None:

@@ -373,21 +373,26 @@ class S3T:
             yield RecordRow.of(name, about, shard, part, content, identifier)
 
     def _names(self, ids: Sequence[str], subjects: Sequence[str], request: str | None = None) -> list[str]:
-        """Keyed names of records given by id and by subject; none where a known request has deleted all of them."""
+        """Keyed names of records given by id and by subject; none where a known request has deleted all of them.
+
+        Nobody can say any more which records a deleted subject had: such a request is taken for the one that is known.
+        """
         for name, given in (("ids", ids), ("subjects", subjects)):
             if isinstance(given, (str, bytes)):
                 raise ValueError(f"{name} must be a list, got the single {type(given).__name__} {given!r}")
         known = bool(subjects) and request is not None and self._ledger.has_request(request)
         stripped = [_identifier(identifier) for identifier in ids]
         names = [record_name(self._ledger.key, identifier) for identifier in stripped]
-        self._ledger.require_live(names, stripped, request)
+        deleted = all(record.request is not None for record in self._ledger.require_live(names, stripped, request))
         wanted = dict.fromkeys(names)
         for subject in subjects:
             found = self._ledger.names_of_subject(subject_name(self._ledger.key, _identifier(subject)))
             if not found and not known:
                 raise ValueError(f"subjects must have records, got {subject!r} with none")
             wanted |= dict.fromkeys(found)
-        if not wanted and not known:
+        if known and deleted and len(wanted) == len(names):
+            return []
+        if not wanted:
             raise ValueError("ids must name at least one record, got none")
         return list(wanted)
 
