@@ -10,6 +10,8 @@ import pytest
 from session_tools import write_files
 
 from pymape.cli import main
+from pymape.s3t import S3T
+from pymape.s3t.tables import Columns, read_records
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +104,18 @@ def test_bad_input_is_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "system" / "ledger.sqlite").exists()
+
+
+def test_a_new_head_on_a_language_model_takes_labels_of_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With `--labels`, what the base was made for says nothing about the records."""
+    write_files(tmp_path, "llama", records=12)
+    system = tmp_path / "system"
+    small = ("--labels", 3, "--shards", 1, "--slices", 2, "--stage.max-length", 8)
+    run(capsys, "init", system, "--model", tmp_path / "model", *small)
+    assert result(capsys, "ingest", system, "--data", tmp_path / "train.csv")["added"] == 12
+    with S3T(system, read_only=True) as opened:
+        records = read_records(tmp_path / "train.csv", opened.config, Columns())
+    assert [record["labels"] for record in records] == [row % 3 for row in range(12)]
+    assert "id" not in records[0]

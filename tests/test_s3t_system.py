@@ -173,7 +173,7 @@ def test_subjects_are_deleted_together_and_share_a_slice(tmp_path: Path, bases: 
         assert both["records"] == 3
         assert system.delete(["r6"], "both", subjects=["person-7"]) == both
         for ids, subjects in ((["r8"], ["person-7"]), (["r6"], ["person-9"])):
-            with pytest.raises(ValueError, match="request_id must be new for other records, got 'both', which is known"):
+            with pytest.raises(ValueError, match="must be new for other records, got 'both', which is known"):
                 system.delete(ids, "both", subjects=subjects)
 
 

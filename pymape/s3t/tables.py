@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from pymape.data import Records, load_records, read_table, validate_labels
+from pymape.s3t.adapters import model_class
 from pymape.s3t.config import S3TConfig
 
 __all__ = ["Columns", "read_records"]
@@ -54,22 +55,20 @@ def read_records(path: str | Path, config: S3TConfig, columns: Columns) -> list[
         table = Records([], read_table(path, "data"), str(path))
     else:
         table = load_records(path, columns.id)
-    settings: Any = AutoConfig.from_pretrained(config.model, local_files_only=True)
-    architecture = (settings.architectures or [""])[0]
+    kind, settings = model_class(config.model, config.labels)
     fields: dict[str, Sequence[Any]]
-    if "ForImageClassification" in architecture:
+    if kind.__name__.endswith("ForImageClassification"):
         fields = {_IMAGE: table.column(_IMAGE)}
     else:
         tokenizer = AutoTokenizer.from_pretrained(config.model, local_files_only=True)
         texts = _texts(table, columns.text, "text_column")
         pairs = None if columns.text_pair is None else _texts(table, columns.text_pair, "text_pair_column")
         fields = dict(tokenizer(texts, pairs, truncation=True, max_length=config.stage.max_length))
-    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+    if kind.__name__.endswith(("ForCausalLM", "LMHeadModel")):
         fields["labels"] = fields["input_ids"]
     else:
-        classes = settings.num_labels if config.labels is None else config.labels
         values, name = table.column(columns.label, "label_column"), f"{columns.label} of {str(path)!r}"
-        fields["labels"] = validate_labels(values, classes, settings.label2id, argument=name)
+        fields["labels"] = validate_labels(values, settings.num_labels, settings.label2id, argument=name)
     if columns.id is not None:
         fields["id"] = table.ids
     if columns.subject is not None:
