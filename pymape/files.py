@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old content or the new, never a part, and one process at a time."""
+"""Writing files so that a crash leaves the old content or the new; one writer at a time; erasing what a file holds."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_write", "sync_tree", "take_lock", "umask"]
+__all__ = ["atomic_write", "overwrite", "sync_tree", "take_lock", "umask"]
 
 # A child that a killed writer had just forked, to run git for instance, holds the lock until it executes its program.
 _PATIENCE = 1.0  # seconds
+_ZEROS = bytes(1 << 20)
 
 
 @contextmanager
@@ -39,6 +40,24 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def overwrite(path: str | os.PathLike[str]) -> int:
+    """Put zeros in the place of a file's content and wait until they have reached the disk.
+
+    Returns:
+        The file's size in bytes.
+
+    Raises:
+        OSError: there is no such file, or it cannot be written.
+    """
+    with open(path, "r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        for start in range(0, size, len(_ZEROS)):
+            file.write(_ZEROS[: size - start])
+        file.flush()
+        os.fsync(file.fileno())
+    return size
 
 
 def sync_tree(folder: Path, deep: bool = True) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pymape.delta import tensor_digest
-from pymape.files import sync_tree
+from pymape.files import overwrite, sync_tree
 
 __all__ = ["PrefixCache"]
 
@@ -174,7 +174,7 @@ class PrefixCache:
     def _remove(self, path: str | Path) -> bool:
         """Overwrite and delete a file; False if it is gone already."""
         try:
-            size = _overwrite(path)
+            size = overwrite(path)
             os.unlink(path)
         except FileNotFoundError:
             return False
@@ -182,20 +182,10 @@ class PrefixCache:
         return True
 
 
-def _overwrite(path: str | Path) -> int:
-    """Overwrite a file with zeros and return its size."""
-    with open(path, "r+b") as file:
-        size = os.fstat(file.fileno()).st_size
-        file.write(bytes(size))
-        file.flush()
-        os.fsync(file.fileno())
-    return size
-
-
 def _discard(path: str) -> None:
     """Delete a file that was begun, overwritten if that is possible."""
     with contextlib.suppress(OSError):  # a full file system may refuse even that
-        _overwrite(path)
+        overwrite(path)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pymape.files import atomic_write, take_lock
+from pymape.files import atomic_write, overwrite, take_lock
 
 HOLDER = """
 import sys, time
@@ -41,6 +41,21 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         write("second", RuntimeError("interrupted"))
     assert target.read_text() == "first"
     assert [path.name for path in target.parent.iterdir()] == ["file.txt"]
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) + 3])
+def test_nothing_of_an_overwritten_file_is_left(tmp_path: Path, size: int) -> None:
+    path, link = tmp_path / "file", tmp_path / "link"
+    path.write_bytes(b"\xff" * size)
+    link.hardlink_to(path)  # sees the content in place, as who kept the file open does
+    assert overwrite(path) == size
+    assert link.read_bytes() == bytes(size)
+
+
+def test_a_file_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        overwrite(tmp_path / "file")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_lock_has_one_holder(tmp_path: Path) -> None:

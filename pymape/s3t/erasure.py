@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pymape.files import sync_tree
+from pymape.files import overwrite, sync_tree
 from pymape.s3t import faults
 from pymape.store import file_hash
 
 __all__ = ["erase_files", "erase_folder", "revoke_export"]
-
-_BLOCK = bytes(1 << 20)
 
 
 def erase_files(paths: Iterable[Path]) -> int:
@@ -37,11 +34,7 @@ def erase_files(paths: Iterable[Path]) -> int:
     erased, folders = 0, set()
     for path in paths:
         try:
-            with open(path, "r+b", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size
-                for start in range(0, size, len(_BLOCK)):
-                    file.write(_BLOCK[: size - start])
-                os.fsync(file.fileno())
+            size = overwrite(path)
             faults.checkpoint("erase: overwritten")
             path.unlink()
             faults.checkpoint("erase: deleted")
