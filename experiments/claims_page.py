@@ -29,7 +29,7 @@ PAGES = {
     "tofu": ("tofu_forget2", "tofu_forget4", "tofu"),
 }
 # Those of the plain search, which had no other then.
-PLAIN = ("xquad", "tofu_forget4")
+PLAIN = ("xquad",)
 
 
 def outcome(name: str, pages: Sequence[str]) -> Outcome:
