@@ -99,7 +99,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     """
     _check(config)
     started = time.perf_counter()
-    with run_folder(config.output) as folder, quiet_transformers(), _one_thread():
+    with run_folder(config.output, "demo") as folder, quiet_transformers(), _one_thread():
         runs: list[dict[str, Any]] = []
         evidence: list[Evidence] = []
         models = 1 + len(config.settings) * (1 + 2 * len(config.objectives) * len(config.lrs))

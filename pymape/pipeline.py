@@ -17,7 +17,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
@@ -36,6 +35,7 @@ from pymape.prefix_cache import PrefixCache
 from pymape.runs import environment, quiet_transformers, run_folder, write_summary
 from pymape.search import search
 from pymape.stopping import StopWhenForgotten
+from pymape.tokenizer import load_tokenizer
 from pymape.trainer import UnlearnTrainer
 from pymape.unlearn_page import summary_text, write_page
 
@@ -94,8 +94,8 @@ def run_unlearn(config: UnlearnConfig) -> dict[str, Any]:
     if config.data.forget is None:
         raise ValueError("data.forget must be a file of ids to forget, got none")
     clock = Clock()
-    scratch_folder = tempfile.TemporaryDirectory(prefix="pymape-")
-    with run_folder(config.output) as folder, quiet_transformers(), scratch_folder as scratch:
+    output, temporary = run_folder(config.output, "unlearn", _inputs(config)), tempfile.TemporaryDirectory()
+    with output as folder, quiet_transformers(), temporary as scratch:
         with measure_cost() as cost:
             source = load_records(config.data.path, config.data.id_column, argument="data.path")
             forget = load_ids(config.data.forget, config.data.id_column, argument="data.forget")
@@ -180,9 +180,9 @@ class Encoder:
             name = f"{self.data.label_column} of {argument}"
             labels = validate_labels(values, config.num_labels, config.label2id, argument=name)
         names = ids or [str(row) for row in range(len(texts))]
-        if self.task != _CLASSIFIER:
-            shown = ids or columns.get(self.data.id_column) or names
-            _check_tokens(f"{self.data.text_column} of {argument}", shown, labels)
+        shown = ids or columns.get(self.data.id_column) or names
+        least = 1 if self.task == _CLASSIFIER else 2  # a language model needs one to predict, and one before it
+        _check_tokens(f"{self.data.text_column} of {argument}", shown, encoded["input_ids"], least)
         others = self._alternatives(table) if self.data.alternative_column and argument == "data.path" else {}
         return [
             {"id": names[row], **{key: encoded[key][row] for key in encoded}, "labels": labels[row]}
@@ -206,9 +206,16 @@ class Encoder:
         answers: dict[int, Record] = {}
         for row, value in values.items():
             encoded = self.tokenizer(value, truncation=True, max_length=self.data.max_length)
-            _check_tokens(f"{column} of {table.source}", [table.ids[row]], [encoded["input_ids"]])
+            _check_tokens(f"{column} of {table.source}", [table.ids[row]], [encoded["input_ids"]], 2)
             answers[row] = {**encoded, "labels": encoded["input_ids"]}
         return answers
+
+
+def _inputs(config: UnlearnConfig) -> list[str | None]:
+    """Files and folders that a run reads."""
+    data = config.data
+    files = [data.path, data.forget, data.retain, data.test]
+    return [config.model, *files, config.masks.file, config.stop_when_forgotten, config.prefix_cache]
 
 
 def load_model(config: UnlearnConfig, source: Records) -> tuple[PreTrainedModel, Any]:
@@ -234,8 +241,7 @@ def load_model(config: UnlearnConfig, source: Records) -> tuple[PreTrainedModel,
         raise ValueError(
             f"model must hold all weights of {architecture}, got a folder without {', '.join(missing[:3])}"
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), load_tokenizer(folder)
 
 
 def _new_head(values: Sequence[Any], argument: str) -> dict[str, Any]:
@@ -384,13 +390,13 @@ def _task_of(architecture: str) -> str | None:
     return next((task for ending, task in _HEADS.items() if architecture.endswith(ending)), None)
 
 
-def _check_tokens(argument: str, ids: Sequence[Any], rows: Sequence[Sequence[int]]) -> None:
-    """Refuse a text in which a language model has nothing to predict."""
+def _check_tokens(argument: str, ids: Sequence[Any], rows: Sequence[Sequence[int]], least: int) -> None:
+    """Refuse a text that is too short for the model."""
     for name, tokens in zip(ids, rows, strict=True):
-        if len(tokens) < 2:
-            raise ValueError(
-                f"{argument} must have at least 2 tokens for a language model, got {len(tokens)} with id {str(name)!r}"
-            )
+        if len(tokens) < least:
+            count = "1 token" if least == 1 else f"{least} tokens"
+            found = f"{len(tokens)} with id {str(name)!r}"
+            raise ValueError(f"{argument} must have at least {count} for this model, got {found}")
 
 
 def _text(value: Any) -> str:

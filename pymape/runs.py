@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +28,7 @@ _PACKAGES = ("torch", "transformers", "accelerate", "peft", "numpy", "scikit-lea
 
 
 @contextmanager
-def run_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
+def run_folder(output: str | os.PathLike[str], kind: str, inputs: Iterable[str | None] = ()) -> Iterator[Path]:
     """Yield a temporary folder that becomes `output` when the block ends without an error.
 
     It is created before any work, in the nearest folder above `output` that exists, so that a place that cannot be
@@ -36,17 +36,19 @@ def run_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
     run is deleted once the new one has reached the disk; one that a kill left beside `output` is put back first.
 
     Args:
-        output: the run's folder; absent, empty, or an earlier run's folder (recognised by its summary.json), which is
-            replaced.
+        output: the run's folder; absent, empty, or an earlier run's folder of the same kind (both recognised by its
+            summary.json), which is replaced.
+        kind: of the run, as its summary.json says.
+        inputs: files and folders that the run reads, none of which may lie in a folder that is replaced.
 
     Raises:
-        ValueError: `output` cannot be written, or holds something that is not a run.
+        ValueError: `output` cannot be written, or holds something that is no run of this kind, or an input.
     """
     target = Path(output).resolve()
     ancestor = next(folder for folder in target.parents if os.path.lexists(folder))
     try:
         _put_back(target)
-        _check_replaceable(target)
+        _check_replaceable(target, kind, [Path(path).resolve() for path in inputs if path is not None])
         stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=ancestor))
     except OSError as error:
         raise ValueError(f"output must be a writable folder, got {str(output)!r}: {error.strerror}") from error
@@ -101,7 +103,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _check_replaceable(target: Path) -> None:
+def _check_replaceable(target: Path, kind: str, inputs: Iterable[Path]) -> None:
     if not os.path.lexists(target):
         return
     if not target.is_dir():
@@ -110,18 +112,24 @@ def _check_replaceable(target: Path) -> None:
         content = {entry.name for entry in target.iterdir()}
     except OSError as error:
         raise ValueError(f"output must be a writable folder, got {str(target)!r}: {error.strerror}") from error
-    if content and not _is_run(target / SUMMARY):
-        raise ValueError(
-            f"output must be a new or empty folder or an earlier run's, got {str(target)!r} with other files"
-        )
+    if not content:
+        return
+    found = _run_kind(target / SUMMARY)
+    if found != kind:
+        what = "other files" if found is None else f"a run of another kind, {found}"
+        raise ValueError(f"output must be a new or empty folder or an earlier run's, got {str(target)!r} with {what}")
+    inside = [path for path in inputs if path == target or target in path.parents]
+    if inside:
+        raise ValueError(f"output must not hold what the run reads, got {str(target)!r} with {str(inside[0])!r}")
 
 
-def _is_run(summary: Path) -> bool:
+def _run_kind(summary: Path) -> str | None:
+    """The kind of the run whose summary this is; None where it is none."""
     try:
         content = json.loads(summary.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and "pymape" in content.get("versions", ())
+        return None
+    return str(content.get("kind")) if isinstance(content, dict) and "pymape" in content.get("versions", ()) else None
 
 
 def _put_in_place(stage: Path, target: Path) -> None:
@@ -150,7 +158,7 @@ def _put_back(target: Path) -> None:
     """Undo what a process did that was killed when it had moved the run at `target` aside to replace it."""
     beside = target.parent.glob(f".{glob.escape(target.name)}.*.old")
     for old in sorted(beside, key=lambda folder: folder.stat().st_mtime_ns, reverse=True):
-        if _is_run(old / target.name / SUMMARY) and not os.path.lexists(target):
+        if _run_kind(old / target.name / SUMMARY) and not os.path.lexists(target):
             _move_back(old, target)
 
 

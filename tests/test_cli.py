@@ -152,7 +152,7 @@ def test_a_terminated_command_cleans_up(
     received: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     def work(config: DemoConfig) -> None:
-        with run_folder(config.output) as folder:
+        with run_folder(config.output, "demo") as folder:
             (folder / "half").write_text("x")
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 from model_zoo import tiny_model
 from safetensors.torch import load_file
-from session_tools import upper_masks
+from session_tools import upper_masks, write_files
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from pymape.batching import PaddingCollator
@@ -328,10 +328,10 @@ def test_labels_out_of_range(files: Path, tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("option", "name", "row", "message"),
     [
-        ("path", "train", ",1,w1 w2", "text of data.path must have at least 2 tokens for a language model, got 0"),
-        ("path", "train", "w1,1,w1 w2", "text of data.path must have at least 2 tokens for a language model, got 1"),
-        ("path", "train", "w1 w2,1,w1", "other of data.path must have at least 2 tokens for a language model, got 1"),
-        ("test", "test", " ,1,", "text of data.test must have at least 2 tokens for a language model, got 0"),
+        ("path", "train", ",1,w1 w2", "text of data.path must have at least 2 tokens for this model, got 0"),
+        ("path", "train", "w1,1,w1 w2", "text of data.path must have at least 2 tokens for this model, got 1"),
+        ("path", "train", "w1 w2,1,w1", "other of data.path must have at least 2 tokens for this model, got 1"),
+        ("test", "test", " ,1,", "text of data.test must have at least 2 tokens for this model, got 0"),
     ],
 )
 def test_texts_without_anything_to_predict(
@@ -347,6 +347,49 @@ def test_texts_without_anything_to_predict(
         changes["data__alternative_column"] = "other"
     line = _refused(_config(files, output, model=str(files / "language-model"), **changes), output, capsys)
     assert f"{message} with id '{name}-5'" in line
+
+
+def _words(folder: Path, model: Path, output: Path) -> list[str]:
+    (folder / "ids.txt").write_text("r1\nr5\n")
+    data = ["--data.path", folder / "train.csv", "--data.forget", folder / "ids.txt"]
+    return [str(word) for word in ("--model", model, *data, "--output", output)]
+
+
+def test_an_empty_text_of_a_classifier_whose_tokenizer_adds_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_files(tmp_path)
+    lines = (tmp_path / "train.csv").read_text().splitlines()
+    (tmp_path / "train.csv").write_text("\n".join([*lines[:4], "r3,,0", *lines[5:]]))
+    assert main(["unlearn", *_words(tmp_path, tmp_path / "model", tmp_path / "run")]) == 2
+    message = "text of data.path must have at least 1 token for this model, got 0 with id 'r3'"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_model_folder_without_its_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str) -> None:
+    """transformers would make one that knows no word."""
+    write_files(tmp_path, family)
+    bare = tmp_path / "bare"
+    tiny_model(family, max_position_embeddings=128).save_pretrained(bare)
+    for command in ("unlearn", "evaluate"):
+        assert main([command, *_words(tmp_path, bare, tmp_path / "run")]) == 2
+        message = f"model must be a folder with its tokenizer, got '{bare}' without vocab"
+        assert message in capsys.readouterr().err
+
+
+def test_a_run_whose_model_is_read_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_files(tmp_path)
+    run = tmp_path / "run"
+    assert main(["unlearn", *_words(tmp_path, tmp_path / "model", run), "--epochs", "1"]) == 0
+    before = sorted(run.rglob("*"))
+    for command, message in (
+        ("evaluate", "a run of another kind, unlearn"),
+        ("unlearn", "output must not hold what the run reads"),
+    ):
+        assert main([command, *_words(tmp_path, run / "model", run)]) == 2
+        assert message in capsys.readouterr().err
+    assert sorted(run.rglob("*")) == before
 
 
 def test_a_new_head_needs_two_names(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ def _content(folder: Path) -> set[str]:
 
 def test_folder_appears_when_the_run_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "runs" / "one"
-    with run_folder(target) as folder:
+    with run_folder(target, "demo") as folder:
         write_summary(folder, {"versions": {"pymape": "1"}, "kind": "demo", "value": float("nan")})
         assert not target.exists()
     assert _content(tmp_path) == {"runs"}
@@ -28,7 +28,7 @@ def test_folder_appears_when_the_run_is_complete(tmp_path: Path) -> None:
 
 
 def _broken_run(target: Path) -> None:
-    with run_folder(target) as folder:
+    with run_folder(target, "demo") as folder:
         (folder / "half").write_text("x")
         raise RuntimeError("half way")
 
@@ -41,21 +41,21 @@ def test_nothing_is_left_after_an_error(tmp_path: Path) -> None:
 
 def test_an_earlier_run_is_replaced_only_when_the_new_one_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "run"
-    with run_folder(target) as folder:
-        write_summary(folder, {"versions": {"pymape": "1"}})
+    with run_folder(target, "demo") as folder:
+        write_summary(folder, {"versions": {"pymape": "1"}, "kind": "demo"})
         (folder / "old").write_text("x")
     with pytest.raises(RuntimeError, match="half way"):
         _broken_run(target)
     assert _content(target) == {"summary.json", "old"}
-    with run_folder(target) as folder:
-        write_summary(folder, {"versions": {"pymape": "1"}})
+    with run_folder(target, "demo") as folder:
+        write_summary(folder, {"versions": {"pymape": "1"}, "kind": "demo"})
     assert _content(target) == {"summary.json"}
     assert _content(tmp_path) == {"run"}
 
 
 def _run(target: Path, name: str) -> None:
-    with run_folder(target) as folder:
-        write_summary(folder, {"versions": {"pymape": "1"}})
+    with run_folder(target, "demo") as folder:
+        write_summary(folder, {"versions": {"pymape": "1"}, "kind": "demo"})
         (folder / name).write_text("x")
 
 
@@ -130,17 +130,39 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path: Path, other: str) -
     (tmp_path / other).write_text("[1]")
     with (
         pytest.raises(ValueError, match="output must be a new or empty folder or an earlier run's"),
-        run_folder(tmp_path),
+        run_folder(tmp_path, "demo"),
     ):
         pass
     assert _content(tmp_path) == {other}
+
+
+@pytest.mark.parametrize(
+    ("kind", "read", "message"),
+    [
+        ("evaluate", None, "a run of another kind, demo"),
+        ("demo", "run", "output must not hold what the run reads, got .*/run' with .*/run'"),
+        ("demo", "run/model", "output must not hold what the run reads, got .*/run' with .*/run/model'"),
+    ],
+)
+def test_a_run_does_not_replace_one_of_another_kind_nor_what_it_reads(
+    tmp_path: Path, kind: str, read: str | None, message: str
+) -> None:
+    target = tmp_path / "run"
+    _run(target, "model")
+    inputs = [None if read is None else str(tmp_path / read), str(tmp_path / "elsewhere")]
+    with pytest.raises(ValueError, match=message), run_folder(target, kind, inputs):
+        pytest.fail("the block must not run")
+    assert _content(target) == {"summary.json", "model"}
+    with run_folder(target, "demo", [str(tmp_path / "running"), None]):
+        pass
 
 
 def test_a_place_that_cannot_be_written_is_found_out_at_once(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("x")
     for target in (file, file / "run", Path("/proc/none/run")):
-        with pytest.raises(ValueError, match=f"^output must be a .*folder, got .*{target.name}"), run_folder(target):
+        message = f"^output must be a .*folder, got .*{target.name}"
+        with pytest.raises(ValueError, match=message), run_folder(target, "demo"):
             pytest.fail("the block must not run")
     assert _content(tmp_path) == {"file"}
 

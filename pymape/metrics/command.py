@@ -128,7 +128,7 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     from pymape.report import aligned
     from pymape.runs import environment, quiet_transformers, run_folder, write_summary
 
-    with run_folder(config.output) as folder, quiet_transformers():
+    with run_folder(config.output, "evaluate", _inputs(config)) as folder, quiet_transformers():
         with measure_cost() as cost:
             metrics, facts = _Evaluation(config, folder).run()
         figures = metrics | cost.figures()
@@ -138,6 +138,14 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     rows = [["metric", "value"], *([name, f"{value:.4g}"] for name, value in figures.items())]
     print("\n".join([*aligned(rows), "", f"Wrote summary.json and the scores to {config.output}."]))
     return summary
+
+
+def _inputs(config: EvaluateConfig) -> list[str | None]:
+    """Files and folders that an evaluation reads."""
+    data = config.data
+    models = [config.model, config.retrained, config.original, config.reference, *config.shadows]
+    questions = [getattr(config.questions, option) for option in _QUESTIONS.values()]
+    return [*models, data.path, data.forget, data.retain, data.test, *questions]
 
 
 class _Evaluation:

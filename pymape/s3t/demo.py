@@ -56,7 +56,7 @@ def run_s3t_demo(config: S3TDemoConfig, *, as_json: bool = False) -> dict[str, A
         ValueError: an option out of range, or an output folder that cannot be written.
     """
     started = time.perf_counter()
-    with run_folder(config.output) as folder, quiet_transformers():
+    with run_folder(config.output, "s3t demo") as folder, quiet_transformers():
         public, private, test = digit_parts(config.seed)
         base = folder / "base"
         pretrain(public, config.seed, config.base_epochs).save_pretrained(base)

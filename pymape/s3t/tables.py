@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from pymape.data import Records, load_records, read_table, validate_labels
 from pymape.s3t.adapters import model_class
 from pymape.s3t.config import S3TConfig
+from pymape.tokenizer import load_tokenizer
 
 __all__ = ["Columns", "read_records"]
 
@@ -60,8 +59,10 @@ def read_records(path: str | Path, config: S3TConfig, columns: Columns) -> list[
     if kind.__name__.endswith("ForImageClassification"):
         fields = {_IMAGE: table.column(_IMAGE)}
     else:
-        tokenizer = AutoTokenizer.from_pretrained(config.model, local_files_only=True)
+        tokenizer = load_tokenizer(config.model)
         texts = _texts(table, columns.text, "text_column")
+        if not texts:
+            raise ValueError(f"data must hold at least one record, got none in {str(path)!r}")
         pairs = None if columns.text_pair is None else _texts(table, columns.text_pair, "text_pair_column")
         fields = dict(tokenizer(texts, pairs, truncation=True, max_length=config.stage.max_length))
     if kind.__name__.endswith(("ForCausalLM", "LMHeadModel")):

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForQuestionAnswering, PreTrainedModel
 
 from pymape.experiments.tasks.base import VALIDATION, Record, Split, Task, digest, read_bytes
+from pymape.tokenizer import load_tokenizer
 
 __all__ = ["make_questions"]
 
@@ -38,7 +39,7 @@ def make_questions(data: str, model: str, max_length: int = 256, articles: int |
         ValueError: a file of another form, answers that are not where the file says, or too few articles.
     """
     content = read_bytes(Path(data))
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    tokenizer = load_tokenizer(model)
     records: list[Record] = []
     groups: dict[str, str] = {}
     total = 0
