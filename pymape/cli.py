@@ -26,6 +26,7 @@ __all__ = ["main"]
 _FOUND_WRONG = 1
 _FAILED = 2
 _INTERRUPTED = 130
+_LONGEST = 1000  # characters of an error message
 _SHORT = {"--forget-ids": "--data.forget", "--request-id": "--request_id"}
 
 
@@ -56,13 +57,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words.insert(1, "--config")
     try:
         with _terminable():
-            return _run(_parser().parse_args(_with_session(words)))
+            return _run(_parsed(_with_session(words)))
     except (ArgumentError, ValueError, OSError, ImportError) as error:
         print(f"pymape: error: {_one_line(error, words)}", file=sys.stderr)
         return _FAILED
     except KeyboardInterrupt:
         print("pymape: interrupted", file=sys.stderr)
         return _INTERRUPTED
+
+
+def _parsed(words: list[str]) -> Namespace:
+    """The options of a command line.
+
+    Raises:
+        ArgumentError, ValueError: words, or a file of options, that are none.
+    """
+    file = (_values(words, "--config") or [""])[-1]  # a session's own come first
+    try:
+        return _parser().parse_args(words)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--config must be a text file of options, got {file!r}: {error}") from error
+    except ArgumentError as error:
+        if "Unexpected config" in str(error):  # and all that it holds, which need not be options
+            raise ValueError(f"--config must be a YAML file with lines `option: value`, got {file!r}") from error
+        if words[:2] == ["s3t", "init"] and type(error.__cause__) is KeyError:
+            # jsonargparse fails where it names an option that a subcommand of a subcommand lacks.
+            _s3t_command("init").parse_args(words[2:])
+        raise
 
 
 @contextmanager
@@ -167,8 +188,7 @@ def _with_session(words: list[str]) -> list[str]:
     if not words or words[0] != "unlearn":
         return words
     words = [_SHORT.get(name, name) + sign + value for name, sign, value in (word.partition("=") for word in words)]
-    given = [word.removeprefix("--session=") for word in words if word.startswith("--session=")]
-    given += [value for word, value in pairwise(words) if word == "--session"]
+    given = _values(words, "--session")
     if given:
         from pymape.session import stored_options
 
@@ -176,6 +196,12 @@ def _with_session(words: list[str]) -> list[str]:
         if options is not None:
             return [words[0], "--config", json.dumps(options), *words[1:]]
     return words
+
+
+def _values(words: Sequence[str], name: str) -> list[str]:
+    """What a command line gives for an option."""
+    attached = [word.removeprefix(f"{name}=") for word in words if word.startswith(f"{name}=")]
+    return attached + [value for word, value in pairwise(words) if word == name]
 
 
 def _parser() -> ArgumentParser:
@@ -229,24 +255,31 @@ def _add_experiment(commands: Any) -> None:
 
 def _add_s3t(parser: ArgumentParser) -> None:
     commands = parser.add_subcommands(required=True)
-    for name, function in COMMANDS.items():
-        text = (function.__doc__ or "").split("\n")[0]
-        command = ArgumentParser(description=text, exit_on_error=False)
-        command.add_argument("folder", help="The system's folder.")
-        if name == "init":
-            command.add_argument("--config", action="config", help="YAML file of options; flags after it override it.")
-            command.add_class_arguments(S3TConfig)
-        else:
-            command.add_function_arguments(function, skip={"folder", "replay"})
-        if name == "verify":
-            replay = "Also train one served stage again and compare bit by bit."
-            command.add_argument("--replay", action="store_true", help=replay)
-        command.add_argument("--json", action="store_true", help="Print JSON.")
-        commands.add_subcommand(name, command, help=text.rstrip(".").lower())
+    for name in COMMANDS:
+        commands.add_subcommand(name, _s3t_command(name), help=_title(name).rstrip(".").lower())
     demo = ArgumentParser(description="Train, delete until a shard dies, compare with SISA.", exit_on_error=False)
     demo.add_class_arguments(S3TDemoConfig)
     demo.add_argument("--json", action="store_true", help="Print JSON.")
     commands.add_subcommand("demo", demo, help="train, delete until a shard dies, compare with SISA")
+
+
+def _title(name: str) -> str:
+    return (COMMANDS[name].__doc__ or "").split("\n")[0]
+
+
+def _s3t_command(name: str) -> ArgumentParser:
+    command = ArgumentParser(description=_title(name), exit_on_error=False)
+    command.add_argument("folder", help="The system's folder.")
+    if name == "init":
+        command.add_argument("--config", action="config", help="YAML file of options; flags after it override it.")
+        command.add_class_arguments(S3TConfig)
+    else:
+        command.add_function_arguments(COMMANDS[name], skip={"folder", "replay"})
+    if name == "verify":
+        replay = "Also train one served stage again and compare bit by bit."
+        command.add_argument("--replay", action="store_true", help=replay)
+    command.add_argument("--json", action="store_true", help="Print JSON.")
+    return command
 
 
 def _built(config: Any, options: Namespace) -> Any:
@@ -267,4 +300,5 @@ def _one_line(error: BaseException, words: Sequence[str]) -> str:
     text = re.sub(r'Parser key "([^"]+)":', r"--\1:", str(error))
     for depth in (2, 1):  # the parser names what is missing with the subcommand before it
         text = re.sub(rf"(?<=[:,] ){re.escape('.'.join(words[:depth]))}\.", "", text)
-    return " ".join(text.split()) or type(error).__name__
+    line = " ".join(text.split()) or type(error).__name__
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."

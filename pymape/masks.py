@@ -205,6 +205,8 @@ class ModuleMasks:
         """
         from safetensors import SafetensorError, safe_open
 
+        if Path(path).is_dir():
+            raise ValueError(f"masks must be a file, got the folder {str(path)!r}")
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}

@@ -8,13 +8,14 @@ import hmac
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from pymape.config import UnlearnConfig, check_config
-from pymape.data import Records, load_ids, load_records, split_forget
+from pymape.data import Records, load_ids, load_records, read_table, split_forget
 from pymape.runs import environment, write_summary
 from pymape.store import FIRST, STATE, FolderStore
 
@@ -255,6 +256,8 @@ class UnlearnSession:
 def run_request(config: UnlearnConfig) -> dict[str, Any]:
     """Meet the request that the options name, starting the session where there is none yet, and print the result.
 
+    A session that was started for a request that is refused is removed again, unless it has trained the model first.
+
     Args:
         config: options with `session`, `request_id` and `data.forget`.
 
@@ -265,12 +268,27 @@ def run_request(config: UnlearnConfig) -> dict[str, Any]:
         ValueError: see `UnlearnSession.create` and `UnlearnSession.request`.
     """
     if config.session is None or config.request_id is None or config.data.forget is None:
-        raise ValueError("session must come with a request_id and with data.forget (--forget-ids), got one without")
+        given = {"session": config.session, "request_id": config.request_id, "data.forget": config.data.forget}
+        missing = " and no ".join(name for name, value in given.items() if value is None)
+        raise ValueError(f"session, request_id and data.forget must come together, got no {missing}")
     forget = load_ids(config.data.forget, config.data.id_column, argument="forget_ids")
     there = (Path(config.session) / STATE).exists()
-    with UnlearnSession(config.session) if there else UnlearnSession.create(config.session, config) as session:
-        receipt = session.request(config.request_id, forget, config)
-        print(session.summary())
+    if not there:  # before a model is copied, or even trained
+        split_forget(load_records(config.data.path, config.data.id_column, argument="data.path").ids, forget)
+        if config.data.test is not None:
+            read_table(config.data.test, "data.test")
+    session = UnlearnSession(config.session) if there else UnlearnSession.create(config.session, config)
+    try:
+        with session:
+            receipt = session.request(config.request_id, forget, config)
+            print(session.summary())
+    except ValueError as error:
+        if not there and config.train_first:
+            note = f"session {config.session!r} keeps the model trained first, and these options: delete it for others"
+            raise ValueError(f"{error} ({note})") from error
+        if not there:
+            shutil.rmtree(config.session)
+        raise
     return receipt
 
 

@@ -113,6 +113,7 @@ def test_lists_need_no_brackets(received: list, words: list[str], expected: Demo
         (["demo", "--settings", "nothing"], "--settings"),
         (["masks", "show"], "required: file"),
         (["s3t", "delete", "f"], "required: request_id"),
+        (["masks", "show", "."], "masks must be a file, got the folder '.'"),
     ],
 )
 def test_bad_command_lines_end_with_one_line_and_code_2(
@@ -125,6 +126,29 @@ def test_bad_command_lines_end_with_one_line_and_code_2(
     assert message in captured.err
     assert captured.out == ""
     assert not received
+
+
+@pytest.mark.parametrize("command", ["unlearn", "s3t init system"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"model: m\nsliices: 2\n", "sliices"),
+        (b"model: m\nlora: {rank: 2}\n", "rank"),
+        (b"", "--config must be a YAML file with lines `option: value`, got '{path}'"),
+        (b"id,text\n1,somebody's words\n", "--config must be a YAML file with lines `option: value`, got '{path}'"),
+        (b"model: \xe9\n", "--config must be a text file of options, got '{path}': "),
+    ],
+)
+def test_files_that_hold_no_options(
+    command: str, content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "file.yaml"
+    path.write_bytes(content)
+    assert main([*command.split(), f"--config={path}"]) == 2
+    error = capsys.readouterr().err
+    assert message.format(path=path) in error
+    assert "somebody" not in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -435,7 +435,7 @@ def test_the_command(
     for words, message in (
         ([*request, "second", "--forget-ids", str(tmp_path / "a.txt")], "request_id must be new for other records"),
         ([*request, "third", "--forget-ids", str(tmp_path / "b.txt")], "got 'r2', forgotten by 'second'"),
-        ([*request, "third"], "session must come with a request_id and with data.forget"),
+        ([*request, "third"], "session, request_id and data.forget must come together, got no data.forget"),
         (["session", "show", str(tmp_path)], "session must be a folder with a state.json"),
     ):
         assert main(words) == 2
@@ -446,6 +446,34 @@ def test_the_command(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main([*request, "third", "--forget-ids", str(tmp_path / "b.txt")]) == 2
     assert "session must be run by one process" in capsys.readouterr().err
+
+
+def test_a_first_request_that_is_refused_leaves_no_session(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Otherwise its options, the mistake among them, would be those of the session."""
+    write_files(tmp_path)
+    (tmp_path / "ids.txt").write_text("r1\n")
+    (tmp_path / "unknown.txt").write_text("r77\n")
+    folder = tmp_path / "session"
+    right = {"--model": tmp_path / "model", "--data.path": tmp_path / "train.csv", "--forget-ids": tmp_path / "ids.txt"}
+
+    def meet(**options: Any) -> int:
+        words = {**right, **{f"--{name.replace('__', '.')}": value for name, value in options.items()}}
+        request = ["unlearn", "--session", folder, "--request-id", "first", "--masks.budget", 0.5]
+        return main([*map(str, request), *(str(word) for option in words.items() for word in option)])
+
+    for changes, message in (
+        ({"objective": "dpo"}, "alternative_labels"),
+        ({"data__forget": tmp_path / "unknown.txt"}, "'r77' not among 24 records"),
+        ({"data__test": tmp_path / "none.csv"}, "data.test must be an existing file"),
+    ):
+        assert meet(**changes) == 2
+        assert message in capsys.readouterr().err
+        assert not folder.exists()
+    kept = {"objective": "dpo", "train_first": "true", "train.epochs": 1}
+    assert meet(**kept) == 2
+    assert f"session '{folder}' keeps the model trained first" in capsys.readouterr().err
+    assert folder.exists()
+    assert meet(objective="gd") == 0
 
 
 def harness(folder: Path, *arguments: str) -> dict[str, Any]:
