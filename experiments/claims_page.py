@@ -28,8 +28,6 @@ PAGES = {
     "xquad": ("xquad",),
     "tofu": ("tofu_forget2", "tofu_forget4", "tofu"),
 }
-# Those of the plain search, which had no other then.
-PLAIN = ("xquad",)
 
 
 def outcome(name: str, pages: Sequence[str]) -> Outcome:
@@ -50,13 +48,12 @@ def page() -> str:
     there = {name: [page for page in pages if (RESULTS / f"{page}.jsonl").exists()] for name, pages in PAGES.items()}
     outcomes = [outcome(name, pages) for name, pages in there.items() if pages]
     links = {page: f"[{page}]({page}.md)" for pages in there.values() for page in pages}
-    plain = ", ".join(links[page] for page in PLAIN if page in links)
     lines = [
         "# The claims over all experiments",
         "",
         f"`python experiments/claims_page.py`, from the cells of {', '.join(links.values())}: what each was run with, "
         "and what stands out, is on its own page. Tasks differ in size and noise; the pooled rows give every "
-        f"pair the same weight. The masks of {plain} are those of the search without `normalize`.",
+        "pair the same weight.",
         "",
         *section_lines([*glance_sections(outcomes), *claim_sections(claims(outcomes))]),
     ]

@@ -61,7 +61,7 @@ def read_records(path: str | Path, config: S3TConfig, columns: Columns) -> list[
     else:
         tokenizer = load_tokenizer(config.model)
         texts = _texts(table, columns.text, "text_column")
-        if not texts:
+        if not texts:  # `load_records` says so where there are ids
             raise ValueError(f"data must hold at least one record, got none in {str(path)!r}")
         pairs = None if columns.text_pair is None else _texts(table, columns.text_pair, "text_pair_column")
         fields = dict(tokenizer(texts, pairs, truncation=True, max_length=config.stage.max_length))
