@@ -259,10 +259,13 @@ def test_a_new_head_is_the_same_everywhere(tmp_path: Path) -> None:
 
 def test_what_is_refused(tmp_path: Path) -> None:
     config = options(write_base(tmp_path / "base", layers=4))
-    for size, slices in ((2, 4), (0, 4), (None, 5)):
-        changed = options(config.model, layers_per_slice=size, slices=slices)
-        with pytest.raises(ValueError, match=rf"layers_per_slice must lie in \[1, {4 // slices}\] for {slices} slices"):
-            SlicedAdapters(load_base(config.model), changed)
+    for size, slices, message in (
+        (2, 4, r"layers_per_slice must lie in \[1, 1\] for 4 slices and 4 layers, got 2"),
+        (0, 4, r"layers_per_slice must lie in \[1, 1\] for 4 slices and 4 layers, got 0"),
+        (None, 5, "slices must be at most 4, the layers of the model, got 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SlicedAdapters(load_base(config.model), options(config.model, layers_per_slice=size, slices=slices))
     model = load_base(config.model)
     model.bert.norm = nn.BatchNorm1d(3)
     with pytest.raises(ValueError, match=r"model must have no BatchNorm, .* got 'bert.norm'"):

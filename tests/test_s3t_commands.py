@@ -92,7 +92,10 @@ def test_what_is_wrong_is_named(tmp_path: Path, files: Path, capsys: pytest.Capt
         (["status", "nowhere"], "must be a folder with a ledger.sqlite"),
         (["delete", "nowhere"], "request_id"),
         (["init", "SYSTEM", "--model", "nowhere"], "nowhere"),
-        (["init", "SYSTEM", "--model", "MODEL", "--slices", "3"], "layers_per_slice must lie in [1, 0]"),
+        (
+            ["init", "SYSTEM", "--model", "MODEL", "--slices", "3"],
+            "slices must be at most 2, the layers of the model",
+        ),
         (["ingest", "nowhere", "--data", "nothing.csv"], "nowhere"),
     ],
 )
@@ -118,4 +121,7 @@ def test_a_new_head_on_a_language_model_takes_labels_of_classes(
     with S3T(system, read_only=True) as opened:
         records = read_records(tmp_path / "train.csv", opened.config, Columns())
     assert [record["labels"] for record in records] == [row % 3 for row in range(12)]
+    (tmp_path / "header.csv").write_text("id,text,label\n")
+    error = run(capsys, "evaluate", system, "--data", tmp_path / "header.csv", code=2)
+    assert "data must hold at least one record, got none in" in error
     assert "id" not in records[0]

@@ -62,5 +62,5 @@ def test_the_systems_work_where_they_ended_up(demo: tuple[Path, dict[str, Any]])
 def test_bad_options_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "demo"
     assert main(["s3t", "demo", "--output", str(output), "--slices", "9", "--base-epochs", "1"]) == 2
-    assert "layers_per_slice must lie in" in capsys.readouterr().err
+    assert "slices must be at most 4, the layers of the model, got 9" in capsys.readouterr().err
     assert not output.exists()

@@ -257,8 +257,11 @@ def test_a_reader_looks_on_while_a_writer_is_there(tmp_path: Path, bases: dict[s
 def test_evaluation_and_death(tmp_path: Path, bases: dict[str, str]) -> None:
     test = make_records("bert", 12, seed=1)
     with make_system(tmp_path / "system", bases["bert"], shards=2) as system:
-        with pytest.raises(ValueError, match="shard"):
-            system.evaluate(test)
+        for look in (lambda: system.evaluate(test), lambda: system.export(tmp_path / "export")):
+            with pytest.raises(
+                ValueError, match="system must serve a shard, got one of which nothing is trained"
+            ):
+                look()
         system.train(engine="inline")
         scores = system.evaluate(test)
         assert scores["live_shards"] == [0, 1]
@@ -330,7 +333,7 @@ def test_what_a_failed_stage_has_cached_of_deleted_records_is_erased(
     ("changes", "message"),
     [
         ({"shards": 0}, "shards must be at least 1, got 0"),
-        ({"slices": 9}, "layers_per_slice must lie in"),
+        ({"slices": 9}, "slices must be at most 4, the layers of the model, got 9"),
         ({"slices": 4, "layers_per_slice": 2}, "layers_per_slice must lie in"),
         ({"slices": 2, "sequences": 3, "method": "cyclic"}, "3"),
         ({"prior": [0.5, 0.5]}, "prior"),

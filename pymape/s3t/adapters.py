@@ -330,6 +330,8 @@ def layers_per_slice(config: S3TConfig, layers: int) -> int:
     Raises:
         ValueError: g * L is more than there are.
     """
+    if layers < config.slices:
+        raise ValueError(f"slices must be at most {layers}, the layers of the model, got {config.slices}")
     size = layers // config.slices if config.layers_per_slice is None else config.layers_per_slice
     if size < 1 or size * config.slices > layers:
         raise ValueError(

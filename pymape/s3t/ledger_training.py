@@ -15,7 +15,15 @@ from pymape.s3t.ledger_stages import CACHE
 from pymape.s3t.stages import StageKey, unpack_stage
 from pymape.s3t.training import StageJob, config_digest, stage_seed, train_stage
 
-__all__ = ["Served", "other_options", "read_served", "replay_stage", "stage_job", "train_planned"]
+__all__ = [
+    "Served",
+    "other_options",
+    "read_served",
+    "replay_stage",
+    "require_served",
+    "stage_job",
+    "train_planned",
+]
 
 
 class Served(NamedTuple):
@@ -48,6 +56,19 @@ def read_served(ledger: Ledger) -> Served:
         if chain
     }
     return Served([row.key for chain in serving for row in chain], chains, sizes)
+
+
+def require_served(ledger: Ledger) -> Served:
+    """What is served, of at least one shard.
+
+    Raises:
+        ValueError: as `read_served`, or nothing is served.
+    """
+    served = read_served(ledger)
+    if not served.chains:
+        missing = "every shard is dead: repair it first" if ledger.deleted else "nothing is trained: train it first"
+        raise ValueError(f"system must serve a shard, got one of which {missing}")
+    return served
 
 
 def train_planned(

@@ -19,7 +19,7 @@ from pymape.s3t.engine import Engine
 from pymape.s3t.ensemble import Combination, Ensemble
 from pymape.s3t.export import export_ensemble
 from pymape.s3t.ledger import Ledger, RecordRow
-from pymape.s3t.ledger_training import other_options, read_served, replay_stage, train_planned
+from pymape.s3t.ledger_training import other_options, read_served, replay_stage, require_served, train_planned
 from pymape.s3t.partition import place, record_name, subject_name
 from pymape.s3t.rows import RecordCheck
 from pymape.s3t.sequences import choose_sequences
@@ -303,10 +303,10 @@ class S3T:
                 by the records that a shard's served stages were trained on.
 
         Raises:
-            ValueError: every shard is dead, or a stage file is damaged.
+            ValueError: nothing is trained or every shard is dead, or a stage file is damaged.
         """
         base = load_base(self.config.model, self.config.labels, self._ledger.base)
-        served = read_served(self._ledger)
+        served = require_served(self._ledger)
         return Ensemble(base, self.config, served.chains, combination=combination, sizes=served.sizes)
 
     def evaluate(
@@ -333,11 +333,11 @@ class S3T:
             One {"file", "sha256"} for every file.
 
         Raises:
-            ValueError: every shard is dead, a damaged stage file, a request that ends a stage meanwhile, or a folder
-                that has files or cannot be written. Nothing is left there then.
+            ValueError: nothing is trained or every shard is dead, a damaged stage file, a request that ends a stage
+                meanwhile, or a folder that has files or cannot be written. Nothing is left there then.
         """
         target = Path(folder).resolve()  # once: a link on the way may be another one later
-        served = read_served(self._ledger)
+        served = require_served(self._ledger)
         return export_ensemble(
             target,
             self.config,

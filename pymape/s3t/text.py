@@ -65,7 +65,8 @@ def _delete(found: dict[str, Any]) -> str:
 
 
 def _verify(found: dict[str, Any]) -> str:
-    checked = ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in found["checked"].items())
+    counts = {name.replace("_", " "): "nothing" if value is None else value for name, value in found["checked"].items()}
+    checked = ", ".join(f"{name}: {value}" for name, value in counts.items())
     problems = [f"PROBLEM: {problem}" for problem in found["problems"]]
     return "\n".join([*problems, f"checked {checked}", "everything is in order" if found["ok"] else "not in order"])
 
