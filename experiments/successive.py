@@ -30,11 +30,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from pymape.checkpoint import load_model
 from pymape.config import DataConfig, MaskConfig, TrainConfig, UnlearnConfig
 from pymape.data import Records, load_records, read_table
 from pymape.files import atomic_write
 from pymape.metrics import METRICS, mean_gap, predict, summarise
-from pymape.pipeline import Encoder, load_model
+from pymape.pipeline import Encoder
 from pymape.runs import environment
 from pymape.session import UnlearnSession
 from pymape.session_request import start

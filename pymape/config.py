@@ -228,7 +228,10 @@ def check_config(config: UnlearnConfig) -> None:
             "compare_retrain must come with train_first: true, so that both models start from the same weights, "
             "got train_first: false"
         )
+    objective = get_objective(config.objective).with_options(config.objective_options)
+    if config.retain == "kl" and not objective.retain_term:
+        raise ValueError(f"retain must be 'nll' for objective {config.objective!r}, which has no such term, got 'kl'")
     for name in ("stop_when_forgotten", "prefix_cache"):
         value = getattr(config, name)
-        if value is not None and get_objective(config.objective).one_shot:
+        if value is not None and objective.one_shot:
             raise ValueError(f"{name} must be left out with {config.objective!r}, which takes no steps, got {value!r}")

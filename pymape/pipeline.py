@@ -9,14 +9,10 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
@@ -24,25 +20,24 @@ from transformers import (
     set_seed,
 )
 
+from pymape.architectures import find_layers
 from pymape.batching import ALTERNATIVE, PaddingCollator
+from pymape.checkpoint import CLASSIFIER, full_precision, head_task, load_model
 from pymape.config import TrainConfig, UnlearnConfig, check_config
 from pymape.data import Records, load_ids, load_records, read_table, split_forget, validate_labels
 from pymape.importance import Importance, importance
 from pymape.masks import ModuleMasks
 from pymape.metrics import Predictions, mean_gap, measure_cost, predict, summarise
 from pymape.metrics.forward import most_tokens
+from pymape.objectives import get_objective
 from pymape.prefix_cache import PrefixCache
 from pymape.runs import environment, quiet_transformers, run_folder, write_summary
 from pymape.search import search
 from pymape.stopping import StopWhenForgotten
-from pymape.tokenizer import load_tokenizer
 from pymape.trainer import UnlearnTrainer
 from pymape.unlearn_page import summary_text, write_page
 
 __all__ = ["run_unlearn"]
-
-_CLASSIFIER, _LANGUAGE_MODEL = "sequence classification", "causal language model"
-_HEADS = {"ForSequenceClassification": _CLASSIFIER, "ForCausalLM": _LANGUAGE_MODEL, "LMHeadModel": _LANGUAGE_MODEL}
 
 Record = dict[str, Any]
 
@@ -107,6 +102,7 @@ def run_unlearn(config: UnlearnConfig) -> dict[str, Any]:
             records = encode(source.columns, "data.path", source.ids)
             parts = ([records[row] for row in rows] for rows in (split.forget, split.retain))
             data = Data(*parts, *encode.others())
+            check_objective(config, model, data.forget)
 
             start = copy.deepcopy(model) if config.compare_retrain else None
             if config.train_first:
@@ -158,7 +154,7 @@ class Encoder:
     def __init__(self, config: UnlearnConfig, model: PreTrainedModel, tokenizer: Any) -> None:
         self.data, self.tokenizer, self.model = config.data, tokenizer, model
         self._others = {"data.test": config.data.test, "stop_when_forgotten": config.stop_when_forgotten}
-        self.task = _task_of(type(model).__name__)
+        self.task = head_task(type(model).__name__)
         pad = model.config.pad_token_id if model.config.pad_token_id is not None else tokenizer.pad_token_id
         self.collate = PaddingCollator(0 if pad is None else pad)
         most = most_tokens(model)
@@ -174,14 +170,14 @@ class Encoder:
         pairs = None if pair is None else [_text(value) for value in table.column(pair, "data.text_pair_column")]
         encoded = self.tokenizer(texts, pairs, truncation=True, max_length=self.data.max_length)
         labels: Sequence[Any] = encoded["input_ids"]
-        if self.task == _CLASSIFIER:
+        if self.task == CLASSIFIER:
             values = table.column(self.data.label_column, "data.label_column")
             config: Any = self.model.config
             name = f"{self.data.label_column} of {argument}"
             labels = validate_labels(values, config.num_labels, config.label2id, argument=name)
         names = ids or [str(row) for row in range(len(texts))]
         shown = ids or columns.get(self.data.id_column) or names
-        least = 1 if self.task == _CLASSIFIER else 2  # a language model needs one to predict, and one before it
+        least = 1 if self.task == CLASSIFIER else 2  # a language model needs one to predict, and one before it
         _check_tokens(f"{self.data.text_column} of {argument}", shown, encoded["input_ids"], least)
         others = self._alternatives(table) if self.data.alternative_column and argument == "data.path" else {}
         return [
@@ -199,7 +195,7 @@ class Encoder:
         column = str(self.data.alternative_column)
         values = {row: _text(value) for row, value in enumerate(table.column(column, "data.alternative_column"))}
         values = {row: value for row, value in values.items() if value.strip()}
-        if self.task == _CLASSIFIER:
+        if self.task == CLASSIFIER:
             config: Any = self.model.config
             labels = validate_labels([*values.values()], config.num_labels, config.label2id, argument=column)
             return {row: {"labels": label} for row, label in zip(values, labels, strict=True)}
@@ -218,41 +214,24 @@ def _inputs(config: UnlearnConfig) -> list[str | None]:
     return [config.model, *files, config.masks.file, config.stop_when_forgotten, config.prefix_cache]
 
 
-def load_model(config: UnlearnConfig, source: Records) -> tuple[PreTrainedModel, Any]:
-    folder = Path(config.model)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"model must be a Hugging Face model folder with a config.json, got {config.model!r}")
-    settings = AutoConfig.from_pretrained(folder, local_files_only=True)
-    architecture = (settings.architectures or [settings.model_type])[0]
-    task = _task_of(architecture)
-    if task is None and not config.train_first:
-        raise ValueError(
-            f"model must have a sequence-classification or causal-LM head, got {architecture} in {config.model!r}: "
-            "give a fine-tuned model, or set train_first: true to fine-tune this one on the data before unlearning"
-        )
-    options: dict[str, Any] = {"local_files_only": True, "output_loading_info": True}
-    if task is None:
-        column = config.data.label_column
-        options |= _new_head(source.column(column, "data.label_column"), f"{column} of data.path")
-    loader: Any = AutoModelForCausalLM if task == _LANGUAGE_MODEL else AutoModelForSequenceClassification
-    model, info = loader.from_pretrained(folder, **options)
-    missing = sorted(info["missing_keys"])
-    if missing and not config.train_first:
-        raise ValueError(
-            f"model must hold all weights of {architecture}, got a folder without {', '.join(missing[:3])}"
-        )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), load_tokenizer(folder)
+def check_objective(config: UnlearnConfig, model: PreTrainedModel, forget: list[Record]) -> None:
+    """Refuse now what the trainer would refuse once everything before it has been computed.
 
-
-def _new_head(values: Sequence[Any], argument: str) -> dict[str, Any]:
-    """Size of a new classification head and, where labels are names, what its outputs mean."""
-    texts = [str(value).strip() for value in values]
-    if all(text.removesuffix(".0").isdigit() for text in texts):
-        return {"num_labels": max(2, 1 + max(int(float(text)) for text in texts))}
-    names = sorted(set(texts))
-    if len(names) < 2:  # transformers takes a single output for a regression
-        raise ValueError(f"{argument} must hold at least two names of classes with train_first, got {names[0]!r} only")
-    return {"label2id": {name: row for row, name in enumerate(names)}, "id2label": dict(enumerate(names))}
+    Raises:
+        ValueError: several GPUs for one process, a layer that the model lacks, a forgotten record without an answer.
+    """
+    if (count := _arguments("", config.seed).n_gpu) > 1:
+        raise ValueError(f"one process must use one GPU (CUDA_VISIBLE_DEVICES=0, or torchrun), got {count}")
+    objective = get_objective(config.objective).with_options(config.objective_options)
+    layer, layers = objective.options.get("layer"), len(find_layers(model))
+    if layer is not None and not 0 <= layer < layers:
+        raise ValueError(f"objective_options.layer must be in [0, {layers}), got {layer}")
+    for record in forget if objective.alternative else ():
+        if not any(name.startswith(ALTERNATIVE) for name in record):
+            raise ValueError(
+                f"data.alternative_column must have an answer for every forgotten record with objective "
+                f"{config.objective!r}, got none with id {record['id']!r}"
+            )
 
 
 def fine_tune(
@@ -270,9 +249,10 @@ def fine_tune(
         "train_sampling_strategy": "group_by_length" if config.group_by_length else "random",
     }
     arguments = _arguments(scratch, seed, per_device_train_batch_size=config.batch_size, **options)
-    trainer = Trainer(model, arguments, train_dataset=records, data_collator=collate)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    with full_precision(model):
+        trainer = Trainer(model, arguments, train_dataset=records, data_collator=collate)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise ValueError(f"loss must stay finite, got NaN while fine-tuning with train.lr {config.lr:g}")
     model.eval()
@@ -324,25 +304,26 @@ def unlearn(
     cache = None if config.prefix_cache is None else PrefixCache(config.prefix_cache)
     stop = StopWhenForgotten(data.unseen) if data.unseen else None
     options = {"learning_rate": config.lr, "num_train_epochs": config.epochs, "weight_decay": config.weight_decay}
-    trainer = UnlearnTrainer(
-        model,
-        _arguments(scratch, config.seed, per_device_train_batch_size=config.batch_size, **options),
-        forget_dataset=data.forget,
-        retain_dataset=data.retain,
-        objective=config.objective,
-        objective_options=config.objective_options,
-        masks=masks,
-        train_task_head=config.train_task_head,
-        alpha=config.alpha,
-        retain=config.retain,
-        beta=config.beta,
-        prefix_cache=cache,
-        data_collator=collate,
-        callbacks=[stop] if stop else None,
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    trainer.merge()
+    with full_precision(model):
+        trainer = UnlearnTrainer(
+            model,
+            _arguments(scratch, config.seed, per_device_train_batch_size=config.batch_size, **options),
+            forget_dataset=data.forget,
+            retain_dataset=data.retain,
+            objective=config.objective,
+            objective_options=config.objective_options,
+            masks=masks,
+            train_task_head=config.train_task_head,
+            alpha=config.alpha,
+            retain=config.retain,
+            beta=config.beta,
+            prefix_cache=cache,
+            data_collator=collate,
+            callbacks=[stop] if stop else None,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        trainer.merge()
     if cache is not None:
         cache.erase(record["id"] for record in data.forget)
     return None if stop is None else stop.reason
@@ -384,10 +365,6 @@ def model_figures(models: dict[str, dict[str, Predictions]], seed: int) -> dict[
         for row in figures.values():
             row["gap"] = mean_gap(row, figures["retrained"], metrics)
     return figures
-
-
-def _task_of(architecture: str) -> str | None:
-    return next((task for ending, task in _HEADS.items() if architecture.endswith(ending)), None)
 
 
 def _check_tokens(argument: str, ids: Sequence[Any], rows: Sequence[Sequence[int]], least: int) -> None:

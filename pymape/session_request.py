@@ -10,10 +10,11 @@ from typing import Any
 
 from transformers import set_seed
 
+from pymape.checkpoint import load_model
 from pymape.config import UnlearnConfig
 from pymape.data import Records
 from pymape.importance import Importance
-from pymape.pipeline import Clock, Data, Encoder, fine_tune, judge, learn_masks, load_model, model_figures, unlearn
+from pymape.pipeline import Clock, Data, Encoder, check_objective, fine_tune, judge, learn_masks, model_figures, unlearn
 from pymape.runs import quiet_transformers
 from pymape.session import IMPORTANCE, MODEL
 from pymape.store import file_hash
@@ -36,6 +37,7 @@ def start(config: UnlearnConfig, records: Records, folder: Path) -> None:
         model, tokenizer = load_model(config, records)
         encode = Encoder(config, model, tokenizer)
         rows = encode(records.columns, "data.path", records.ids)  # shows now whether the data fit the model
+        check_objective(config, model, [])
         if config.train_first:
             fine_tune(model, rows, config.train, config.seed, encode.collate, scratch)
         model.save_pretrained(folder)
@@ -68,6 +70,7 @@ def meet(
             encode = Encoder(config, model, tokenizer)
             rows = {row["id"]: row for row in encode(records.columns, "data.path", records.ids)}
             data = Data([rows[name] for name in forget], [rows[name] for name in retain], *encode.others())
+            check_objective(config, model, data.forget)
         with clock.phase("evaluate"):
             before = judge(model, data, config, encode.collate)
         stored = Importance.load(last / IMPORTANCE) if (last / IMPORTANCE).exists() else None

@@ -17,8 +17,9 @@ import yaml
 from model_zoo import tiny_model
 from safetensors.torch import load_file
 from session_tools import upper_masks, write_files
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainingArguments
 
+from pymape import pipeline
 from pymape.batching import PaddingCollator
 from pymape.cli import main
 from pymape.config import TrainConfig
@@ -430,3 +431,40 @@ def test_a_failed_run_leaves_the_earlier_one(files: Path, tmp_path: Path, capsys
     _refused(_config(files, output, lr=1e30, objective="ga", epochs=3), output, capsys)
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
     shutil.rmtree(output)
+
+
+def test_a_checkpoint_in_half_precision_is_trained_in_full(files: Path, tmp_path: Path) -> None:
+    """The same steps as from fp32, rounded once at the end; in bfloat16 alone, small ones would be lost one by one."""
+    found = {}
+    model = AutoModelForSequenceClassification.from_pretrained(files / "classifier", dtype=torch.bfloat16)
+    upper_masks().save(tmp_path / "masks.safetensors")
+    for dtype in (torch.bfloat16, torch.float32):
+        folder, output = tmp_path / str(dtype), tmp_path / f"run-{dtype}"
+        shutil.copytree(files / "classifier", folder)
+        model.to(dtype).save_pretrained(folder)
+        changes = {"model": str(folder), "lr": 1e-4, "masks__file": str(tmp_path / "masks.safetensors")}
+        _run(_config(files, output, **changes), output)
+        found[dtype] = load_file(output / "model" / "model.safetensors")
+    before = load_file(tmp_path / "torch.bfloat16" / "model.safetensors")
+    assert all(tensor.dtype == torch.bfloat16 for tensor in found[torch.bfloat16].values())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in found[torch.bfloat16].items())
+    for name, tensor in found[torch.float32].items():
+        assert torch.equal(tensor.to(torch.bfloat16), found[torch.bfloat16][name]), name
+
+
+def test_what_cannot_work_is_refused_before_anything_is_trained(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline, "fine_tune", lambda *_: pytest.fail("nothing must be trained"))
+    monkeypatch.setattr(pipeline, "judge", lambda *_: pytest.fail("nothing must be judged"))
+    output = tmp_path / "run"
+    for changes, message in (
+        ({"objective": "rmu"}, "objective_options must have 'layer'"),
+        ({"objective": "rmu", "objective_options": {"layer": 7}}, "objective_options.layer must be in [0, 2), got 7"),
+        ({"objective": "npo", "objective_options": {"x": 1}}, "objective_options must be empty"),
+        ({"objective": "ga", "retain": "kl"}, "retain must be 'nll' for objective 'ga'"),
+        ({"objective": "dpo"}, "must have an answer for every forgotten record with objective 'dpo', got none with"),
+    ):
+        assert message in _refused(_config(files, output, train_first=True, **changes), output, capsys)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    assert "one process must use one GPU" in _refused(_config(files, output, train_first=True), output, capsys)

@@ -462,7 +462,7 @@ def test_a_first_request_that_is_refused_leaves_no_session(tmp_path: Path, capsy
         return main([*map(str, request), *(str(word) for option in words.items() for word in option)])
 
     for changes, message in (
-        ({"objective": "dpo"}, "alternative_labels"),
+        ({"objective": "dpo"}, "data.alternative_column must have an answer for every forgotten record"),
         ({"data__forget": tmp_path / "unknown.txt"}, "'r77' not among 24 records"),
         ({"data__test": tmp_path / "none.csv"}, "data.test must be an existing file"),
     ):

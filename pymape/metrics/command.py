@@ -209,7 +209,8 @@ class _Evaluation:
 
     def _load(self, path: str) -> tuple[Any, Any, dict[str, list[dict[str, Any]]], Any]:
         """A model, its tokenizer, the sets encoded for it, and how they are collated."""
-        from pymape.pipeline import Encoder, load_model  # loads transformers
+        from pymape.checkpoint import load_model  # loads transformers
+        from pymape.pipeline import Encoder
 
         config = UnlearnConfig(path, self.config.data)
         model, tokenizer = load_model(config, self.source)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForQuestionAnswering, PreTrainedModel
 
+from pymape.checkpoint import load_tokenizer
 from pymape.experiments.tasks.base import VALIDATION, Record, Split, Task, digest, read_bytes
-from pymape.tokenizer import load_tokenizer
 
 __all__ = ["make_questions"]
 
