@@ -5,12 +5,22 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["Records", "Split", "load_ids", "load_records", "read_table", "split_forget", "validate_labels"]
+__all__ = [
+    "Records",
+    "Split",
+    "load_ids",
+    "load_records",
+    "read_delimited",
+    "read_table",
+    "split_forget",
+    "validate_labels",
+]
 
 _FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
@@ -80,9 +90,51 @@ def read_table(path: str | Path, argument: str = "path") -> dict[str, list[Any]]
         with path.open(encoding="utf-8-sig", newline="") as stream:
             if suffix == ".jsonl":
                 return _columns_of((json.loads(line) for line in stream if line.strip()), path, argument)
-            return _read_delimited(stream, "\t" if suffix == ".tsv" else ",", path, argument)
-    except (json.JSONDecodeError, UnicodeDecodeError, csv.Error, TypeError) as error:
+            return read_delimited(stream, path, argument)
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         raise ValueError(f"{argument} must be readable as {suffix[1:]}, got {str(path)!r}: {error}") from error
+
+
+def read_delimited(stream: Iterable[str], path: Path, argument: str, *, header: bool = True) -> dict[Any, list[Any]]:
+    """Read the lines of a csv or tsv file into columns of equal length.
+
+    Args:
+        stream: its lines, with their ends.
+        path: of the file; .tsv among its suffixes says that tabs divide the fields.
+        argument: the option's name in error messages.
+        header: whether the first line names the columns; otherwise they are numbered from 0.
+
+    Returns:
+        Column name or number to strings.
+
+    Raises:
+        ValueError: malformed content, or rows without the same columns.
+    """
+    # Tab-separated text is commonly written without quoting: a stray quote there is a character, not a field's border.
+    tabs = ".tsv" in [suffix.lower() for suffix in path.suffixes]
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+    reader = csv.reader(stream, delimiter="\t" if tabs else ",", quoting=quoting, strict=True)
+    try:
+        first = next(reader, None)
+        if first is None:
+            raise ValueError(f"{argument} must start with a header line, got the empty file {str(path)!r}")
+        if header and len(set(first)) != len(first):
+            raise ValueError(f"{argument} must have distinct column names, got {first} in {str(path)!r}")
+        columns: dict[Any, list[Any]] = {name: [] for name in (first if header else range(len(first)))}
+        for row in reader if header else chain([first], reader):
+            if not row:
+                continue
+            if len(row) != len(columns):
+                raise ValueError(
+                    f"{argument} must have {len(columns)} fields in every row, got {len(row)} in line "
+                    f"{reader.line_num} of {str(path)!r}"
+                )
+            for values, value in zip(columns.values(), row, strict=True):
+                values.append(value)
+    except csv.Error as error:
+        kind = "tsv" if tabs else "csv"
+        raise ValueError(f"{argument} must be readable as {kind}, got {str(path)!r}: {error}") from error
+    return columns
 
 
 def load_records(path: str | Path, id_column: str = "id", *, argument: str = "data") -> Records:
@@ -227,29 +279,6 @@ def _read_parquet(path: Path, argument: str) -> dict[str, list[Any]]:
         return dict(pyarrow.parquet.read_table(path).to_pydict())
     except pyarrow.lib.ArrowException as error:
         raise ValueError(f"{argument} must be readable as parquet, got {str(path)!r}: {error}") from error
-
-
-def _read_delimited(stream: Any, delimiter: str, path: Path, argument: str) -> dict[str, list[Any]]:
-    # Tab-separated text is commonly written without quoting: a stray quote there is a character, not a field's border.
-    quoting: Literal[0, 3] = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    reader = csv.reader(stream, delimiter=delimiter, quoting=quoting, strict=True)
-    header = next(reader, None)
-    if header is None:
-        raise ValueError(f"{argument} must start with a header line, got the empty file {str(path)!r}")
-    if len(set(header)) != len(header):
-        raise ValueError(f"{argument} must have distinct column names, got {header} in {str(path)!r}")
-    columns: dict[str, list[Any]] = {name: [] for name in header}
-    for row in reader:
-        if not row:
-            continue
-        if len(row) != len(header):
-            raise ValueError(
-                f"{argument} must have {len(header)} fields in every row, got {len(row)} in line {reader.line_num} "
-                f"of {str(path)!r}"
-            )
-        for name, value in zip(header, row, strict=True):
-            columns[name].append(value)
-    return columns
 
 
 def _columns_of(rows: Iterator[Any], path: Path, argument: str) -> dict[str, list[Any]]:

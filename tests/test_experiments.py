@@ -7,6 +7,7 @@ import dataclasses
 import gzip
 import json
 import math
+import re
 import tempfile
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -14,6 +15,7 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
+from session_tools import write_files
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from pymape.architectures import find_layers
@@ -426,6 +428,43 @@ def test_texts_with_a_pretrained_encoder(tmp_path: Path) -> None:
     for model in (one, other):
         train(model, split.train, config, 0)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        ("text,label\n", None, "train.csv must hold at least one row, got none"),
+        (None, "text,label\n", "test.csv must hold at least one row, got none"),
+        ("text,label\nw1,a\nw2,\n", None, "train.csv must have a label in every row, got none in row 2"),
+        ("text,label\nwell, w1,a\n", None, "task.data must have 2 fields in every row, got 3 in line 2 of"),
+        ("text,label\nw1\n", None, "task.data must have 2 fields in every row, got 1 in line 2 of"),
+        ('text,label\n"w1,a\n', None, "task.data must be readable as csv, got "),
+        (b"text,label\nw\xe9,a\n", None, "task.data must hold text files, got "),
+        ("", None, "task.data must start with a header line, got the empty file"),
+        ("text,label\nw1,a\nw2,a\n", None, "train.csv must hold at least two labels, got 'a' only"),
+        ("text,label\nw1,a\nw2,a\nw3,b\n", None, "got {'a': 2, 'b': 1}: "),
+    ],
+)
+def test_tables_that_cannot_be_used_are_named(
+    tmp_path: Path, train: str | bytes | None, test: str | None, message: str
+) -> None:
+    write_files(tmp_path)
+    rows = "text,label\n" + "w1 w2,a\nw3,b\n" * 10
+    for name, content in (("train", train), ("test", test)):
+        text = rows if content is None else content
+        (tmp_path / f"{name}.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    options = {"train": "train.csv", "test": "test.csv"}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_task(TaskConfig("table", str(tmp_path), str(tmp_path / "model"), options)).split(0)
+
+
+def test_a_classifier_of_other_classes_gets_a_new_head(tmp_path: Path) -> None:
+    write_files(tmp_path)  # its model has three
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + "w1 w2,a\nw3,b\n" * 10)
+    options = {"train": "train.csv", "test": "test.csv"}
+    task = make_task(TaskConfig("table", str(tmp_path), str(tmp_path / "model"), options))
+    assert task.start(0).config.num_labels == task.classes == 2
 
 
 def test_files_that_come_with_the_project_are_valid() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from pymape.experiments.tasks.base import VALIDATION, Record, Split, Task, digest
+from pymape.checkpoint import load_tokenizer
+from pymape.data import read_delimited
+from pymape.experiments.tasks.base import VALIDATION, Record, Split, Task, digest, read_bytes
 
 __all__ = ["make_table"]
 
@@ -43,14 +46,20 @@ def make_table(
     """
     from sklearn.model_selection import train_test_split
 
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    tokenizer = load_tokenizer(model)
     tables = [_read(Path(data) / name, header) for name in (train, test)]
     columns = [name for name in (text, pair, label) if name is not None]
     for name, table in zip((train, test), tables, strict=True):
-        missing = [column for column in columns if column not in table.columns]
+        missing = [column for column in columns if column not in table]
         if missing:
             raise ValueError(f"{name} must have the columns {columns}, got none named {missing[0]!r}")
+        if not table[label]:
+            raise ValueError(f"{name} must hold at least one row, got none")
+        if "" in table[label]:
+            raise ValueError(f"{name} must have a label in every row, got none in row {table[label].index('') + 1}")
     names = sorted(set(tables[0][label]))
+    if len(names) < 2:
+        raise ValueError(f"{train} must hold at least two labels, got {', '.join(names)!r} only")
     places = {name: place for place, name in enumerate(names)}
 
     def read(kind: str, table: Any) -> list[Record]:
@@ -69,7 +78,11 @@ def make_table(
     def split(seed: int) -> Split:
         def divide(rows: list[Record], size: int | float) -> tuple[list[Record], list[Record]]:
             classes = [row["labels"] for row in rows]
-            return train_test_split(rows, test_size=size, random_state=seed, stratify=classes)
+            try:
+                return train_test_split(rows, test_size=size, random_state=seed, stratify=classes)
+            except ValueError as error:
+                counts = {name: classes.count(place) for name, place in places.items()}
+                raise ValueError(f"records must suffice to be divided label by label, got {counts}: {error}") from error
 
         def drawn(rows: list[Record], count: int | None) -> list[Record]:
             return rows if count is None or count >= len(rows) else divide(rows, len(rows) - count)[0]
@@ -79,24 +92,18 @@ def make_table(
     def start(seed: int) -> PreTrainedModel:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
+            # The head of a classifier of other classes gives way to a new one too.
             return AutoModelForSequenceClassification.from_pretrained(
-                model, local_files_only=True, num_labels=len(names)
+                model, local_files_only=True, num_labels=len(names), ignore_mismatched_sizes=True
             )
 
     files = [Path(data) / train, Path(data) / test, *sorted(path for path in Path(model).iterdir() if path.is_file())]
     return Task(len(names), digest(*(path.read_bytes() for path in files)), split, start)
 
 
-def _read(path: Path, header: bool) -> Any:
-    import csv
-
-    import pandas as pd
-
-    if not path.is_file():
-        raise ValueError(f"task.data must hold the file {path.name}, got none in {str(path.parent)!r}")
-    tabs = ".tsv" in path.suffixes
-    # In tab-separated files quotation marks are part of the text.
-    quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
-    return pd.read_csv(
-        path, sep="\t" if tabs else ",", header=0 if header else None, quoting=quoting, dtype=str, keep_default_na=False
-    )
+def _read(path: Path, header: bool) -> dict[Any, list[str]]:
+    try:
+        text = read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"task.data must hold text files, got {str(path)!r}: {error}") from error
+    return read_delimited(io.StringIO(text, newline=""), path, "task.data", header=header)
