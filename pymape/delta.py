@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pymape.architectures import layout
 from pymape.files import atomic_write
 
-__all__ = ["DeltaPart", "apply_delta", "gather_parts", "inside_digest", "tensor_digest", "write_delta"]
+__all__ = ["DeltaPart", "apply_delta", "inside_digest", "tensor_digest", "write_delta"]
 
 FORMAT = "pymape.delta.1"
 _INDEX = ":index"
@@ -43,6 +43,10 @@ class DeltaPart:
         """The part's values in a full parameter."""
         return full if self.index is None else full.index_select(self.dim, self.index.to(full.device))
 
+    def present(self, model: nn.Module) -> Tensor:
+        """The part's values in a model now."""
+        return self.of(model.get_parameter(self.name).detach())
+
     def without(self, full: Tensor) -> Tensor:
         """A full parameter with zeros in the part's place."""
         if self.index is None:
@@ -55,11 +59,6 @@ def tensor_digest(hasher: Any, name: str, tensor: Tensor) -> None:
     tensor = tensor.detach().cpu().contiguous()
     hasher.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
     hasher.update(tensor.flatten().view(torch.uint8).numpy())
-
-
-def gather_parts(model: nn.Module, parts: Sequence[DeltaPart]) -> dict[str, Tensor]:
-    """The parts' present values by parameter name."""
-    return {part.name: part.of(model.get_parameter(part.name).detach()) for part in parts}
 
 
 @torch.no_grad()
@@ -82,14 +81,14 @@ def write_delta(
         base: `inside_digest` of the values before training.
         provenance: JSON-able.
     """
-    values = gather_parts(model, parts)
+    values = {part.name: part.present(model) for part in parts}
     outside = _outside_digest(model, parts)
     metadata = {
         "format": FORMAT,
         "fingerprint": fingerprint,
         "dims": json.dumps({part.name: part.dim for part in parts}),
         "base": _joined(outside, base),
-        "result": _joined(outside, inside_digest(parts, values)),
+        "result": _joined(outside, inside_digest(parts, lambda part: values[part.name])),
         "provenance": json.dumps(provenance, sort_keys=True),
     }
     tensors = {name: value.cpu().contiguous().clone() for name, value in values.items()}
@@ -120,13 +119,13 @@ def apply_delta(model: Model, path: str | os.PathLike[str]) -> Model:
     parameters = dict(model.named_parameters())
     parts, values = _checked_parts(json.loads(metadata["dims"]), tensors, parameters, path)
     outside = _outside_digest(model, parts)
-    present = _joined(outside, inside_digest(parts, gather_parts(model, parts)))
+    present = _joined(outside, inside_digest(parts, lambda part: part.present(model)))
     if present == metadata["result"]:
         return model
     if present != metadata["base"]:
         base = metadata["base"]
         raise ValueError(f"model must hold the weights {base[:12]} that training began with, got {present[:12]}")
-    if _joined(outside, inside_digest(parts, values)) != metadata["result"]:
+    if _joined(outside, inside_digest(parts, lambda part: values[part.name])) != metadata["result"]:
         raise ValueError(f"delta must give the weights {metadata['result'][:12]}, got a damaged file: {path}")
     for part in parts:
         parameter, value = parameters[part.name], values[part.name]
@@ -138,21 +137,25 @@ def apply_delta(model: Model, path: str | os.PathLike[str]) -> Model:
     return model
 
 
-def inside_digest(parts: Sequence[DeltaPart], values: Mapping[str, Tensor]) -> str:
-    """sha256 over where the parts are and what they hold."""
+def inside_digest(parts: Sequence[DeltaPart], values: Callable[[DeltaPart], Tensor]) -> str:
+    """sha256 over where the parts are and what they hold, which is asked for part by part."""
     hasher = hashlib.sha256()
     for part in sorted(parts, key=lambda part: part.name):
         if part.index is not None:
             tensor_digest(hasher, f"{part.name} {part.dim}", part.index)
-        tensor_digest(hasher, part.name, values[part.name])
+        tensor_digest(hasher, part.name, values(part))
     return hasher.hexdigest()
 
 
 def _outside_digest(model: nn.Module, parts: Sequence[DeltaPart]) -> str:
-    """sha256 over every other entry of the model's state dict."""
+    """sha256 over every other entry of the model's state dict, but for other names of a part's parameter."""
     hasher, by_name = hashlib.sha256(), {part.name: part for part in parts}
-    for name, tensor in sorted(model.state_dict().items()):
-        tensor_digest(hasher, name, by_name[name].without(tensor) if name in by_name else tensor)
+    replaced = {id(model.get_parameter(part.name)) for part in parts}
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        if name in by_name:
+            tensor_digest(hasher, name, by_name[name].without(tensor.detach()))
+        elif id(tensor) not in replaced:
+            tensor_digest(hasher, name, tensor)
     return hasher.hexdigest()
 
 

@@ -44,7 +44,7 @@ class OriginalModel:
     def look_up(
         self,
         data: Mapping[str, Any],
-        batches: Callable[[str, Sequence[int]], Iterator[UnlearnBatch]],
+        batches: Callable[..., Iterator[UnlearnBatch]],
         cache: ReferenceCache | None,
         write: bool,
     ) -> None:
@@ -52,7 +52,8 @@ class OriginalModel:
 
         Args:
             data: the forget and the retain set.
-            batches: side, rows -> those records in order, with their alternative answers where they are needed.
+            batches: side, rows, batch size (optional) -> those records in order, with their alternative answers where
+                they are needed.
             cache: where values may be known already, and are kept.
             write: whether to add new values to the cache.
         """
@@ -66,7 +67,8 @@ class OriginalModel:
             rows = range(len(data[side]))
             if cache is None:
                 return compute(rows)
-            records = [record_digest(str(data[side][row].get("id")), data[side][row]) for row in rows]
+            # One by one, as a record's padding depends on the others of its batch.
+            records = [_digest(batch) for batch in batches(side, rows, 1)]
             return cache.values(kind, records, compute, write=write)
 
         with evaluating(self.model):
@@ -112,6 +114,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+
+
+def _digest(batch: UnlearnBatch) -> bytes:
+    """The digest of a record from a batch of its own."""
+    return record_digest(batch.inputs, *([] if batch.alternative is None else [batch.alternative.inputs]))
 
 
 def _both_losses(batch: UnlearnBatch) -> Tensor:

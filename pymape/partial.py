@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from pymape.architectures import find_layers, find_prefix
-from pymape.delta import DeltaPart, gather_parts, inside_digest, write_delta
+from pymape.delta import DeltaPart, inside_digest, write_delta
 from pymape.masks import ModuleMasks, versions
 from pymape.ops.selected_weight_grad import selected_weight_grad
 
@@ -53,6 +53,7 @@ class PartialParameters:
         self.model = model
         self.masks = masks
         self._projections: list[nn.Module] = []
+        self._prefix: list[nn.Module] = []
         self._handles: list[RemovableHandle] = []
         trainable: list[nn.Parameter] = []
         selections: list[tuple[nn.Module, int, Tensor]] = []
@@ -64,17 +65,21 @@ class PartialParameters:
             if not selections and not trainable:
                 raise ValueError("masks must select at least one head or filter (or train_task_head=True), got none")
         self._requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        model.requires_grad_(False)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        for module, dim, index in selections:
-            self._select(module, dim, index)
-        self._prefix = find_prefix(model, self.lowest_layer) if self.lowest_layer else []
-        for module in self._prefix:
-            module.train = MethodType(_stay_in_eval_mode, module)  # type: ignore[method-assign]
-            module.eval()
-        self._parts = self._replaced_parts()
-        self._base = inside_digest(self._parts, gather_parts(model, self._parts))
+        try:
+            model.requires_grad_(False)
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+            for module, dim, index in selections:
+                self._select(module, dim, index)
+            self._prefix = find_prefix(model, self.lowest_layer) if self.lowest_layer else []
+            for module in self._prefix:
+                module.train = MethodType(_stay_in_eval_mode, module)  # type: ignore[method-assign]
+                module.eval()
+            self._parts = self._replaced_parts()
+            self._base = inside_digest(self._parts, lambda part: part.present(model))
+        except BaseException:
+            self._restore()
+            raise
 
     @property
     def lowest_layer(self) -> int | None:
@@ -181,18 +186,24 @@ class PartialParameters:
         The model gets its own `forward` methods, parameters and `requires_grad` flags back; this object has served.
         """
         self.sync()
+        self._restore()
+        return self.model
+
+    def _restore(self) -> None:
+        """Take everything back that this object has put on the model, or on a part of it before an error."""
         for handle in self._handles:
             handle.remove()
         for module in self._projections:
-            del module.forward, module.selected_weight, module.selected_bias
-            del module.selected_index, module.selected_axis
+            for name in ("forward", "selected_index", "selected_axis"):
+                vars(module).pop(name, None)
+            for name in _COMPACT.values():
+                module._parameters.pop(name, None)
         for module in self._prefix:
-            del module.train
+            vars(module).pop("train", None)
             module.train(self.model.training)
         self._projections, self._handles, self._prefix = [], [], []
         for parameter, required in self._requires_grad:
             parameter.requires_grad_(required)
-        return self.model
 
     def _replace(self, parameters: list[nn.Parameter], values: list[Tensor]) -> None:
         for parameter, value in zip(parameters, values, strict=True):
@@ -218,6 +229,7 @@ class PartialParameters:
 
     def _select(self, module: nn.Module, dim: int, index: Tensor) -> None:
         """Give a projection compact parameters for `index` along `dim`, and a forward that trains them."""
+        self._projections.append(module)
         rows = dim == _out_dim(module)
         owner: Any = module
         owner.selected_axis = "rows" if rows else "columns"
@@ -228,7 +240,6 @@ class PartialParameters:
             bias = nn.Parameter(_gather(module, "bias", owner.bias)) if rows and owner.bias is not None else None
             module.register_parameter("selected_bias", bias)
         owner.forward = MethodType(_selected_forward, module)
-        self._projections.append(module)
         self._handles += [
             module.register_state_dict_post_hook(_hide_compact),
             module.register_load_state_dict_pre_hook(_load_compact),

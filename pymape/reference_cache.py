@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,16 @@ from pymape.files import atomic_write
 __all__ = ["ReferenceCache", "record_digest", "weights_digest"]
 
 _logger = logging.getLogger(__name__)
-_FORMAT = "pymape reference 2"  # 1 counted tokens of padding
+_FORMAT = "pymape reference 3"  # 1 counted tokens of padding, 2 did not see the collator
 
 
 class ReferenceCache:
     """A folder of reference values: one safetensors file for every model and kind of value, one row for every record.
 
-    A file is found by the digest of the model's weights, a row by that of the record's id and content, so that values
-    of other weights or of a record that has changed since are never used; further data sets of the same model add rows.
-    A file that is damaged is written anew. Deleting files, or the folder, costs their recomputation only.
+    A file is found by the digest of the model's weights, a row by that of the record as the model is given it, so that
+    values of other weights, or of a record or collator that has changed since, are never used; further data sets of the
+    same model add rows. A file that is damaged is written anew. Deleting files, or the folder, costs their
+    recomputation only.
 
     Args:
         folder: where; created when absent.
@@ -98,21 +100,18 @@ def weights_digest(model: nn.Module, *context: str) -> str:
     return digest.hexdigest()
 
 
-def record_digest(record_id: str, record: Mapping[str, Any]) -> bytes:
-    """sha256 over a record's id, and the names and values of its fields."""
-    digest = hashlib.sha256(repr(record_id).encode())
-    for name in sorted(record):
-        if name != "id":
-            value = record[name]
+def record_digest(*inputs: Mapping[str, Any]) -> bytes:
+    """sha256 over the names and values of a record's collated inputs, and of those of its alternative answer."""
+    digest = hashlib.sha256()
+    for one in inputs:
+        digest.update(b"\ninputs")
+        for name, value in sorted(one.items()):
             digest.update(f"\n{name} ".encode())
             if isinstance(value, Tensor):
-                digest.update(f"{value.dtype} {tuple(value.shape)} ".encode() + bytes(_bytes(value)))
-            elif hasattr(value, "tobytes"):  # arrays and images
-                digest.update(
-                    f"{getattr(value, 'shape', None) or getattr(value, 'size', None)} ".encode() + value.tobytes()
-                )
+                digest.update(f"{value.dtype} {tuple(value.shape)} ".encode())
+                digest.update(_bytes(value))
             else:
-                digest.update(repr(value).encode())
+                digest.update(pickle.dumps(value))  # repr shortens arrays
     return digest.digest()
 
 

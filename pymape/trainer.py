@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,7 @@ from pymape.processes import rank, world_size
 from pymape.reference_cache import ReferenceCache, weights_digest
 from pymape.sophia import Sophia, gauss_newton_bartlett
 from pymape.stopping import StopWhenForgotten
+from pymape.trainer_checks import reject_adapters, reject_ignored
 
 __all__ = ["UnlearnTrainer"]
 
@@ -65,8 +67,8 @@ class UnlearnTrainer(Trainer):
         trainer_options: further arguments of `transformers.Trainer`. A record's `id` is never given to the model.
 
     Raises:
-        ValueError: unknown objective, missing or empty data set, ids in both sets, masks of another model, or an option
-            that the objective would ignore.
+        ValueError: unknown objective, missing or empty data set, ids in both sets, masks of another model, a PEFT
+            model, or an option that the objective would ignore.
 
     Source: MAPE-Unlearn (arXiv 2508.17233), section on unlearning with masks.
     """
@@ -94,6 +96,7 @@ class UnlearnTrainer(Trainer):
         prefix_cache: str | os.PathLike[str] | PrefixCache | None = None,
         **trainer_options: Any,
     ) -> None:
+        reject_adapters(model)
         self.objective = get_objective(objective).with_options(objective_options or {})
         for name, value, lowest in (("alpha", alpha, 0.0), ("beta", beta, None), ("gamma", gamma, None)):
             if not (value > 0 or value == lowest) or value == float("inf"):
@@ -104,7 +107,7 @@ class UnlearnTrainer(Trainer):
         self._check_objective(model)
         if args is None:
             args = TrainingArguments(output_dir="unlearned", save_strategy="no", report_to="none")
-        _reject_ignored(args, self.objective, masks, dropout, trainer_options)
+        reject_ignored(args, self.objective, masks, dropout, trainer_options)
         if self.objective.optimizer is not None:
             options = {"lr": args.learning_rate, **self.objective.optimizer_options}
             trainer_options["optimizer_cls_and_kwargs"] = (self.objective.optimizer, options)
@@ -142,7 +145,8 @@ class UnlearnTrainer(Trainer):
         if self.objective.one_shot:
             return self._train_once()
         self._look_up_original()
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        with _embeddings_as_they_are(self.model):
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._require_finite(self.partial.parameters(), "parameters")
         return output
 
@@ -298,9 +302,10 @@ class UnlearnTrainer(Trainer):
     def _look_up_original(self) -> None:
         """Learn what the objective needs of the original model, before a resumed run loads other weights."""
 
-        def batches(side: str, rows: Sequence[int]) -> Iterator[UnlearnBatch]:
+        def batches(side: str, rows: Sequence[int], batch_size: int | None = None) -> Iterator[UnlearnBatch]:
             alternative = side == "forget" and self.objective.alternative
-            return self._in_order(self.data[side], self._ids[side], rows=rows, alternative=alternative)
+            options: Any = {"rows": rows, "batch_size": batch_size, "alternative": alternative}
+            return self._in_order(self.data[side], self._ids[side], **options)
 
         cache = None
         if self.reference_cache is not None and self._references:
@@ -409,24 +414,15 @@ def _undo_preparation(model: nn.Module) -> None:
             model.forward = original
 
 
-def _reject_ignored(
-    args: TrainingArguments, objective: Objective, masks: ModuleMasks | None, dropout: bool, options: dict[str, Any]
-) -> None:
-    """Refuse options that would have no effect, or a wrong one."""
-    for name in ("model_init", "compute_loss_func"):
-        if options.get(name) is not None:
-            raise ValueError(f"{name} must be None, got one that the objective would replace")
-    if args.label_smoothing_factor != 0:
-        raise ValueError(f"label_smoothing_factor must be 0, got {args.label_smoothing_factor}")
-    if getattr(args, "train_sampling_strategy", "random") != "random":
-        raise ValueError(f"train_sampling_strategy must be 'random', got {args.train_sampling_strategy!r}")
-    optimizer = options.get("optimizer_cls_and_kwargs") or options.get("optimizers", (None, None))[0]
-    if objective.optimizer is not None and optimizer is not None:
-        raise ValueError(f"no optimizer may be given with objective {objective.name!r}, which brings its own, got one")
-    if masks is not None and options.get("optimizers", (None, None))[0] is not None:
-        raise ValueError("optimizers must hold no optimizer with masks (use optimizer_cls_and_kwargs), got one")
-    checkpointing = getattr(args, "gradient_checkpointing", False) or getattr(args, "activation_checkpointing", False)
-    if checkpointing and not dropout:
-        raise ValueError("dropout must be True with gradient checkpointing, which works in train mode only, got False")
-    if args.n_gpu > 1:
-        raise ValueError(f"one process must use one GPU (start with torchrun), got {args.n_gpu}")
+@contextmanager
+def _embeddings_as_they_are(model: Any) -> Iterator[None]:
+    """Keep the Trainer's checkpointing from hooks that make the embeddings' outputs require gradients.
+
+    The frozen layers below the masks would build a graph, and the hooks would outlast the training. They are for frozen
+    embeddings under reentrant checkpointing, which is refused with masks.
+    """
+    model.enable_input_require_grads = lambda: None
+    try:
+        yield
+    finally:
+        del model.enable_input_require_grads

@@ -84,13 +84,14 @@ def test_digests_tell_weights_and_records_apart():
     with torch.no_grad():
         model.classifier.weight[0, 0] += 1e-6
     assert weights_digest(model) != digest
-    record = {"id": "a", "input_ids": [1, 2], "labels": 1}
-    others = [{**record, "labels": 2}, {**record, "input_ids": [1, 2, 3]}, {**record, "alternative_labels": 1}]
-    others += [{**record, "text": "x"}, {**record, "pixels": torch.zeros(2)}, {**record, "pixels": torch.ones(2)}]
-    others += [{**record, "pixels": torch.zeros(2).numpy()}, {**record, "pixels": torch.zeros(2, 1)}]
-    digests = {record_digest("a", row) for row in [record, *others]} | {record_digest("b", record)}
-    assert len(digests) == len(others) + 2
-    assert record_digest("a", dict(reversed(record.items()))) == record_digest("a", record)
+    record = {"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([1])}
+    others = [{**record, "labels": torch.tensor([2])}, {**record, "input_ids": torch.tensor([[1, 2, 3]])}]
+    others += [{**record, "labels": torch.tensor([1], dtype=torch.int32)}, {**record, "labels": torch.tensor([[1]])}]
+    others += [{**record, "scale": 1.0}, {**record, "scale": 2.0}, {**record, "scale": torch.zeros(2000).numpy()}]
+    others += [{**record, "scale": torch.arange(2000) == 1000}, {**record, "scale": (torch.arange(2000) == 9).numpy()}]
+    digests = {record_digest(*rows) for row in [record, *others] for rows in ([row], [record, row], [row, record])}
+    assert len(digests) == 3 * len(others) + 2
+    assert record_digest(dict(reversed(record.items()))) == record_digest(record)
 
 
 def build(kind: str, family: str, path: Path, **options: Any) -> UnlearnTrainer:
@@ -120,9 +121,13 @@ def test_a_second_run_reads_what_the_first_computed(family, options, kinds, tmp_
         trainer = build(kind, family, tmp_path, **options, **more)
         looked_up = []
         in_order = trainer._in_order
-        monkeypatch.setattr(
-            trainer, "_in_order", lambda *args, **kw: looked_up.append(kw["rows"]) or in_order(*args, **kw)
-        )
+
+        def counted(*args: Any, **kw: Any) -> Any:
+            if kw["batch_size"] is None:  # else only their digests are asked for
+                looked_up.append(kw["rows"])
+            return in_order(*args, **kw)
+
+        monkeypatch.setattr(trainer, "_in_order", counted)
         trainer.train()
         return trainer.merge().state_dict(), sum(map(len, looked_up))
 
@@ -138,6 +143,23 @@ def test_a_second_run_reads_what_the_first_computed(family, options, kinds, tmp_
     assert run(reference_cache=folder, model=tiny_model(family, seed=1))[1] == computed
     more = records(kind, 6, 1)
     assert run(reference_cache=folder, forget_dataset=more)[1] == 2 * any(name != "log_probs" for name in kinds)
+
+
+@pytest.mark.parametrize("objective", ["npo", "dpo"])
+def test_values_of_another_collator_are_not_used(objective, tmp_path):
+    def original(most: int, folder: str) -> Tensor:
+        def cut(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+            return collate([{name: tokens[:most] for name, tokens in row.items()} for row in rows])
+
+        trainer = build(
+            "language", "llama", tmp_path, objective=objective, data_collator=cut, reference_cache=tmp_path / folder
+        )
+        trainer.train()
+        return trainer.original._known["forget"]
+
+    short, whole = original(3, "shared"), original(99, "shared")
+    assert torch.equal(whole, original(99, "fresh"))
+    assert not torch.equal(short, whole)
 
 
 def test_resuming_reads_the_original_model_not_the_checkpoint(tmp_path):

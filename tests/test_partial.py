@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import weakref
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import pymape.partial as partial_module
 from pymape.architectures import find_layers, layout
-from pymape.delta import apply_delta
+from pymape.delta import DeltaPart, apply_delta, inside_digest
 from pymape.masks import ModuleMasks
 from pymape.modules import gates, instrument, restore
 from pymape.partial import PartialParameters
@@ -391,14 +393,65 @@ def test_bad_input():
         PartialParameters(model, masks)
 
 
-def trained(family: str, path, task_head: bool = False) -> tuple[nn.Module, nn.Module, PartialParameters]:
+@pytest.mark.parametrize("place", ["_gather", "find_prefix", "inside_digest"])
+def test_an_error_leaves_the_model_as_it_was(place, monkeypatch):
+    model = tiny_model("bert").train()
+    model.bert.embeddings.requires_grad_(False)
+    masks = some_masks(model)
+    masks.heads[0], masks.filters[0] = False, False
+
+    def state() -> list:
+        own = [(sorted(vars(module)), module.training, list(module._state_dict_hooks)) for module in model.modules()]
+        return own + [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
+
+    before, calls = state(), []
+    original = getattr(partial_module, place)
+
+    def fail(*args):
+        calls.append(args)
+        if place != "_gather" or len(calls) == 4:  # after some compact parameters
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(partial_module, place, fail)
+    with pytest.raises(KeyboardInterrupt):
+        PartialParameters(model, masks)
+    assert state() == before
+    monkeypatch.undo()
+    PartialParameters(model, masks)
+
+
+def test_the_digest_holds_one_part_at_a_time(monkeypatch):
+    model = tiny_model("bert")
+    gathered: list[weakref.ref] = []
+    original = DeltaPart.of
+
+    def of(part: DeltaPart, full: Tensor) -> Tensor:
+        assert not any(value() is not None for value in gathered)
+        gathered.append(weakref.ref(value := original(part, full)))
+        return value
+
+    monkeypatch.setattr(DeltaPart, "of", of)
+    PartialParameters(model, some_masks(model))
+    assert len(gathered) == 20
+
+
+def test_the_digest_of_parts_is_that_of_released_deltas():
+    parts = [DeltaPart("b", 1, torch.tensor([0, 2])), DeltaPart("a", 0, None)]
+    digest = inside_digest(parts, lambda part: torch.arange(3.0) if part.name == "a" else torch.ones(2, 2))
+    assert digest == "d9c7859b0ba3798c4bcb86ae7afe8184fc5a83dd46b9dda2b41f4a871b9e96df"
+
+
+def trained(
+    family: str, path, task_head: bool = False, task: str | None = None
+) -> tuple[nn.Module, nn.Module, PartialParameters]:
     """The original model, the unlearned one, and what trained it; the change lies in `path`."""
-    original = tiny_model(family)
+    original = tiny_model(family, task)
     model = copy.deepcopy(original)
     partial = PartialParameters(model, some_masks(model), train_task_head=task_head)
     optimizer = torch.optim.AdamW(partial.parameters(), lr=0.1)
     partial.attach(optimizer)
-    model(**tiny_batch(family)).loss.backward()
+    model(**tiny_batch(family, task)).loss.backward()
     optimizer.step()
     partial.export_delta(path, {"request": "r1"})
     return original, model, partial
@@ -431,6 +484,16 @@ def test_a_delta_holds_the_task_head_and_provenance(tmp_path):
         provenance = json.loads(file.metadata()["provenance"])
     assert provenance["request"] == "r1"
     assert provenance["versions"]["torch"] == torch.__version__
+
+
+def test_a_delta_of_a_head_with_tied_parameters(tmp_path):
+    path = tmp_path / "delta.safetensors"
+    original, _, partial = trained("bert", path, task_head=True, task="masked_lm")
+    before = original.state_dict()["cls.predictions.decoder.bias"].clone()  # another name of cls.predictions.bias
+    merged = partial.merge().state_dict()
+    apply_delta(original, path)
+    assert all(torch.equal(value, merged[name]) for name, value in original.state_dict().items())
+    assert not torch.equal(merged["cls.predictions.decoder.bias"], before)
 
 
 def test_a_delta_is_refused_where_it_does_not_belong(tmp_path):

@@ -19,6 +19,7 @@ from torch import Tensor
 from trainer_tools import NAMES, arguments, collate, make, mean_loss, outside, records, some_masks
 from transformers import TrainingArguments
 
+from pymape.architectures import find_layers
 from pymape.batching import bare_record
 from pymape.pairing import PairSampler
 from pymape.trainer import UnlearnTrainer
@@ -269,6 +270,31 @@ def test_no_autocast_is_left_after_merging(family, own_forward, tmp_path):
         assert isinstance(model(**inputs, return_dict=False), tuple)  # its own decorators are still there
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_checkpointing_makes_no_graph_below_the_masks_and_leaves_no_hook(masked, tmp_path):
+    results = []
+    for checkpointing in (False, True):
+        model = tiny_model("llama")
+        mine = model.get_input_embeddings().register_forward_hook(lambda *_: None)
+        masks = some_masks(model) if masked else None
+        if masks is not None:
+            masks.heads[0], masks.filters[0] = False, False
+        traced = []
+        for module in (model.get_input_embeddings(), find_layers(model)[0].layer):
+            module.register_forward_hook(lambda _, __, output, traced=traced: traced.append(output[0].requires_grad))
+        args = arguments(tmp_path, gradient_checkpointing=checkpointing)
+        sets = {"forget_dataset": records("language", 4, 1), "retain_dataset": records("language", 4, 2)}
+        trainer = build(tmp_path, model=model, args=args, masks=masks, data_collator=collate, **sets)
+        trainer.train()
+        results.append(trainer.merge().state_dict())
+        assert any(traced) != masked
+        hooks = model.get_input_embeddings()._forward_hooks
+        assert len(hooks) == 2
+        assert mine.id in hooks
+        assert "enable_input_require_grads" not in vars(model)
+    assert all(torch.equal(value, results[1][key]) for key, value in results[0].items())
+
+
 def test_dropout_can_be_off(tmp_path):
     trainer = make("bert", tmp_path, model=tiny_model("bert", dropout=0.5), objective="npo", dropout=False, retain=4)
     trainer.train()
@@ -350,10 +376,34 @@ def test_bad_arguments(tmp_path):
         build(tmp_path, args=arguments(tmp_path, label_smoothing_factor=0.1))
     with pytest.raises(ValueError, match="dropout must be True with gradient checkpointing"):
         build(tmp_path, args=arguments(tmp_path, gradient_checkpointing=True), dropout=False)
+    for options in ({"use_reentrant": True}, {"preserve_rng_state": True}):  # torch's default is reentrant
+        args = arguments(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs=options)
+        model = tiny_model("bert")
+        with pytest.raises(ValueError, match="activation_checkpointing_kwargs must have use_reentrant=False with mask"):
+            build(tmp_path, model=model, args=args, masks=some_masks(model))
+        build(tmp_path, args=args)
     rows = records("text", 3, 1)
     rows[1]["labels"] = torch.tensor(LABELS)
     with pytest.raises(ValueError, match=r"labels must be in \[0, 3\), got 3 for id '1-1'"):
         build(tmp_path, forget_dataset=rows, data_collator=collate, objective="ga").train()
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_peft_model_is_refused_until_it_is_merged(wrapped, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["query"])
+    model: Any = tiny_model("bert")
+    if wrapped:
+        model = peft.get_peft_model(model, config)
+    else:
+        model.add_adapter(config)
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match="model must be plain, got a PEFT model, whose checkpoints") as caught:
+        build(tmp_path, model=model)
+    assert "\n" not in str(caught.value)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    if wrapped:
+        build(tmp_path, model=model.merge_and_unload())
 
 
 def test_a_failed_construction_leaves_the_model_plain(tmp_path):
