@@ -153,7 +153,7 @@ class RecordBatches:
             [self._rows[place] for batch in own_batches[number :: share[1]] for place in batch]
             for number in range(share[1])
         ]
-        collate = _WithIds(collate_fn or PaddingCollator(pad_token_id))
+        collate = self._collate = _WithIds(collate_fn or PaddingCollator(pad_token_id))
         # A generator of its own: a DataLoader draws a seed from the global one, which is the user's.
         generator = torch.Generator()
         self._loader: DataLoader[Any] = DataLoader(
@@ -162,6 +162,10 @@ class RecordBatches:
 
     def __len__(self) -> int:
         return len(self._batches)
+
+    def alone(self, row: int) -> Any:
+        """The batch that the record of one row of the results makes by itself."""
+        return self._collate([self.data[self.positions[row]]])[1]
 
     def __iter__(self) -> Iterator[tuple[Tensor, list[str] | None, Any]]:
         for places, (ids, batch) in zip(self._batches, self._loader, strict=True):

@@ -14,22 +14,27 @@ import torch
 from metrics_tools import FixedForCausalLM, records
 from model_zoo import DECODERS, ENCODERS, GROUPED, tiny_model
 from safetensors import safe_open
+from torch.utils.data import DataLoader, RandomSampler
+from transformers import BertForTokenClassification
 
 from pymape.metrics import (
     RecordScores,
     evaluate,
+    evaluation,
     linear_cka,
     mean_gap,
     measure_cost,
     membership_attack,
     model_distance,
     modified_entropies,
+    predict,
     record_scores,
     relearning_attack,
     score_metrics,
 )
 from pymape.metrics import costs as costs_module
 from pymape.metrics.forward import most_tokens
+from pymape.metrics.scores import gradient_norms
 
 KINDS = [("bert", "sequence_classification"), ("vit", "image_classification"), ("gpt2", "causal_lm")]
 
@@ -227,5 +232,96 @@ def test_scores_that_do_not_belong_together_are_refused() -> None:
         score_metrics(scores, retrained={"forget": scores["forget"], "retain": scores["retain"]})
     with pytest.raises(ValueError, match="reference must be of the same 6 records"):
         score_metrics(scores, reference={"forget": scores["test"], "test": scores["test"]})
-    with pytest.raises(ValueError, match=r"shadows must have shape \[K >= 2, 12\]"):
+    with pytest.raises(ValueError, match="shadows must be none, or two or more, got 1"):
         score_metrics(scores, shadows=[scores])
+
+
+def test_attacks_that_cannot_be_made_are_refused_before_anything_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pymape.metrics.evaluation.record_scores", lambda *_, **__: pytest.fail("nothing is scored"))
+    model, data = tiny_model("gpt2", "causal_lm"), sets("gpt2", "causal_lm")
+    for options, message in (
+        ({"shadows": [model, model]}, "shadows must be left out for a model for causal language model, got 2"),
+        ({"shadows": [model]}, "shadows must be none, or two or more, got 1"),
+        ({"reference": model, "test": None}, "reference must come with test"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(model, **{**data, **options})
+
+
+def test_only_the_model_itself_is_attacked_by_gradient_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    real = evaluation.record_scores
+
+    def scores(model: Any, data: Any, *, gradients: bool, **options: Any) -> RecordScores:
+        asked.append((model, gradients))
+        return real(model, data, gradients=gradients, **options)
+
+    monkeypatch.setattr(evaluation, "record_scores", scores)
+    data = sets("vit", "image_classification")
+    model, retrained, reference = (tiny_model("vit", seed=seed) for seed in range(3))
+    evaluate(model, **data, retrained=retrained, reference=reference, gradients=True)
+    assert {one for one, gradients in asked if gradients} == {model}
+    assert sum(gradients for _, gradients in asked) == 2  # forget and test
+
+
+def test_the_norms_of_a_loader_are_those_of_its_records() -> None:
+    model, data = tiny_model("bert"), sets("bert", "sequence_classification")["retain"]
+    data = [{**record, "id": f"r{row}"} for row, record in enumerate(data)]
+    expected = gradient_norms(model, data)
+    torch.testing.assert_close(gradient_norms(model, DataLoader(data, batch_size=3)), expected)
+    chosen = RandomSampler(data, num_samples=3, generator=torch.Generator().manual_seed(0))
+    found = record_scores(model, DataLoader(data, batch_size=2, sampler=chosen), gradients=True)
+    rows = [int(name.removeprefix("r")) for name in found.ids]
+    torch.testing.assert_close(found.gradient_norms, expected[rows])
+    with torch.inference_mode():
+        torch.testing.assert_close(gradient_norms(model, data), expected)
+
+
+def test_padding_on_the_left_changes_no_score_of_a_model_with_learned_positions() -> None:
+    draw = torch.Generator().manual_seed(0)
+    texts = [torch.randint(1, 50, (length,), generator=draw).tolist() for length in (3, 7, 5)]
+    data = [{"input_ids": text, "labels": text} for text in texts]
+
+    def left(records: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        width = max(len(record["input_ids"]) for record in records)
+        missing = [width - len(record["input_ids"]) for record in records]
+        rows = list(zip(missing, records, strict=True))
+        return {
+            "input_ids": torch.tensor([[0] * n + record["input_ids"] for n, record in rows]),
+            "labels": torch.tensor([[-100] * n + record["labels"] for n, record in rows]),
+            "attention_mask": torch.tensor([[0] * n + [1] * (width - n) for n in missing]),
+        }
+
+    for family in ("gpt2", "llama"):
+        model = tiny_model(family, "causal_lm")
+        torch.testing.assert_close(record_scores(model, data, collate_fn=left).loss, record_scores(model, data).loss)
+        found, expected = predict(model, data, collate_fn=left), predict(model, data)
+        torch.testing.assert_close(found.loss, expected.loss)
+        assert model_distance(model, model, data, collate_fn=left).figures()["logit_kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_what_predict_cannot_judge_is_refused() -> None:
+    text = {"input_ids": [1, 2, 3], "labels": [-100, -100, -100], "id": "r7"}
+    model = tiny_model("gpt2", "causal_lm")
+    with pytest.raises(ValueError, match="r7"):
+        predict(model, [text])
+    with pytest.raises(ValueError, match="r7"):
+        model_distance(model, model, [text])
+    with pytest.raises(ValueError, match="labels"):
+        predict(model, [{"input_ids": [1, 2, 3]}])
+    other = BertForTokenClassification(tiny_model("bert").config)
+    with pytest.raises(ValueError, match="model must be a classifier or a causal language model, got one for token"):
+        predict(other, [{"input_ids": [1, 2, 3], "labels": [0, 1, 0]}])
+
+
+def test_a_model_in_half_precision_relearns_as_one_in_full() -> None:
+    data = sets("gpt2", "causal_lm")["forget"]
+    model = tiny_model("gpt2", "causal_lm").to(torch.bfloat16)
+    options: dict[str, Any] = {"original_accuracy": 100.0, "steps": 6, "lr": 1e-4, "share": 1.0, "every": 3}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = relearning_attack(model, data, **options)
+    assert found == relearning_attack(copy.deepcopy(model).float(), data, **options)
+    assert found.loss[-1] < found.loss[0]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with torch.inference_mode():
+        assert relearning_attack(model, data, **options) == found

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pymape.batching import PaddingCollator, bare_record
-from pymape.losses import IGNORED_LABEL, token_labels
-from pymape.metrics.forward import eval_mode
+from pymape.losses import IGNORED_LABEL, check_labels, task_of, token_labels
+from pymape.metrics.forward import eval_mode, on_device, questions
 
 __all__ = [
     "Predictions",
@@ -145,7 +145,6 @@ def predict(
     *,
     batch_size: int = 128,
     collate_fn: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
-    device: torch.device | str | None = None,
 ) -> Predictions:
     """Run a model over a data set in eval mode, without gradients; its training flags are put back.
 
@@ -155,28 +154,39 @@ def predict(
         data: map-style data set of dicts with "labels"; a key "id" is not handed to the model.
         batch_size: records a forward pass.
         collate_fn: makes one batch of a list of records; default: pad on the right and stack.
-        device: where to run; default: where the model is.
 
     Returns:
         Predictions in the order of `data`, on the CPU.
 
     Raises:
-        ValueError: empty data, or logits and labels that fit neither task.
+        ValueError: empty data, a model for another task, labels that are missing or out of range, or logits and labels
+            that fit neither task.
     """
     if not len(data):
         raise ValueError("data must hold at least one record, got none")
     pad = getattr(getattr(model, "config", None), "pad_token_id", None)
     collate = collate_fn or PaddingCollator(0 if pad is None else pad)
-    device = device or next(model.parameters()).device
-    parts = []
+    task, parts = _task_of(model), []
     with eval_mode(model):
         for start in range(0, len(data), batch_size):
             rows = [data[row] for row in range(start, min(start + batch_size, len(data)))]
             batch = collate([bare_record(row) for row in rows])
-            inputs = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
-            asked = {key: value for key, value in inputs.items() if key != "labels"}
-            parts.append(_reduce(model(**asked).logits, inputs))
+            if task is not None:
+                check_labels(model, batch, [str(row.get("id", start + place)) for place, row in enumerate(rows)])
+            inputs = on_device(model, batch)
+            parts.append(_reduce(model(**questions(inputs)).logits, inputs))
     return Predictions(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+
+
+def _task_of(model: nn.Module) -> str | None:
+    """The task of a Hugging Face model; None for any other, whose logits and labels tell."""
+    try:
+        task = task_of(model)
+    except ValueError:
+        return None
+    if task not in ("classification", "causal language model"):
+        raise ValueError(f"model must be a classifier or a causal language model, got one for {task}")
+    return task
 
 
 def _reduce(logits: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

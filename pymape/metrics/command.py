@@ -12,7 +12,7 @@ from pymape.config import DataConfig, UnlearnConfig
 from pymape.losses import task_of
 from pymape.metrics.costs import measure_cost
 from pymape.metrics.distances import model_distance
-from pymape.metrics.evaluation import score_metrics
+from pymape.metrics.evaluation import check_shadows, score_metrics
 from pymape.metrics.generation import TEMPLATE
 from pymape.metrics.relearning import relearning_attack
 from pymape.metrics.scores import LANGUAGE_MODEL, RecordScores, record_scores
@@ -174,6 +174,7 @@ class _Evaluation:
         config = self.config
         model, tokenizer, sets, collate = self._load(config.model)
         self.end_token = tokenizer.eos_token_id
+        check_shadows(len(config.shadows), task_of(model))
         scores, answers = self._score("model", model, tokenizer, sets, collate)
         others: dict[str, tuple[dict[str, RecordScores], dict[str, AnswerScores]]] = {}
         distances: dict[str, float] = {}
@@ -236,7 +237,7 @@ class _Evaluation:
                 rows,
                 batch_size=batch_size,
                 collate_fn=collate,
-                gradients=self.config.gradients and part != "retain",
+                gradients=self.config.gradients and ask and part != "retain",
                 decode=(lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)) if language else None,
             )
             found[part].save(folder / f"{part}.safetensors")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pymape.losses import task_of
+from pymape.losses import check_labels, task_of
 from pymape.metrics.forward import eval_mode, model_batches, on_device, questions, task_logits
 from pymape.metrics.scores import write_rows
 
@@ -91,6 +91,7 @@ def model_distance(
     hidden: list[list[Tensor]] = [[torch.empty(0)] * count for _ in range(2)]
     with eval_mode(model), eval_mode(other):
         for rows, ids, batch in batches:
+            check_labels(model, batch, [str(row) for row in rows.tolist()] if ids is None else ids)
             (logits, inside, counts), (logits_other, inside_other, _) = (
                 _outputs(network, task, batch) for network in (model, other)
             )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pymape.losses import task_of
 from pymape.metrics.classification import Predictions, entropies, modified_entropies, scaled_confidences
 from pymape.metrics.costs import measure_cost
 from pymape.metrics.distances import model_distance
@@ -16,7 +17,7 @@ from pymape.metrics.language import exact_memorization, extraction_strength
 from pymape.metrics.membership import lira_scores, membership_attack, membership_auc, membership_aucs, privleak
 from pymape.metrics.scores import LANGUAGE_MODEL, RecordScores, record_scores
 
-__all__ = ["METRICS", "evaluate", "mean_gap", "score_metrics", "summarise"]
+__all__ = ["METRICS", "check_shadows", "evaluate", "mean_gap", "score_metrics", "summarise"]
 
 METRICS = ("UA", "RA", "TA", "MIA")
 
@@ -60,8 +61,12 @@ def evaluate(
         "peak_gpu_mib".
     """
     sets = {"forget": forget, "retain": retain} | ({} if test is None else {"test": test})
+    for name, others in (("reference", reference), ("shadows", shadows)):
+        if others and test is None:
+            raise ValueError(f"{name} must come with test, which the attack compares with, got none")
+    check_shadows(len(shadows), task_of(model))
 
-    def scores(network: nn.Module, names: Iterable[str] = sets) -> dict[str, RecordScores]:
+    def scores(network: nn.Module, names: Iterable[str] = sets, gradients: bool = False) -> dict[str, RecordScores]:
         options: dict[str, Any] = {"batch_size": batch_size, "collate_fn": collate_fn, "decode": decode}
         return {
             name: record_scores(network, sets[name], gradients=gradients and name != "retain", **options)
@@ -71,7 +76,7 @@ def evaluate(
     attacked = [name for name in sets if name != "retain"]
     with measure_cost() as cost:
         figures = score_metrics(
-            scores(model),
+            scores(model, gradients=gradients),
             retrained=None if retrained is None else scores(retrained),
             reference=None if reference is None else scores(reference, attacked),
             shadows=[scores(shadow, attacked) for shadow in shadows],
@@ -82,6 +87,18 @@ def evaluate(
             distance = model_distance(model, retrained, forget, batch_size=batch_size, collate_fn=collate_fn)
             figures |= distance.figures()
     return figures | cost.figures()
+
+
+def check_shadows(count: int, task: str) -> None:
+    """Refuse shadow models that the likelihood-ratio attack could not use.
+
+    Raises:
+        ValueError: a single one, or any for a model that is no classifier.
+    """
+    if count == 1:
+        raise ValueError("shadows must be none, or two or more, got 1")
+    if count and task != "classification":
+        raise ValueError(f"shadows must be left out for a model for {task}, got {count}")
 
 
 def score_metrics(
@@ -119,6 +136,7 @@ def score_metrics(
     for argument, others, names in (("retrained", retrained, set(sets)), ("reference", reference, wanted)):
         if others is not None:
             _require_sets(others, names, argument, sets)
+    check_shadows(len(shadows), sets["forget"].task)
     for shadow in shadows:
         _require_sets(shadow, wanted, "shadows", sets)
     forget, classifier = sets["forget"], sets["forget"].logits is not None
@@ -134,7 +152,7 @@ def score_metrics(
         figures |= aucs
         if classifier:
             figures |= _entropy_attacks(sets, seed)
-        if classifier and shadows:
+        if shadows:
             figures["mia_lira"] = _lira(sets, shadows)
         if retrained is not None:
             attack = "mia_min_k" if forget.task == LANGUAGE_MODEL else "mia_loss"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -52,9 +53,23 @@ def most_tokens(model: nn.Module) -> int | None:
 
 
 def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a batch, where the model is."""
+    """The tensors of a batch, where the model is; texts padded on the left get their positions, where these count."""
     device = next(model.parameters()).device
-    return {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+    inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.ndim == 2 and (mask[:, 0] == 0).any() and _counts_positions(model):
+        inputs.setdefault("position_ids", (mask.long().cumsum(1) - 1).clamp(min=0))
+    return inputs
+
+
+def _counts_positions(model: nn.Module) -> bool:
+    """Whether a model has learned positions that it counts from the first token on, padding or not."""
+    learned = [
+        module for name, module in model.named_modules()
+        if name.rpartition(".")[2] in _POSITIONS and isinstance(module, nn.Embedding)
+    ]  # fmt: skip
+    skips_padding = any(module.padding_idx is not None for module in learned)  # as RoBERTa does
+    return bool(learned) and not skips_padding and "position_ids" in inspect.signature(model.forward).parameters
 
 
 def questions(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

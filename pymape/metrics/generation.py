@@ -41,7 +41,8 @@ def answer_records(
         (its leading space, say) is labelled.
 
     Raises:
-        ValueError: a template without its fields, a slow tokenizer, or an answer beyond `max_length`.
+        ValueError: a template without its fields, a slow tokenizer, or an answer that is empty or begins beyond
+            `max_length`.
     """
     before, field, after = template.partition("{answer}")
     if not field or "{question}" not in before:
@@ -51,13 +52,20 @@ def answer_records(
     prompts = [before.replace("{question}", question) for question in questions]
     texts = [prompt + answer + after for prompt, answer in zip(prompts, answers, strict=True)]
     encoded = tokenizer(texts, truncation=True, max_length=max_length, return_offsets_mapping=True)
+    empty = [name for name, answer in zip(ids, answers, strict=True) if not answer]
+    if empty:
+        raise ValueError(f"answers must not be empty, got one with id {empty[0]!r}")
     records = []
-    for row, (name, prompt) in enumerate(zip(ids, prompts, strict=True)):
+    for row, (name, prompt, answer) in enumerate(zip(ids, prompts, answers, strict=True)):
         tokens, places = encoded["input_ids"][row], encoded["offset_mapping"][row]
         start = next((place for place, (_, end) in enumerate(places) if end > len(prompt)), None)
         if not start:
             raise ValueError(f"answers must begin within max_length {max_length} and after a token, got id {name!r}")
-        labels = [IGNORED_LABEL] * start + tokens[start:]
+        end = len(prompt) + len(answer)  # what comes behind, but for a special token, is the template's
+        labels = [
+            token if place >= start and (span[0] < end or tuple(span) == (0, 0)) else IGNORED_LABEL
+            for place, (token, span) in enumerate(zip(tokens, places, strict=True))
+        ]
         mask = encoded["attention_mask"][row]
         records.append({"id": name, "input_ids": tokens, "attention_mask": mask, "labels": labels})
     return records
@@ -119,8 +127,12 @@ def generate_answers(
             output = generate(
                 input_ids=torch.tensor(tokens, device=device),
                 attention_mask=torch.tensor(mask, device=device),
+                # What a checkpoint's own generation config may say otherwise.
                 do_sample=False,
                 num_beams=1,
+                num_return_sequences=1,
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
                 max_new_tokens=room[rows[0]],
                 eos_token_id=end,
                 pad_token_id=fill,

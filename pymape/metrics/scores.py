@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pymape.batching import RecordBatches
 from pymape.files import atomic_write
 from pymape.losses import check_labels, per_sample_loss, task_of
 from pymape.metrics.classification import Predictions
@@ -225,7 +226,7 @@ def record_scores(
         _offsets(counts),
         **terms,
         logits=torch.stack([scores["logits"] for scores in found]) if task == "classification" else None,
-        gradient_norms=gradient_norms(model, data, collate_fn=collate_fn) if gradients else None,
+        gradient_norms=_gradient_norms(model, batches) if gradients else None,
         text_bytes=text_bytes,
     )
 
@@ -247,18 +248,22 @@ def gradient_norms(model: nn.Module, data: Any, *, collate_fn: Callable[[list[An
     Source:
         Wang et al. 2024, arXiv 2402.17012; the mean over tensors is that of open-unlearning's mia_gradnorm.
     """
+    return _gradient_norms(model, model_batches(model, data, 1, collate_fn))
+
+
+def _gradient_norms(model: nn.Module, batches: RecordBatches) -> Tensor:
+    """The norms of the records of batches, however these divide them."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError("model must have trainable parameters for gradient norms, got none")
-    batches = model_batches(model, data, 1, collate_fn)
-    norms = torch.empty(len(batches.positions), dtype=torch.float64)
     with torch.inference_mode(False), torch.enable_grad(), eval_mode(model):
-        for rows, _, batch in batches:
-            inputs = on_device(model, batch)
+        norms = torch.empty(len(batches.positions), dtype=torch.float64)
+        for row in range(len(norms)):
+            inputs = on_device(model, batches.alone(row))
             loss = per_sample_loss(model, inputs, model(**questions(inputs))).sum()
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
             reached = [torch.linalg.vector_norm(gradient.float()) for gradient in found if gradient is not None]
-            norms[rows] = torch.stack(reached).double().mean().cpu()
+            norms[row] = torch.stack(reached).double().mean().cpu()
     return norms
 
 

@@ -119,12 +119,14 @@ class AnswerScores:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write one safetensors file for each kind of answer."""
-        for name in ("answer", "perturbed", "paraphrased"):
-            scores = getattr(self, name)
-            if scores is not None:
-                scores.save(Path(folder) / f"{name}.safetensors")
-        if self.rouge is not None:
-            write_rows(Path(folder) / "rouge.safetensors", _ROUGE, self.answer.ids, {"rouge": self.rouge})
+        for name in ("answer", "perturbed", "paraphrased", "rouge"):
+            scores, path = getattr(self, name), Path(folder) / f"{name}.safetensors"
+            if scores is None:
+                path.unlink(missing_ok=True)  # of an earlier save
+            elif name == "rouge":
+                write_rows(path, _ROUGE, self.answer.ids, {name: scores})
+            else:
+                scores.save(path)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> AnswerScores:
