@@ -36,7 +36,9 @@ def outcome(cells: list[Row], evidence: list[Row] = [], name: str = "run", reque
     settings = {"s": SettingConfig(share=0.02, requests=requests)}
     config = ExperimentConfig(TaskConfig("digits"), settings, sorted({c["seed"] for c in cells}), SELECTIONS, ["gd"])
     gold = [{**cell(seed, "", 0.0), "objective": "retrained"} for seed in config.seeds]
-    found = summarise_cells([*gold, *cells], ["everything"], evidence)
+    start = [{**cell(seed, "", ord(name[0])), "objective": "original"} for seed in config.seeds]
+    start = [] if any(row["objective"] == "original" for row in cells) else start
+    found = summarise_cells([*start, *gold, *cells], ["everything"], evidence)
     return Outcome({"name": name, "config": dataclasses.asdict(config)}, found)
 
 
@@ -104,7 +106,7 @@ def test_every_setting_has_a_line_at_a_glance() -> None:
     table = at_a_glance([outcome(first), outcome(second, name="other")])
     assert [row.cells for row in table.rows] == [
         ["run: s", "3", "9.00", "2.00", "2.00", "1.50", "2 of 3", "0.50 x", "0.90 x", "0.50 x (peak)"],
-        ["other: s", "1", "", "3.00", "1.00", "", "1 of 1 (1 failed)", "1.00 x", "1.00 x", "1.00 x (peak)"],
+        ["other: s", "1", "111.00", "3.00", "1.00", "", "1 of 1 (1 failed)", "1.00 x", "1.00 x", "1.00 x (peak)"],
     ]
     assert not at_a_glance([outcome([row for row in first if row["selection"] != "learned"])]).rows
 
@@ -183,6 +185,15 @@ def test_experiments_are_judged_together() -> None:
     claim = judged(first, second)[1]
     assert claim.holds == "Does not hold"
     assert [row.cells[1] for row in claim.tables[0].rows] == ["all", "a: s", "b: s"]
+    assert claim.tables[0].rows[0].cells[2] == "4"
+
+
+def test_experiments_that_share_their_models_give_no_more_of_them() -> None:
+    """As five requests do with one for all of their records: two seeds stay two."""
+    first, second = outcome(pairs([1.0] * 2, [2.0] * 2), name="a"), outcome(pairs([1.5] * 2, [2.0] * 2), name="ab")
+    claim = judged(first, second)[1]
+    assert claim.holds == "Cannot be judged"
+    assert "2 of the at least 3 pairs of an original and a retrained model" in claim.verdict
     assert claim.tables[0].rows[0].cells[2] == "4"
 
 

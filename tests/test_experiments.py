@@ -118,6 +118,17 @@ def test_a_change_recomputes_only_what_depends_on_it(finished: tuple[Path, Path,
     assert len(new) == 8
 
 
+def test_a_tuned_option_that_is_called_as_a_part_of_the_key_is(tmp_path: Path) -> None:
+    """SSD tunes its `selection` factor, which is not the selection of what it may change."""
+    file = tmp_path / "small.yaml"
+    file.write_text(YAML)
+    config = read_experiment(file)
+    values = [1.0, 2.0][: len(config.lrs)]
+    config.methods = [MethodConfig("ssd", ["everything", "learned"], parameter="selection", values=values)]
+    found = [cell for cell in cells.cells_of(config, make_task(config.task)) if cell.objective == "ssd"]
+    assert len({cell.key for cell in found}) == len(found) > len(values) * len(config.settings)
+
+
 def test_cells_keep_their_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A key that changes throws away what was computed: only `CODE`, raised by hand, may do that to all cells."""
     file = tmp_path / "small.yaml"
@@ -294,7 +305,7 @@ def test_choice_gap_and_differences_by_hand() -> None:
 def test_pairs_that_share_models_count_once() -> None:
     pairs = [
         {"setting": "s", "seed": seed, "objective": objective, "selection": "a", "against": "b", "own": 0.0,
-         "other": 0.0, "difference": value}
+         "other": 0.0, "difference": value, "models": seed}
         for seed, value in enumerate([-1.0, 1.0, -1.0, 1.0])
         for objective in ("ga", "gd", "npo", "kl")
     ]  # fmt: skip

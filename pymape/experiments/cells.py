@@ -69,9 +69,14 @@ def cells_of(config: ExperimentConfig, task: Task) -> list[Cell]:
                     cells += [
                         Cell(setting_name, seed, method.objective, name, method.parameter, value, key)
                         for value in method.values
-                        for key in (digest({**made, method.parameter: value}),)
+                        for key in (digest(made | _tuned(method.parameter, value, made)),)
                     ]
     return cells
+
+
+def _tuned(parameter: str, value: float, made: Collection[str]) -> dict[str, Any]:
+    """The tuned value as a part of a cell's key, where a part of that name is not another's place."""
+    return {"tuned": {parameter: value}} if parameter in made else {parameter: value}
 
 
 def training(config: ExperimentConfig) -> dict[str, Any]:

@@ -68,14 +68,16 @@ def run_experiment(
         task=dataclasses.replace(config.task, data=data or config.task.data, model=model or config.task.model),
     )
     check_methods(config)
-    folder = _folder(output or f"runs/{path.stem}")
+    folder = _checked_folder(output or f"runs/{path.stem}")
     started, load = time.perf_counter(), os.getloadavg()
     with quiet_transformers():
         task = make_task(config.task)
         cells = cells_of(config, task)
+        (folder / CELLS).mkdir(parents=True, exist_ok=True)
         files = [(cell_file(folder, cell), (cell.setting, cell.seed)) for cell in cells]
         computed = _complete(partial(_work_on_cells, config, folder), files, workers, "cells")
         rows = read_rows(folder, cells)
+        (folder / SUMMARY).unlink(missing_ok=True)  # an earlier run's, whose figures the next line replaces
         _write_lines(folder / RESULTS, rows)
         seconds = time.perf_counter() - started
         evidence = _evidence(config, folder, cells, workers)
@@ -117,13 +119,12 @@ def _evidence(config: ExperimentConfig, folder: Path, cells: Sequence[Cell], wor
     return {"models": len(found), "computed": computed, "seconds": time.perf_counter() - started}
 
 
-def _folder(output: str) -> Path:
+def _checked_folder(output: str) -> Path:
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output must be a folder, got the file {output!r}")
     if folder.exists() and any(folder.iterdir()) and not (folder / CELLS).is_dir():
         raise ValueError(f"output must be a new or empty folder or an earlier experiment's, got {output!r}")
-    (folder / CELLS).mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -156,8 +157,9 @@ def _work_on_cells(config: ExperimentConfig, folder: Path, places: Iterator[Plac
         for cell in cells:
             path = cell_file(folder, cell)
             if (cell.setting, cell.seed) == place and not path.exists():
+                result = json.dumps(unit.result(cell)) + "\n"
                 with atomic_write(path) as temporary:
-                    temporary.write_text(json.dumps(unit.result(cell)) + "\n", encoding="utf-8")
+                    temporary.write_text(result, encoding="utf-8")
                 look()
 
 

@@ -87,7 +87,10 @@ def summarise_cells(cells: Sequence[Cell], baselines: Sequence[str], evidence: S
     chosen = choose_cells(cells)
     gold = {(row["setting"], row["seed"]): row for row in chosen if row["objective"] == "retrained"}
     seen = {_place(row): row["metrics"] for row in evidence}
+    start = {(row["setting"], row["seed"]): row for row in chosen if row["objective"] == "original"}
     for row in chosen:
+        place = row["setting"], row["seed"]
+        row["models"] = (place[1], *(found.get(place, {}).get(name) for found in (start, gold) for name in METRICS))
         row["gap"] = math.nan if "failed" in row else mean_gap(row, gold[row["setting"], row["seed"]])
         row["metrics"] = seen.get(_place(row), {})
     methods = [row for row in chosen if row["selection"]]
@@ -113,6 +116,7 @@ def compare(rows: Sequence[Cell], baselines: Sequence[str], figure: str) -> dict
         `pool`.
     """
     by_place = {_place(row): value for row in rows if (value := _value(row, figure)) is not None}
+    models = {(row["setting"], row["seed"]): row.get("models") for row in rows}
     pairs = []
     for position, against in enumerate(baselines):
         for (setting, seed, objective, selection), own in by_place.items():
@@ -120,7 +124,8 @@ def compare(rows: Sequence[Cell], baselines: Sequence[str], figure: str) -> dict
             if other is not None and selection not in baselines[: position + 1]:
                 names = {"setting": setting, "seed": seed, "objective": objective, "selection": selection}
                 figures = {"own": own, "other": other, "difference": own - other}
-                pairs.append({**names, "against": against, **figures})
+                shared = models[setting, seed] or (setting, seed)
+                pairs.append({**names, "against": against, **figures, "models": shared})
     paired = []
     for found in group(pairs, "setting", "objective", "selection", "against").values():
         names = {name: found[0][name] for name in ("setting", "objective", "selection", "against")}
@@ -174,7 +179,8 @@ def pool(pairs: Sequence[Cell]) -> list[dict[str, Any]]:
     """Mean difference over all objectives, settings and seeds, and over those of one setting, with intervals.
 
     Pairs of one setting and seed share an original and a retrained model, so that they are not independent: the second
-    interval takes one mean for each such group.
+    interval takes one mean for each such group. Experiments may share them too, as five requests do with one for all of
+    their records: what the two models are is told by their figures.
 
     Args:
         pairs: "pairs" of `compare`.
@@ -188,7 +194,7 @@ def pool(pairs: Sequence[Cell]) -> list[dict[str, Any]]:
         settings = dict.fromkeys(pair["setting"] for pair in found)
         for setting in (EVERYWHERE, *(settings if len(settings) > 1 else ())):
             kept = [pair for pair in found if setting in (EVERYWHERE, pair["setting"])]
-            groups = group(kept, "setting", "seed").values()
+            groups = group(kept, "models").values()
             means = [statistics.fmean(pair["difference"] for pair in part) for part in groups]
             rows.append(
                 {

@@ -66,5 +66,7 @@ def _worker(work: Work, queue: Any, failures: Any) -> None:
     try:
         with quiet_transformers():
             work(iter(queue.get, None), lambda: None)
+    except KeyboardInterrupt:  # the terminal interrupts every process, and the first one says so
+        return
     except Exception as error:
         failures.put(f"a worker must succeed, got {type(error).__name__}: {error}")
