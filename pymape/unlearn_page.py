@@ -40,7 +40,7 @@ def write_page(
     config, records = summary["config"], summary["records"]
     figures = summary["models"]
     columns, rows = _table(summary)
-    kinds = {"unlearned": "best"}
+    kinds = {"unlearned": ""}
     language = summary["task"].startswith("causal")
     measure = "the share of tokens predicted right" if language else "the accuracy"
     note = (

@@ -36,9 +36,10 @@ _GLANCE = (
     "Nothing done, everything, masks, retrained again: mean gap to the retrained model, in points, of the original, of "
     "models with all parameters or with a learned mask's trained, and of a second retrained model, which is what "
     "chance alone makes. Pairs: of two models of one seed and objective. Time, with the search, memory: what "
-    "unlearning takes with masks of what it takes on everything; the time without finding the masks and with it; the "
-    "memory that unlearning adds, or the peak of the process where that was not measured. Failed: pairs left out, of "
-    "which a model failed or the search left no mask."
+    "unlearning takes with masks of what it takes on everything; the time without finding the masks and with it, both "
+    "of runs that may differ in steps, as the rule chooses these too; the memory that unlearning adds, or the peak of "
+    "the process where that was not measured. Failed: pairs left out, of which a model failed or the search left no "
+    "mask."
 )
 _J = (
     "J: what the search maximises, an estimate of how much the forget loss would rise without the selected modules, "

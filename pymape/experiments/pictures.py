@@ -95,8 +95,10 @@ def relearning_figures(outcome: Outcome, evidence: SavedEvidence, setting: str) 
             if place in seen
         }
     first = curves[0]["relearning"]
+    counts = sorted({curve["relearning"]["records"] for curve in curves})
+    trained = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     caption = (
-        f"The relearning attack: every model is trained on {first['records']} of the records that it was to forget, "
+        f"The relearning attack: every model is trained on {trained} of the records that it was to forget, "
         "and its accuracy on all of them is measured. Mean over the seeds. Trained: what unlearning had trained. The "
         "nearer a curve lies to the retrained model's, the less was left to build on."
     )
