@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["IGNORED_LABEL", "check_labels", "per_sample_loss", "task_of", "token_labels"]
+__all__ = ["IGNORED_LABEL", "base_model", "check_labels", "per_sample_loss", "task_of", "token_labels"]
 
 IGNORED_LABEL = -100
 
@@ -128,6 +128,12 @@ def token_labels(task: str, inputs: Mapping[str, Tensor]) -> Tensor:
     return labels
 
 
+def base_model(model: nn.Module) -> Any:
+    """The model inside a PEFT wrapper, or the model itself."""
+    get_base = getattr(model, "get_base_model", None)
+    return get_base() if callable(get_base) else model
+
+
 def task_of(model: nn.Module) -> str:
     """Task of a Hugging Face model, told from its class name (or that of a class it derives from).
 
@@ -141,8 +147,7 @@ def task_of(model: nn.Module) -> str:
     Raises:
         ValueError: none of these.
     """
-    get_base = getattr(model, "get_base_model", None)
-    base = get_base() if callable(get_base) else model
+    base = base_model(model)
     for kind in type(base).__mro__:
         for part, task in _TASKS.items():
             if part in kind.__name__:

@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from metrics_tools import FixedForCausalLM, records
 from model_zoo import tiny_batch, tiny_model
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 from pymape.metrics import (
     Predictions,
@@ -59,23 +61,12 @@ def test_predict_gives_the_same_for_every_batch_size_and_puts_the_mode_back() ->
     assert whole.accuracy == accuracy(logits, batch["labels"])
 
 
-class Fixed(nn.Module):
-    """Says token 2 with probability 3/4 at every position, whatever it reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(torch.tensor([0.0, 0.0, math.log(6.0)]))
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> object:
-        return type("Output", (), {"logits": self.bias.expand(*input_ids.shape, 3)})
-
-
 def test_predict_of_a_language_model_counts_its_own_tokens_only() -> None:
     data = [
         {"input_ids": [0, 2, 2, 1, 0], "labels": [0, 2, 2, 1, 0]},
         {"input_ids": [0, 2, 2], "labels": [-100, -100, 2]},
     ]
-    found = predict(Fixed(), data)
+    found = predict(FixedForCausalLM(), data)
     torch.testing.assert_close(found.correct, torch.tensor([0.5, 1.0]).double())
     expected = [(0.75**2 * 0.125**2) ** 0.25, 0.75]
     torch.testing.assert_close(found.confidence, torch.tensor(expected).double(), rtol=1e-6, atol=0)
@@ -86,7 +77,7 @@ def test_predict_of_a_language_model_leaves_labelled_padding_out(padding: str) -
     text, mask = [2, 0, 2, 0, 0, 0], [1, 1, 1, 0, 0, 0]
     if padding == "left":
         text, mask = [0, 0, 0, 2, 0, 2], [0, 0, 0, 1, 1, 1]
-    found = predict(Fixed(), [{"input_ids": text, "attention_mask": mask, "labels": text}])
+    found = predict(FixedForCausalLM(), [{"input_ids": text, "attention_mask": mask, "labels": text}])
     assert found.correct.item() == 0.5
     assert found.loss.item() == pytest.approx(-math.log(0.75 * 0.125) / 2)
 
@@ -94,6 +85,37 @@ def test_predict_of_a_language_model_leaves_labelled_padding_out(padding: str) -
 def test_predict_rejects_empty_data() -> None:
     with pytest.raises(ValueError, match="data must hold at least one record"):
         predict(nn.Linear(1, 1), [])
+
+
+class Plain(nn.Module):
+    """A classifier whose class says nothing of its task: logits are the inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, inputs: torch.Tensor) -> object:
+        return type("Output", (), {"logits": self.scale * inputs})
+
+
+def test_predict_takes_a_plain_classifier() -> None:
+    found = predict(Plain(), [{"inputs": [0.0, math.log(3)], "labels": 1}, {"inputs": [1.0, 0.0], "labels": 1}])
+    assert found.correct.tolist() == [1, 0]
+    assert found.confidence[0].item() == pytest.approx(0.75)
+    with pytest.raises(ValueError, match=r"data must have labels, got \['inputs'\]"):
+        predict(Plain(), [{"inputs": [0.0, 1.0]}])
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 2\), got -100"):
+        predict(Plain(), [{"inputs": [0.0, 1.0], "labels": -100}])
+
+
+def test_predict_refuses_logits_of_another_task() -> None:
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 20, "num_layers": 1, "num_heads": 4, "vocab_size": 50}
+    translator = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    message = "must be a classifier's, .* or a causal language model's, .* of T5ForConditionalGeneration"
+    with pytest.raises(ValueError, match=message):
+        predict(translator, [{"input_ids": [3, 4], "decoder_input_ids": [0, 3], "labels": [3, 4]}])
+    with pytest.raises(ValueError, match=r"got \(5, 1\) and torch.float32 \(5,\) of BertForSequenceClassification"):
+        predict(tiny_model("bert", "regression"), records("bert", "regression"))
 
 
 def test_attack_tells_non_members_from_members() -> None:

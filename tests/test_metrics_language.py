@@ -35,6 +35,7 @@ from pymape.metrics import (
     true_better,
     truth_ratios,
 )
+from pymape.metrics.generation import answer_text
 
 WORDS = ["[PAD]", "[BOS]", "[EOS]", "[UNK]", "Q:", "A:", "who", "what", "he", "she", "wrote", "sang", "it", "them"]
 TEMPLATE = "Q: {question} A: {answer}"
@@ -155,6 +156,17 @@ def test_only_the_answer_and_the_end_are_labelled(tokenizer: Any) -> None:
     assert record["attention_mask"] == [1] * 9
 
 
+def test_what_a_template_puts_behind_the_answer_is_not_labelled(tokenizer: Any) -> None:
+    record = answer_records(tokenizer, ["who"], ["he wrote it"], ids=["a"], template=TEMPLATE + " what them")[0]
+    words = ["Q:", "who", "A:", "he", "wrote", "it", "what", "them", "[EOS]"]
+    assert record["input_ids"] == [WORDS.index(word) for word in words]
+    assert record["labels"] == [-100] * 3 + record["input_ids"][3:6] + [-100] * 2 + [WORDS.index("[EOS]")]
+    assert answer_text(tokenizer, record) == "he wrote it"
+    for empty in ("", " "):
+        with pytest.raises(ValueError, match="answers must not be empty, got one with id 'b'"):
+            answer_records(tokenizer, ["who", "who"], ["he", empty], ids=["a", "b"], template=TEMPLATE)
+
+
 def test_a_token_that_reaches_into_the_answer_is_labelled() -> None:
     built = Tokenizer(WordLevel({"Q:": 0, "Ġwho": 1, "ĊA:": 2, "Ġhe": 3, "[UNK]": 4}, unk_token="[UNK]"))
     built.pre_tokenizer = pre_tokenizers.Sequence(
@@ -182,9 +194,10 @@ def test_questions_that_cannot_be_encoded(tokenizer: Any, options: dict[str, Any
 
 
 def test_answers_do_not_depend_on_the_other_prompts(tokenizer: Any) -> None:
-    model = tiny_model("llama", vocab_size=len(WORDS))
+    model = tiny_model("llama", vocab_size=len(WORDS), seed=1)
     asked = ["who wrote it", "what", "who sang them it"]
     rows = answer_records(tokenizer, asked, ["it"] * 3, ids=["a", "b", "c"], template=TEMPLATE)
+    model.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1)  # greedy all the same
     together = generate_answers(model, tokenizer, rows, max_new_tokens=5)
     alone = [generate_answers(model, tokenizer, [row], max_new_tokens=5)[0] for row in rows]
     assert together == alone
@@ -236,6 +249,10 @@ def test_scores_of_questions(tokenizer: Any, questions: QuestionSet, tmp_path: P
     assert tofu_metrics({"forget": loaded}) == tofu_metrics({"forget": scores})
     without = score_answers(model, tokenizer, questions, template=TEMPLATE, max_new_tokens=0)
     assert without.rouge is None
+    AnswerScores(scores.answer, scores.perturbed).save(tmp_path / "questions")
+    fewer = AnswerScores.load(tmp_path / "questions")
+    assert fewer.paraphrased is None
+    assert fewer.rouge is None
 
 
 def made_up(answer: float, wrong: float, paraphrased: float | None, rouge: float | None) -> AnswerScores:

@@ -13,9 +13,10 @@ import pytest
 import torch
 from metrics_tools import FixedForCausalLM, records
 from model_zoo import DECODERS, ENCODERS, GROUPED, tiny_model
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from torch.utils.data import DataLoader, RandomSampler
-from transformers import BertForTokenClassification
+from transformers import BertForTokenClassification, ResNetConfig, ResNetForImageClassification
 
 from pymape.metrics import (
     RecordScores,
@@ -292,12 +293,18 @@ def test_padding_on_the_left_changes_no_score_of_a_model_with_learned_positions(
             "attention_mask": torch.tensor([[0] * n + [1] * (width - n) for n in missing]),
         }
 
-    for family in ("gpt2", "llama"):
-        model = tiny_model(family, "causal_lm")
+    lora = get_peft_model(tiny_model("gpt2"), LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    for model in (tiny_model("gpt2"), tiny_model("llama"), lora):
         torch.testing.assert_close(record_scores(model, data, collate_fn=left).loss, record_scores(model, data).loss)
         found, expected = predict(model, data, collate_fn=left), predict(model, data)
         torch.testing.assert_close(found.loss, expected.loss)
-        assert model_distance(model, model, data, collate_fn=left).figures()["logit_kl"] == pytest.approx(0, abs=1e-6)
+        other = tiny_model("gpt2", seed=1)
+        distance, expected_distance = (model_distance(model, other, data, collate_fn=fn) for fn in (left, None))
+        torch.testing.assert_close(distance.kl, expected_distance.kl, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(distance.cosine, expected_distance.cosine, rtol=1e-4, atol=1e-5)
+    options: dict[str, Any] = {"original_accuracy": 100.0, "share": 1.0, "lr": 1e-3, "steps": 4, "every": 4}
+    curve, usual = (relearning_attack(tiny_model("gpt2"), data, collate_fn=fn, **options) for fn in (left, None))
+    assert curve.loss == pytest.approx(usual.loss, rel=1e-4)
 
 
 def test_what_predict_cannot_judge_is_refused() -> None:
@@ -325,3 +332,8 @@ def test_a_model_in_half_precision_relearns_as_one_in_full() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with torch.inference_mode():
         assert relearning_attack(model, data, **options) == found
+    sizes = {"embedding_size": 4, "hidden_sizes": [4], "depths": [1], "layer_type": "basic", "num_labels": 3}
+    normed = ResNetForImageClassification(ResNetConfig(**sizes)).to(torch.bfloat16)  # buffers count too
+    pictures, options = records("vit", "image_classification"), options | {"steps": 1}
+    found = relearning_attack(normed, pictures, **options)
+    assert found == relearning_attack(copy.deepcopy(normed).float(), pictures, **options)

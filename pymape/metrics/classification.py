@@ -160,7 +160,7 @@ def predict(
 
     Raises:
         ValueError: empty data, a model for another task, labels that are missing or out of range, or logits and labels
-            that fit neither task.
+            that are of neither task.
     """
     if not len(data):
         raise ValueError("data must hold at least one record, got none")
@@ -171,15 +171,17 @@ def predict(
         for start in range(0, len(data), batch_size):
             rows = [data[row] for row in range(start, min(start + batch_size, len(data)))]
             batch = collate([bare_record(row) for row in rows])
+            if batch.get("labels") is None:
+                raise ValueError(f"data must have labels, got {sorted(batch)}")
             if task is not None:
                 check_labels(model, batch, [str(row.get("id", start + place)) for place, row in enumerate(rows)])
             inputs = on_device(model, batch)
-            parts.append(_reduce(model(**questions(inputs)).logits, inputs))
+            parts.append(_reduce(model, task, model(**questions(inputs)).logits, inputs))
     return Predictions(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
 
 def _task_of(model: nn.Module) -> str | None:
-    """The task of a Hugging Face model; None for any other, whose logits and labels tell."""
+    """The task of a Hugging Face model; None for any other, which counts as a classifier if its logits are such."""
     try:
         task = task_of(model)
     except ValueError:
@@ -189,12 +191,15 @@ def _task_of(model: nn.Module) -> str | None:
     return task
 
 
-def _reduce(logits: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _reduce(
+    model: nn.Module, task: str | None, logits: Tensor, inputs: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     labels = inputs["labels"]
-    if logits.ndim == 2 and labels.ndim == 1:
+    if logits.ndim == 2 and labels.ndim == 1 and not labels.is_floating_point():
+        _check(logits, labels)
         loss = nn.functional.cross_entropy(logits.double(), labels, reduction="none")  # [B]
         return (logits.argmax(-1) == labels).double(), (-loss).exp(), loss
-    if logits.ndim == 3 and labels.shape == logits.shape[:2]:
+    if task == "causal language model" and logits.ndim == 3 and labels.shape == logits.shape[:2]:
         # Position t predicts token t + 1.
         logits, labels = logits[:, :-1], token_labels("causal language model", inputs)[:, :-1]
         own = labels != IGNORED_LABEL  # [B, T - 1]
@@ -206,8 +211,8 @@ def _reduce(logits: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tenso
         mean_loss = loss.sum(-1) / count
         return right.sum(-1).double() / count, (-mean_loss).exp(), mean_loss
     raise ValueError(
-        "logits and labels must have shapes ([B, C], [B]) or ([B, T, V], [B, T]), "
-        f"got {tuple(logits.shape)} and {tuple(labels.shape)}"
+        "logits and labels must be a classifier's, [B, C] and [B] classes, or a causal language model's, [B, T, V] and "
+        f"[B, T], got {tuple(logits.shape)} and {labels.dtype} {tuple(labels.shape)} of {type(model).__name__}"
     )
 
 

@@ -91,7 +91,7 @@ def model_distance(
     hidden: list[list[Tensor]] = [[torch.empty(0)] * count for _ in range(2)]
     with eval_mode(model), eval_mode(other):
         for rows, ids, batch in batches:
-            check_labels(model, batch, [str(row) for row in rows.tolist()] if ids is None else ids)
+            check_labels(model, batch, [names[row] for row in rows.tolist()] if ids is None else ids)
             (logits, inside, counts), (logits_other, inside_other, _) = (
                 _outputs(network, task, batch) for network in (model, other)
             )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pymape.batching import RecordBatches
-from pymape.losses import IGNORED_LABEL, token_labels
+from pymape.losses import IGNORED_LABEL, base_model, token_labels
 
 __all__ = ["eval_mode", "model_batches", "most_tokens", "on_device", "questions", "task_logits"]
 
@@ -45,10 +45,9 @@ def model_batches(
 def most_tokens(model: nn.Module) -> int | None:
     """Tokens of the longest text that a model's learned positions hold; None where it has none, as with rotary ones."""
     found = []
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] in _POSITIONS and isinstance(module, nn.Embedding):
-            unused = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from behind it
-            found.append(module.num_embeddings - unused - int(getattr(module, "offset", 0)))
+    for table in _learned_positions(model):
+        unused = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa counts from behind it
+        found.append(table.num_embeddings - unused - int(getattr(table, "offset", 0)))
     return min(found, default=None)
 
 
@@ -64,12 +63,16 @@ def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _counts_positions(model: nn.Module) -> bool:
     """Whether a model has learned positions that it counts from the first token on, padding or not."""
-    learned = [
-        module for name, module in model.named_modules()
-        if name.rpartition(".")[2] in _POSITIONS and isinstance(module, nn.Embedding)
-    ]  # fmt: skip
-    skips_padding = any(module.padding_idx is not None for module in learned)  # as RoBERTa does
-    return bool(learned) and not skips_padding and "position_ids" in inspect.signature(model.forward).parameters
+    learned = _learned_positions(model)
+    skips_padding = any(table.padding_idx is not None for table in learned)  # as RoBERTa does
+    accepted = inspect.signature(base_model(model).forward).parameters
+    return bool(learned) and not skips_padding and "position_ids" in accepted
+
+
+def _learned_positions(model: nn.Module) -> list[nn.Embedding]:
+    """A model's tables of learned positions."""
+    named = [(name.rpartition(".")[2], module) for name, module in model.named_modules()]
+    return [module for name, module in named if name in _POSITIONS and isinstance(module, nn.Embedding)]
 
 
 def questions(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

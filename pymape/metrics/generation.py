@@ -52,7 +52,7 @@ def answer_records(
     prompts = [before.replace("{question}", question) for question in questions]
     texts = [prompt + answer + after for prompt, answer in zip(prompts, answers, strict=True)]
     encoded = tokenizer(texts, truncation=True, max_length=max_length, return_offsets_mapping=True)
-    empty = [name for name, answer in zip(ids, answers, strict=True) if not answer]
+    empty = [name for name, answer in zip(ids, answers, strict=True) if not answer.strip()]
     if empty:
         raise ValueError(f"answers must not be empty, got one with id {empty[0]!r}")
     records = []

@@ -57,9 +57,9 @@ def relearning_attack(
 ) -> RelearningCurve:
     """Fine-tune a copy of the model on some of the forget set, and watch the whole of it come back.
 
-    All parameters are trained with AdamW at a constant learning rate, without dropout, and in fp32 whatever the model
-    is in: half precision would lose small steps, and the model would look as if it had forgotten well. The seed alone
-    decides which records are drawn, without replacement, and in which order they come; every pass has a new order.
+    All parameters are trained with AdamW at a constant learning rate, without dropout, and at least in fp32: half
+    precision would lose small steps, and the model would look as if it had forgotten well. The seed alone decides
+    which records are drawn, without replacement, and in which order they come; every pass has a new order.
 
     Args:
         model: Hugging Face model with a task head; it is not changed.
@@ -92,9 +92,8 @@ def relearning_attack(
         if not valid:
             raise ValueError(f"{name} must be {expected}, got {value}")
     with torch.inference_mode(False):
-        student = copy.deepcopy(model).requires_grad_(True)
-        for parameter in student.parameters():
-            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        precision = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+        student = copy.deepcopy(model).to(precision).requires_grad_(True)
         optimizer = torch.optim.AdamW(student.parameters(), lr, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(len(forget), generator=generator)[: max(1, round(share * len(forget)))]
