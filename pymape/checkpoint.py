@@ -113,7 +113,9 @@ def head_task(architecture: str) -> str | None:
 
 def _new_head(values: Sequence[Any], argument: str) -> dict[str, Any]:
     """Size of a new classification head and, where labels are names, what its outputs mean."""
-    texts = [str(value).strip() for value in values]
+    texts = ["" if value is None else str(value).strip() for value in values]
+    if "" in texts:
+        raise ValueError(f"{argument} must not be empty, got an empty label in data row {texts.index('') + 1}")
     if all(text.removesuffix(".0").isdigit() for text in texts):
         return {"num_labels": max(2, 1 + max(int(float(text)) for text in texts))}
     names = sorted(set(texts))

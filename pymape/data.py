@@ -85,7 +85,7 @@ def read_table(path: str | Path, argument: str = "path") -> dict[str, list[Any]]
         if suffix == ".json":
             content = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(content, Mapping):
-                return _checked_columns({str(name): list(values) for name, values in content.items()}, path, argument)
+                return _checked_columns({str(name): values for name, values in content.items()}, path, argument)
             return _columns_of(iter(content), path, argument)
         with path.open(encoding="utf-8-sig", newline="") as stream:
             if suffix == ".jsonl":
@@ -299,6 +299,10 @@ def _columns_of(rows: Iterator[Any], path: Path, argument: str) -> dict[str, lis
 
 
 def _checked_columns(columns: dict[str, list[Any]], path: Path, argument: str) -> dict[str, list[Any]]:
+    for name, values in columns.items():
+        if not isinstance(values, list):  # pandas' to_json gives objects, unless orient="records"
+            kind = type(values).__name__
+            raise ValueError(f"{argument} must hold lists as columns, got {kind} in column {name!r} of {str(path)!r}")
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{argument} must have columns of one length, got {lengths} in {str(path)!r}")

@@ -77,6 +77,8 @@ def test_fingerprint_changes_with_content_and_order(tmp_path: Path) -> None:
         ("data.json", "{", "readable as json"),
         ("data.json", "3", "readable as json"),
         ("data.json", '{"id": [1, 2], "text": ["x"]}', "columns of one length, got {'id': 2, 'text': 1}"),
+        ("data.json", '{"id": {"0": 7}, "text": {"0": "x"}}', "must hold lists as columns, got dict in column 'id' of"),
+        ("data.json", '{"id": [1, 2], "text": "xy"}', "must hold lists as columns, got str in column 'text' of"),
         ("data.jsonl", '{"id": 1}\n{"name": 2}\n', r"columns \['id'\] in every row, got \['name'\] in row 2"),
         ("data.jsonl", "[1]\n", "must hold objects, got list in row 1"),
         ("data.parquet", "not parquet", "readable as parquet"),

@@ -400,6 +400,10 @@ def test_a_new_head_needs_two_names(files: Path, tmp_path: Path, capsys: pytest.
     options = {"model": str(files / "encoder"), "train_first": True, "data__path": str(tmp_path / "train.csv")}
     line = _refused(_config(files, output, **options), output, capsys)
     assert "label of data.path must hold at least two names of classes with train_first, got 'sports' only" in line
+    rows[2] = rows[2].removesuffix("sports")
+    (tmp_path / "train.csv").write_text("\n".join(["id,text,label", *rows]))
+    line = _refused(_config(files, output, **options), output, capsys)
+    assert "label of data.path must not be empty, got an empty label in data row 3" in line
 
 
 def test_masks_of_another_model_and_cut_off_masks(
