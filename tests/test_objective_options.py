@@ -54,9 +54,7 @@ def test_every_new_objective_runs_from_the_configuration(objective, more, files,
 
 def test_a_forget_record_without_an_alternative_answer_is_a_one_line_error(files, tmp_path):
     data = DataConfig(str(files / "train.csv"), str(files / "unanswered.txt"), alternative_column="other")
-    with pytest.raises(
-        ValueError, match="alternative_column must have an answer for every forgotten record"
-    ) as caught:
+    with pytest.raises(ValueError, match="alternative_column must have an answer for every forgotten record") as caught:
         run_unlearn(options(files, data=data, output=str(tmp_path / "run"), objective="idk"))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()

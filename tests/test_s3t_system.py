@@ -258,9 +258,7 @@ def test_evaluation_and_death(tmp_path: Path, bases: dict[str, str]) -> None:
     test = make_records("bert", 12, seed=1)
     with make_system(tmp_path / "system", bases["bert"], shards=2) as system:
         for look in (lambda: system.evaluate(test), lambda: system.export(tmp_path / "export")):
-            with pytest.raises(
-                ValueError, match="system must serve a shard, got one of which nothing is trained"
-            ):
+            with pytest.raises(ValueError, match="system must serve a shard, got one of which nothing is trained"):
                 look()
         system.train(engine="inline")
         scores = system.evaluate(test)
