@@ -59,6 +59,17 @@ def test_groups_are_forgotten_whole() -> None:
         forgetting(SettingConfig("groups"), 0, Split(records, [], []), 0)
 
 
+def test_a_share_leaves_something_to_retain() -> None:
+    split = Split([{"id": "a"}, {"id": "b"}, {"id": "c"}], [], [])
+    assert len(forgetting(SettingConfig(share=0.3, requests=2), 0, split, 0).retain) == 1
+    for setting, message in (
+        (SettingConfig(share=0.9), "the 3 training records to keep, got 0.9 at each of 1 requests"),
+        (SettingConfig(share=0.1, requests=3), "the 3 training records to keep, got 0.1 at each of 3 requests"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            forgetting(setting, 0, split, 0)
+
+
 def test_digits_are_split_by_class_without_overlap() -> None:
     task = make_task(TaskConfig("digits"))
     sets = {seed: dataclasses.astuple(task.split(seed))[:3] for seed in (3, 4)}
@@ -153,6 +164,8 @@ def test_articles_are_split_whole(asked: Task, encoder: Path, tmp_path: Path) ->
     assert [len(part) for part in (drawn.train, drawn.validation, drawn.test)] == [6, 2, 2]
     with pytest.raises(ValueError, match=r"articles must be in \[5, 10\], got 4"):
         make_task(TaskConfig("questions", str(file), str(encoder), {"articles": 4}))
+    with pytest.raises(ValueError, match="max_length must be at most 512 for this model, got 513"):
+        make_task(TaskConfig("questions", str(file), str(encoder), {"max_length": 513}))
 
 
 def test_files_that_are_no_squad_are_refused(encoder: Path, tmp_path: Path) -> None:

@@ -414,6 +414,22 @@ def test_arrays_and_image_folders(tmp_path: Path) -> None:
         make_task(TaskConfig("arrays"))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"test_y": None}, "must hold the arrays train_x, train_y, test_x, test_y, got none named 'test_y'"),
+        ({"train_x": np.zeros((6, 8, 8), np.uint8)}, "train_x of task.data must be [N, H, W, C], got shape (6, 8, 8)"),
+        ({"test_y": np.arange(3)}, "test_y of task.data must hold 4 labels, got shape (3,)"),
+    ],
+)
+def test_arrays_that_cannot_be_used_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    arrays = {f"{part}_x": np.zeros((count, 8, 8, 3), np.uint8) for part, count in (("train", 6), ("test", 4))}
+    arrays |= {"train_y": np.arange(6) % 2, "test_y": np.arange(4) % 2, **change}
+    np.savez(tmp_path / "a.npz", **{name: values for name, values in arrays.items() if values is not None})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_task(TaskConfig("arrays", data=str(tmp_path / "a.npz")))
+
+
 def test_texts_with_a_pretrained_encoder(tmp_path: Path) -> None:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", '"']
     (tmp_path / "vocab.txt").write_text("\n".join(words))
@@ -476,6 +492,11 @@ def test_a_classifier_of_other_classes_gets_a_new_head(tmp_path: Path) -> None:
     options = {"train": "train.csv", "test": "test.csv"}
     task = make_task(TaskConfig("table", str(tmp_path), str(tmp_path / "model"), options))
     assert task.start(0).config.num_labels == task.classes == 2
+    state = torch.get_rng_state()
+    make_task(TaskConfig("table", str(tmp_path), str(tmp_path / "model"), {**options, "max_length": 128}))
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match="max_length must be at most 128 for this model, got 129"):
+        make_task(TaskConfig("table", str(tmp_path), str(tmp_path / "model"), {**options, "max_length": 129}))
 
 
 def test_files_that_come_with_the_project_are_valid() -> None:

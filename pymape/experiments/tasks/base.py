@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from pymape.experiments.config import SettingConfig
 from pymape.metrics import QuestionSet
+from pymape.metrics.forward import most_tokens
 
 __all__ = [
     "JUDGED",
@@ -22,6 +23,7 @@ __all__ = [
     "Record",
     "Split",
     "Task",
+    "check_max_length",
     "digest",
     "forgetting",
     "read_bytes",
@@ -134,6 +136,11 @@ def forgetting(
     else:
         generator = torch.Generator().manual_seed(seed)
         count, requests = max(1, round(setting.share * len(split.train))), requests or setting.requests
+        if not count * requests < len(split.train):
+            raise ValueError(
+                f"share must leave at least one of the {len(split.train)} training records to keep, "
+                f"got {setting.share} at each of {requests} requests"
+            )
         drawn = torch.randperm(len(split.train), generator=generator)[: count * requests].tolist()
         chosen, last = set(drawn), set(drawn[-count:])
         text = f"{count} random training records ({setting.share:.0%})"
@@ -173,6 +180,20 @@ def selection_score(data: Forgetting, before: Mapping[str, float], after: Mappin
     """
     target = 0.0 if data.of_class else before["validation"]
     return abs(after["forget"] - target) + sum(abs(after[name] - before[name]) for name in ("retain", "validation"))
+
+
+def check_max_length(kind: Any, folder: str, max_length: int) -> None:
+    """Refuse texts longer than a model's learned positions hold; no weights are read.
+
+    Args:
+        kind: transformers' Auto class of the model.
+        folder: of the model.
+        max_length: tokens to cut texts to.
+    """
+    with torch.device("meta"):
+        most = most_tokens(kind.from_config(AutoConfig.from_pretrained(folder, local_files_only=True)))
+    if most is not None and max_length > most:
+        raise ValueError(f"max_length must be at most {most} for this model, got {max_length}")
 
 
 def digest(*parts: bytes) -> str:

@@ -16,6 +16,8 @@ from pymape.experiments.tasks.base import VALIDATION, Record, Split, Task, diges
 
 __all__ = ["make_arrays", "make_digits", "make_folder"]
 
+_ARRAYS = ("train_x", "train_y", "test_x", "test_y")
+
 
 def make_digits(**options: Any) -> Task:
     """scikit-learn's digits: 60 % training, 16 % validation, 24 % test."""
@@ -24,9 +26,22 @@ def make_digits(**options: Any) -> Task:
 
 
 def make_arrays(data: str, **options: Any) -> Task:
-    """Images in an npz file: uint8 [N, H, W, C] `train_x` and `test_x`, integer [N] `train_y` and `test_y`."""
+    """Images in an npz file: uint8 [N, H, W, C] `train_x` and `test_x`, integer [N] `train_y` and `test_y`.
+
+    Raises:
+        ValueError: arrays that are missing, or of other shapes.
+    """
     with np.load(data, allow_pickle=False) as arrays:
-        parts = {name: arrays[name] for name in ("train_x", "train_y", "test_x", "test_y")}
+        missing = [name for name in _ARRAYS if name not in arrays]
+        if missing:
+            raise ValueError(f"task.data must hold the arrays {', '.join(_ARRAYS)}, got none named {missing[0]!r}")
+        parts = {name: arrays[name] for name in _ARRAYS}
+    for part in ("train", "test"):
+        pixels, targets = parts[f"{part}_x"], parts[f"{part}_y"]
+        if pixels.ndim != 4:
+            raise ValueError(f"{part}_x of task.data must be [N, H, W, C], got shape {pixels.shape}")
+        if targets.shape != pixels.shape[:1]:
+            raise ValueError(f"{part}_y of task.data must hold {len(pixels)} labels, got shape {targets.shape}")
     images = [_scaled(parts[name]) for name in ("train_x", "test_x")]
     labels = [torch.tensor(parts[name], dtype=torch.long) for name in ("train_y", "test_y")]
     return _image_task(images[0], labels[0], images[1], labels[1], **options)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForQuestionAnswering, PreTrainedModel
 
 from pymape.checkpoint import load_tokenizer
-from pymape.experiments.tasks.base import VALIDATION, Record, Split, Task, digest, read_bytes
+from pymape.experiments.tasks.base import VALIDATION, Record, Split, Task, check_max_length, digest, read_bytes
 
 __all__ = ["make_questions"]
 
@@ -36,10 +36,12 @@ def make_questions(data: str, model: str, max_length: int = 256, articles: int |
         articles: draw so many by the seed before anything else; None takes all.
 
     Raises:
-        ValueError: a file of another form, answers that are not where the file says, or too few articles.
+        ValueError: a file of another form, answers that are not where the file says, too few articles, or a
+            `max_length` beyond the model's learned positions.
     """
     content = read_bytes(Path(data))
     tokenizer = load_tokenizer(model)
+    check_max_length(AutoModelForQuestionAnswering, model, max_length)
     records: list[Record] = []
     groups: dict[str, str] = {}
     total = 0

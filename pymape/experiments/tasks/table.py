@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from pymape.checkpoint import load_tokenizer
 from pymape.data import read_delimited
-from pymape.experiments.tasks.base import VALIDATION, Record, Split, Task, digest, read_bytes
+from pymape.experiments.tasks.base import VALIDATION, Record, Split, Task, check_max_length, digest, read_bytes
 
 __all__ = ["make_table"]
 
@@ -43,10 +43,14 @@ def make_table(
         max_length: tokens to cut texts to.
         records: draw so many of the training file, by the seed, before anything else; None takes all.
         test_records: the same of the test file.
+
+    Raises:
+        ValueError: files or rows that cannot be used, or a `max_length` beyond the model's learned positions.
     """
     from sklearn.model_selection import train_test_split
 
     tokenizer = load_tokenizer(model)
+    check_max_length(AutoModelForSequenceClassification, model, max_length)
     tables = [_read(Path(data) / name, header) for name in (train, test)]
     columns = [name for name in (text, pair, label) if name is not None]
     for name, table in zip((train, test), tables, strict=True):
