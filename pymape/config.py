@@ -229,8 +229,7 @@ def check_config(config: UnlearnConfig) -> None:
             "got train_first: false"
         )
     objective = get_objective(config.objective).with_options(config.objective_options)
-    if config.retain == "kl" and not objective.retain_term:
-        raise ValueError(f"retain must be 'nll' for objective {config.objective!r}, which has no such term, got 'kl'")
+    objective.check_retain(config.retain)
     for name in ("stop_when_forgotten", "prefix_cache"):
         value = getattr(config, name)
         if value is not None and objective.one_shot:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from pymape.architectures import ModelLayout, layout
 from pymape.batching import RecordBatches
 from pymape.files import atomic_write
-from pymape.losses import check_labels, per_sample_loss
+from pymape.losses import base_model, check_labels, per_sample_loss
 from pymape.processes import exchange, rank, require_equal, share_rows, together, world_size
 
 __all__ = ["Importance", "importance"]
@@ -302,8 +302,7 @@ class _Pass:
         self.dtype = torch.promote_types(parameter.dtype, torch.float32)
         half = torch.float16 in (parameter.dtype, autocast)
         self.loss_scale = _FP16_LOSS_SCALE if half else 1.0
-        get_base = getattr(model, "get_base_model", None)
-        accepted = inspect.signature((get_base() if callable(get_base) else model).forward).parameters
+        accepted = inspect.signature(base_model(model).forward).parameters
         self.accepted = set(accepted).difference(_LABELS)
         self.options = {"use_cache": False} if "use_cache" in accepted else {}
         self.gates: list[list[Tensor]] = []

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from pymape.architectures import layout
 from pymape.importance import prepared
-from pymape.losses import per_sample_loss
+from pymape.losses import base_model, per_sample_loss
 from pymape.masks import ModuleMasks, versions
 from pymape.modules import gates
 
@@ -218,8 +218,7 @@ class _Forward:
         self.model, self.loss = model, loss
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, torch.promote_types(parameter.dtype, torch.float32)
-        get_base = getattr(model, "get_base_model", None)
-        accepted = set(inspect.signature((get_base() if callable(get_base) else model).forward).parameters)
+        accepted = set(inspect.signature(base_model(model).forward).parameters)
         self.options = {"use_cache": False} if "use_cache" in accepted else {}
         # Without labels the model does not compute a batch loss that nobody reads.
         self.accepted = accepted.difference(("labels", "start_positions", "end_positions"))

@@ -89,8 +89,8 @@ def run_unlearn(config: UnlearnConfig) -> dict[str, Any]:
     if config.data.forget is None:
         raise ValueError("data.forget must be a file of ids to forget, got none")
     clock = Clock()
-    output, temporary = run_folder(config.output, "unlearn", _inputs(config)), tempfile.TemporaryDirectory()
-    with output as folder, quiet_transformers(), temporary as scratch:
+    output = run_folder(config.output, "unlearn", _inputs(config))
+    with output as folder, quiet_transformers(), tempfile.TemporaryDirectory(prefix="pymape-") as scratch:
         with measure_cost() as cost:
             source = load_records(config.data.path, config.data.id_column, argument="data.path")
             forget = load_ids(config.data.forget, config.data.id_column, argument="data.forget")

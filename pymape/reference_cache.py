@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,12 +106,24 @@ def record_digest(*inputs: Mapping[str, Any]) -> bytes:
         digest.update(b"\ninputs")
         for name, value in sorted(one.items()):
             digest.update(f"\n{name} ".encode())
-            if isinstance(value, Tensor):
-                digest.update(f"{value.dtype} {tuple(value.shape)} ".encode())
-                digest.update(_bytes(value))
-            else:
-                digest.update(pickle.dumps(value))  # repr shortens arrays
+            _take_in(digest, value)
     return digest.digest()
+
+
+def _take_in(digest: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(_bytes(value))
+    elif isinstance(value, list | tuple):
+        digest.update(f"{len(value)} values ".encode())
+        for item in value:
+            _take_in(digest, item)
+    elif hasattr(value, "tobytes"):  # arrays and images, which repr shortens
+        size = getattr(value, "shape", None) or getattr(value, "size", None)
+        digest.update(f"{getattr(value, 'dtype', None) or getattr(value, 'mode', None)} {size} ".encode())
+        digest.update(value.tobytes())
+    else:
+        digest.update(f"{value!r} ".encode())
 
 
 def _bytes(tensor: Tensor) -> memoryview:

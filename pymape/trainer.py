@@ -251,11 +251,7 @@ class UnlearnTrainer(Trainer):
 
     def _check_objective(self, model: nn.Module) -> None:
         """Refuse choices that the objective would ignore, and forget records without what it needs."""
-        name = self.objective.name
-        if self.retain not in ("nll", "kl"):
-            raise ValueError(f"retain must be 'nll' or 'kl', got {self.retain!r}")
-        if self.retain == "kl" and not self.objective.retain_term:
-            raise ValueError(f"retain must be 'nll' for objective {name!r}, which has no such retain term, got 'kl'")
+        self.objective.check_retain(self.retain)
         if self.retain == "kl" and "retain" not in self.data:
             raise ValueError("retain_dataset must be given for retain='kl', got None")
         self._references = self.objective.reference | ({"log_probs"} if self.retain == "kl" else set())

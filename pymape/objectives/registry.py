@@ -68,6 +68,19 @@ class Objective:
             )
         return replace(self, function=partial(self.function, **options), options={**known, **options})
 
+    def check_retain(self, retain: str) -> None:
+        """Refuse a retain term that the objective would ignore.
+
+        Raises:
+            ValueError: neither "nll" nor "kl", or "kl" for an objective that leaves no choice.
+        """
+        if retain not in ("nll", "kl"):
+            raise ValueError(f"retain must be 'nll' or 'kl', got {retain!r}")
+        if retain == "kl" and not self.retain_term:
+            raise ValueError(
+                f"retain must be 'nll' for objective {self.name!r}, which has no such retain term, got 'kl'"
+            )
+
     def _with_loss(self, options: Mapping[str, Any]) -> Objective:
         """Sort the options of a loss that is stepped with an optimizer of its own: whose is which?"""
         inner = get_objective(options.get("loss", _options(self.function)["loss"].__name__))
