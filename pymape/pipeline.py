@@ -28,8 +28,8 @@ from pymape.data import Records, load_ids, load_records, read_table, split_forge
 from pymape.importance import Importance, importance
 from pymape.masks import ModuleMasks
 from pymape.metrics import Predictions, mean_gap, measure_cost, predict, summarise
-from pymape.metrics.forward import most_tokens
 from pymape.objectives import get_objective
+from pymape.positions import most_tokens
 from pymape.prefix_cache import PrefixCache
 from pymape.runs import environment, quiet_transformers, run_folder, write_summary
 from pymape.search import search

@@ -23,6 +23,7 @@ from pymape.objectives.step import LABELS, count_tokens
 from pymape.original import OriginalModel, evaluating
 from pymape.pairing import PairCollator, PairDataset, PairSampler, alternative_answer, checked_sets
 from pymape.partial import PartialParameters
+from pymape.positions import PositionCollator, counts_padding
 from pymape.prefix_cache import PrefixCache
 from pymape.processes import rank, world_size
 from pymape.reference_cache import ReferenceCache, weights_digest
@@ -123,6 +124,8 @@ class UnlearnTrainer(Trainer):
         except BaseException:
             partial.merge()
             raise
+        if counts_padding(model):
+            self.data_collator = PositionCollator(self.data_collator)
         self.partial = partial
         layer = self.objective.options.get("layer")
         self.original = OriginalModel(model, partial, self._references, self.objective.alternative, layer)

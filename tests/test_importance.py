@@ -86,15 +86,13 @@ def loop(model: nn.Module, task: str | None, records: Sequence[dict[str, Any]]) 
 
 
 def pad_left(family: str) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
-    """Left padding with positions that count the sample's own tokens."""
+    """Left padding, as tokenizers of language models have it."""
 
     def collate(records: list[dict[str, Any]]) -> dict[str, Tensor]:
         width = max(len(record["input_ids"]) for record in records)
         turned = [{k: v[::-1] if isinstance(v, list) else v for k, v in record.items()} for record in records]
         batch = {k: v.flip(1) if v.shape[1:] == (width,) else v for k, v in PaddingCollator()(turned).items()}
         mask = batch["attention_mask"]
-        if family != "roberta":  # finds positions from the padding itself
-            batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         for name in ("start_positions", "end_positions"):
             if name in batch:
                 batch[name] = batch[name] + (1 - mask).sum(1)

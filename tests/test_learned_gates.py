@@ -43,6 +43,20 @@ def test_candidates_equal_separate_forwards(family: str) -> None:
     torch.testing.assert_close(means, losses.mean(1), rtol=0, atol=1e-10)
 
 
+def test_padding_on_the_left_changes_no_loss() -> None:
+    model = tiny_model("gpt2", dtype=torch.float64)
+    right = batch_of("gpt2")
+    own = right["attention_mask"].sum(1)
+    left = {
+        name: torch.stack([row.roll(row.numel() - int(count)) for row, count in zip(value, own, strict=True)])
+        for name, value in right.items()
+    }
+    assert not torch.equal(left["attention_mask"], right["attention_mask"])
+    candidates = [ModuleMasks.random(layout(model), 0.4, seed) for seed in range(2)]
+    found, expected = (evaluate_candidates(model, candidates, batch, per_sample=True) for batch in (left, right))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
 def empty_scores(shape) -> tuple[Tensor, Tensor]:
     return torch.zeros(shape.layers, shape.kv_heads), torch.zeros(shape.layers, shape.filters)
 

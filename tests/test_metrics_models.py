@@ -34,8 +34,8 @@ from pymape.metrics import (
     score_metrics,
 )
 from pymape.metrics import costs as costs_module
-from pymape.metrics.forward import most_tokens
 from pymape.metrics.scores import gradient_norms
+from pymape.positions import most_tokens
 
 KINDS = [("bert", "sequence_classification"), ("vit", "image_classification"), ("gpt2", "causal_lm")]
 

@@ -439,3 +439,21 @@ def test_records_of_any_length_need_no_collator(tmp_path: Path) -> None:
         tiny_model("bert"), arguments, forget_dataset=sets[0], retain_dataset=sets[1], objective="gd"
     )
     assert trainer.train().global_step == 2
+
+
+@pytest.mark.parametrize("name", ["gd", "kl", "npo"])
+def test_padding_on_the_left_changes_nothing(name: str, tmp_path: Path) -> None:
+    def left(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        turned = [{field: value.flip(0) for field, value in row.items()} for row in rows]
+        return {field: value.flip(1) for field, value in collate(turned).items()}
+
+    args = arguments(tmp_path, optim="sgd")  # Adam would blow up the rounding of gradients that are 0, of key biases
+    found, expected = (
+        make("gpt2", tmp_path, objective=name, data_collator=collator, dropout=False, args=args)
+        for collator in (left, collate)
+    )
+    assert len({len(row["input_ids"]) for row in records("language", 5, 1)}) > 1
+    for trainer in (found, expected):
+        trainer.train()
+    for got, want in zip(found.merge().parameters(), expected.merge().parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)

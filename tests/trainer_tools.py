@@ -80,8 +80,7 @@ def make(family: str, path: Path, *, masked: bool = True, forget: int = 4, retai
         forget_dataset=records(KINDS[family], forget, 1),
         retain_dataset=records(KINDS[family], retain, 2),
         masks=some_masks(model) if masked else None,
-        data_collator=collate,
-        **{"objective_options": OPTIONS.get(options.get("objective", "gd")), **options},
+        **{"data_collator": collate, "objective_options": OPTIONS.get(options.get("objective", "gd")), **options},
     )
 
 

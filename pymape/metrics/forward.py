@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from pymape.batching import RecordBatches
-from pymape.losses import IGNORED_LABEL, base_model, token_labels
+from pymape.losses import IGNORED_LABEL, token_labels
+from pymape.positions import counts_padding, with_positions
 
-__all__ = ["eval_mode", "model_batches", "most_tokens", "on_device", "questions", "task_logits"]
+__all__ = ["eval_mode", "model_batches", "on_device", "questions", "task_logits"]
 
-# What families call their tables of learned positions.
-_POSITIONS = ("position_embeddings", "positions_embed", "wpe", "embed_positions")
 # Inputs that are answers, which the model is not to see.
 _ANSWERS = ("labels", "start_positions", "end_positions")
 
@@ -42,37 +40,11 @@ def model_batches(
     return RecordBatches(data, batch_size=batch_size, collate_fn=collate_fn, pad_token_id=pad_token_id)
 
 
-def most_tokens(model: nn.Module) -> int | None:
-    """Tokens of the longest text that a model's learned positions hold; None where it has none, as with rotary ones."""
-    found = []
-    for table in _learned_positions(model):
-        unused = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa counts from behind it
-        found.append(table.num_embeddings - unused - int(getattr(table, "offset", 0)))
-    return min(found, default=None)
-
-
 def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a batch, where the model is; texts padded on the left get their positions, where these count."""
     device = next(model.parameters()).device
-    inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
-    mask = inputs.get("attention_mask")
-    if mask is not None and mask.ndim == 2 and (mask[:, 0] == 0).any() and _counts_positions(model):
-        inputs.setdefault("position_ids", (mask.long().cumsum(1) - 1).clamp(min=0))
-    return inputs
-
-
-def _counts_positions(model: nn.Module) -> bool:
-    """Whether a model has learned positions that it counts from the first token on, padding or not."""
-    learned = _learned_positions(model)
-    skips_padding = any(table.padding_idx is not None for table in learned)  # as RoBERTa does
-    accepted = inspect.signature(base_model(model).forward).parameters
-    return bool(learned) and not skips_padding and "position_ids" in accepted
-
-
-def _learned_positions(model: nn.Module) -> list[nn.Embedding]:
-    """A model's tables of learned positions."""
-    named = [(name.rpartition(".")[2], module) for name, module in model.named_modules()]
-    return [module for name, module in named if name in _POSITIONS and isinstance(module, nn.Embedding)]
+    batch = with_positions(batch) if counts_padding(model) else batch
+    return {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
 
 
 def questions(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from pymape.losses import IGNORED_LABEL
-from pymape.metrics.forward import eval_mode, most_tokens
+from pymape.metrics.forward import eval_mode
+from pymape.positions import most_tokens
 
 __all__ = ["TEMPLATE", "answer_records", "answer_text", "generate_answers"]
 

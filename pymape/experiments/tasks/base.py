@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from pymape.experiments.config import SettingConfig
 from pymape.metrics import QuestionSet
-from pymape.metrics.forward import most_tokens
+from pymape.positions import most_tokens
 
 __all__ = [
     "JUDGED",
