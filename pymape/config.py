@@ -9,9 +9,9 @@ from typing import Any, Literal
 __all__ = ["DataConfig", "DemoConfig", "MaskConfig", "TrainConfig", "UnlearnConfig", "check_config"]
 
 UnlearnObjective = Literal[
-    "ga", "gd", "kl", "npo", "simnpo", "dpo", "idk", "rmu", "ft", "l1_sparse", "rl", "so", "influence", "ssd"
+    "ga", "gd", "match", "kl", "npo", "simnpo", "dpo", "idk", "rmu", "ft", "l1_sparse", "rl", "so", "influence", "ssd"
 ]  # fmt: skip
-# Those that need neither options nor alternative answers.
+# Those that need neither options nor alternative answers nor unseen records.
 DemoObjective = Literal["ga", "gd", "kl", "npo", "simnpo", "ft", "rl", "so", "influence"]
 MaskObjective = Literal["difference", "ratio", "forget", "random", "magnitude", "everything"]
 
@@ -25,6 +25,8 @@ class DataConfig:
         forget: ids to forget: a text file, one id per line, or a table with the id column (--forget-ids for short).
         retain: ids to keep, in the same form; default: every record that is not forgotten.
         test: records the model has never seen, for the test accuracy and the membership attack.
+        unseen: records the model has never seen, of the kind of those to forget: "match" gives these the losses of
+            those, and `stop_when_forgotten` waits for it. Better not the test records, which judge.
         id_column: column of unique ids.
         text_column: column of the text.
         text_pair_column: column of a second text (premise and hypothesis and the like).
@@ -39,6 +41,7 @@ class DataConfig:
     forget: str | None = None
     retain: str | None = None
     test: str | None = None
+    unseen: str | None = None
     id_column: str = "id"
     text_column: str = "text"
     text_pair_column: str | None = None
@@ -113,9 +116,8 @@ class UnlearnConfig:
         weight_decay: of AdamW, on the selected parameters.
         train_task_head: also train the task head, which no mask selects.
         masks: how the masks are learned.
-        stop_when_forgotten: file of records the model has never seen, with the columns of data.path: the unlearning
-            ends once the loss on the forget records has reached that on these, looked at every ten steps. Better not
-            data.test, which judges.
+        stop_when_forgotten: end the unlearning once the loss on the forget records has reached that on `data.unseen`,
+            looked at every ten steps.
         prefix_cache: folder for the hidden states below the lowest layer that the masks select (not layer 0), so that
             they are computed once for every record; those of the forget records are erased when these are forgotten.
         train_first: fine-tune the model on all data before unlearning; this is how a plain encoder gets its task head.
@@ -143,7 +145,7 @@ class UnlearnConfig:
     weight_decay: float = 0.0
     train_task_head: bool = False
     masks: MaskConfig = field(default_factory=MaskConfig)
-    stop_when_forgotten: str | None = None
+    stop_when_forgotten: bool = False
     prefix_cache: str | None = None
     train_first: bool = False
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -232,5 +234,14 @@ def check_config(config: UnlearnConfig) -> None:
     objective.check_retain(config.retain)
     for name in ("stop_when_forgotten", "prefix_cache"):
         value = getattr(config, name)
-        if value is not None and objective.one_shot:
+        if value and objective.one_shot:
             raise ValueError(f"{name} must be left out with {config.objective!r}, which takes no steps, got {value!r}")
+    needs = "stop_when_forgotten" if config.stop_when_forgotten else f"objective {config.objective!r}"
+    needed = config.stop_when_forgotten or "unseen" in objective.reference
+    if needed and config.data.unseen is None:
+        raise ValueError(f"data.unseen must be a file of records the model has never seen, for {needs}, got none")
+    if not needed and config.data.unseen is not None:
+        raise ValueError(
+            f"data.unseen must be left out with {needs}, which reads none of it, got {config.data.unseen!r}: give "
+            "stop_when_forgotten too, or objective 'match'"
+        )

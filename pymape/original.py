@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pymape.losses import task_of
+from pymape.objectives.match import matched_losses
 from pymape.objectives.step import UnlearnBatch
 from pymape.partial import PartialParameters
 from pymape.reference_cache import ReferenceCache, record_digest
@@ -27,7 +28,7 @@ class OriginalModel:
     Args:
         model: the model that is to be trained.
         partial: its trained parameters.
-        needs: "nll", "log_probs" and "activations", as in `Objective.reference`.
+        needs: "nll", "unseen", "log_probs" and "activations", as in `Objective.reference`.
         alternative: whether "nll" is needed of alternative answers too.
         layer: of the activations.
     """
@@ -51,7 +52,7 @@ class OriginalModel:
         """Compute what is stored, and note the original parameters if the model is to be asked later; once.
 
         Args:
-            data: the forget and the retain set.
+            data: the forget and the retain set, and the unseen one where "unseen" is needed.
             batches: side, rows, batch size (optional) -> those records in order, with their alternative answers where
                 they are needed.
             cache: where values may be known already, and are kept.
@@ -78,6 +79,10 @@ class OriginalModel:
             elif "nll" in self._asked:
                 self._known["forget"] = of_every_record("nll", "forget", UnlearnBatch.nll)
             self._asked.discard("nll")
+            if "unseen" in self._asked:
+                own, unseen = (of_every_record("loss", side, UnlearnBatch.losses) for side in ("forget", "unseen"))
+                self._known["targets"] = matched_losses(own, unseen)
+                self._asked.discard("unseen")
             if "log_probs" in self._asked and task_of(self.model) == "classification":
                 self._known["retain"] = of_every_record("log_probs", "retain", UnlearnBatch.log_probs)
                 self._asked.discard("log_probs")
@@ -86,7 +91,10 @@ class OriginalModel:
 
     def of_forget(self, index: Tensor, side: str = "forget") -> dict[str, Tensor]:
         """Options of `UnlearnBatch` for forget records (or their alternative answers), by row [B]."""
-        return {"reference_nll": self._known[side][index]} if side in self._known else {}
+        found = {"reference_nll": self._known[side][index]} if side in self._known else {}
+        if "targets" in self._known and side == "forget":
+            found["targets"] = self._known["targets"][index]
+        return found
 
     def of_retain(
         self, index: Tensor, inputs: Mapping[str, Tensor], call: Callable[..., Any] | None = None

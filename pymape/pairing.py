@@ -12,7 +12,15 @@ from torch.utils.data import Dataset, Sampler
 from pymape.batching import ALTERNATIVE, bare_record
 from pymape.objectives.step import LABELS
 
-__all__ = ["PairCollator", "PairDataset", "PairSampler", "alternative_answer", "checked_sets", "record_ids"]
+__all__ = [
+    "PairCollator",
+    "PairDataset",
+    "PairSampler",
+    "alternative_answer",
+    "check_set",
+    "checked_sets",
+    "record_ids",
+]
 
 
 class PairDataset(Dataset):
@@ -122,10 +130,7 @@ def checked_sets(forget: Any, retain: Any) -> tuple[dict[str, Any], dict[str, li
     """
     data = {side: dataset for side, dataset in (("forget", forget), ("retain", retain)) if dataset is not None}
     for side, dataset in data.items():
-        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-            raise ValueError(f"{side}_dataset must be a map-style data set, got {type(dataset).__name__}")
-        if len(dataset) == 0:
-            raise ValueError(f"{side}_dataset must hold at least one record, got an empty set")
+        check_set(side, dataset)
     known = {side: record_ids(dataset) for side, dataset in data.items()}
     shared = sorted(set(known.get("forget") or ()) & set(known.get("retain") or ()))
     if shared:
@@ -134,6 +139,18 @@ def checked_sets(forget: Any, retain: Any) -> tuple[dict[str, Any], dict[str, li
         )
     ids = {side: known[side] or [f"{side} row {row}" for row in range(len(data[side]))] for side in data}
     return data, ids
+
+
+def check_set(side: str, dataset: Any) -> None:
+    """Refuse a set that is empty or not map-style.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise ValueError(f"{side}_dataset must be a map-style data set, got {type(dataset).__name__}")
+    if len(dataset) == 0:
+        raise ValueError(f"{side}_dataset must hold at least one record, got an empty set")
 
 
 def record_ids(dataset: Any) -> list[str] | None:

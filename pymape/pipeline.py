@@ -64,7 +64,7 @@ class Data:
     forget: list[Record]
     retain: list[Record]
     test: list[Record]
-    unseen: list[Record]  # what the forget loss is held against
+    unseen: list[Record]  # what the forget records are held against
 
     @property
     def sets(self) -> dict[str, list[Record]]:
@@ -153,7 +153,7 @@ class Encoder:
 
     def __init__(self, config: UnlearnConfig, model: PreTrainedModel, tokenizer: Any) -> None:
         self.data, self.tokenizer, self.model = config.data, tokenizer, model
-        self._others = {"data.test": config.data.test, "stop_when_forgotten": config.stop_when_forgotten}
+        self._others = {"data.test": config.data.test, "data.unseen": config.data.unseen}
         self.task = head_task(type(model).__name__)
         pad = model.config.pad_token_id if model.config.pad_token_id is not None else tokenizer.pad_token_id
         self.collate = PaddingCollator(0 if pad is None else pad)
@@ -187,7 +187,7 @@ class Encoder:
         ]
 
     def others(self) -> list[list[Record]]:
-        """The test records and the unseen ones that end the unlearning; none where the options name no file."""
+        """The test records and the unseen ones; none where the options name no file."""
         return [[] if path is None else self(read_table(path, name), name) for name, path in self._others.items()]
 
     def _alternatives(self, table: Records) -> dict[int, Record]:
@@ -210,8 +210,8 @@ class Encoder:
 def _inputs(config: UnlearnConfig) -> list[str | None]:
     """Files and folders that a run reads."""
     data = config.data
-    files = [data.path, data.forget, data.retain, data.test]
-    return [config.model, *files, config.masks.file, config.stop_when_forgotten, config.prefix_cache]
+    files = [data.path, data.forget, data.retain, data.test, data.unseen]
+    return [config.model, *files, config.masks.file, config.prefix_cache]
 
 
 def check_objective(config: UnlearnConfig, model: PreTrainedModel, forget: list[Record]) -> None:
@@ -302,7 +302,8 @@ def unlearn(
 ) -> str | None:  # fmt: skip
     """Unlearn in place; why that ended early, if it did."""
     cache = None if config.prefix_cache is None else PrefixCache(config.prefix_cache)
-    stop = StopWhenForgotten(data.unseen) if data.unseen else None
+    stop = StopWhenForgotten(data.unseen) if config.stop_when_forgotten else None
+    objective = get_objective(config.objective).with_options(config.objective_options)
     options = {"learning_rate": config.lr, "num_train_epochs": config.epochs, "weight_decay": config.weight_decay}
     with full_precision(model):
         trainer = UnlearnTrainer(
@@ -310,6 +311,7 @@ def unlearn(
             _arguments(scratch, config.seed, per_device_train_batch_size=config.batch_size, **options),
             forget_dataset=data.forget,
             retain_dataset=data.retain,
+            unseen_dataset=data.unseen if "unseen" in objective.reference else None,
             objective=config.objective,
             objective_options=config.objective_options,
             masks=masks,

@@ -21,7 +21,7 @@ from pymape.masks import ModuleMasks
 from pymape.objectives import Objective, OneShot, RecordGradients, Step, UnlearnBatch, get_objective
 from pymape.objectives.step import LABELS, count_tokens
 from pymape.original import OriginalModel, evaluating
-from pymape.pairing import PairCollator, PairDataset, PairSampler, alternative_answer, checked_sets
+from pymape.pairing import PairCollator, PairDataset, PairSampler, alternative_answer, check_set, checked_sets
 from pymape.partial import PartialParameters
 from pymape.positions import PositionCollator, counts_padding
 from pymape.prefix_cache import PrefixCache
@@ -52,6 +52,8 @@ class UnlearnTrainer(Trainer):
             `idk` read an alternative answer from a record's fields `alternative_*`: `alternative_labels`, another label
             of the same inputs, or `alternative_input_ids` and `alternative_labels`, as language models need them.
         retain_dataset: the same, of records to keep.
+        unseen_dataset: the same, of records that the model has never seen, of the kind of the forget records: `match`
+            gives these the losses of those.
         objective: name of a registered objective.
         objective_options: values for its own options, for instance {"layer": 7} for `rmu`.
         masks: what to train; None trains every parameter.
@@ -84,6 +86,7 @@ class UnlearnTrainer(Trainer):
         *,
         forget_dataset: Any = None,
         retain_dataset: Any = None,
+        unseen_dataset: Any = None,
         objective: str = "gd",
         objective_options: Mapping[str, Any] | None = None,
         masks: ModuleMasks | None = None,
@@ -106,6 +109,7 @@ class UnlearnTrainer(Trainer):
         self.retain, self.reference_cache, self.forget_dataset = retain, reference_cache, forget_dataset
         self.data, self._ids = self._needed_sets(forget_dataset, retain_dataset)
         self._check_objective(model)
+        self._unseen = self._needed_unseen(unseen_dataset)
         if args is None:
             args = TrainingArguments(output_dir="unlearned", save_strategy="no", report_to="none")
         reject_ignored(args, self.objective, masks, dropout, trainer_options)
@@ -252,6 +256,17 @@ class UnlearnTrainer(Trainer):
         used = [side for side in data if needs[side] != "unused"]
         return {side: data[side] for side in used}, {side: ids[side] for side in used}
 
+    def _needed_unseen(self, unseen: Any) -> dict[str, Any]:
+        """The unseen records by the name of their set, where the objective needs them."""
+        if "unseen" not in self.objective.reference:
+            if unseen is not None:
+                raise ValueError(f"unseen_dataset must be None for objective {self.objective.name!r}, got one")
+            return {}
+        if unseen is None:
+            raise ValueError(f"unseen_dataset must be given for objective {self.objective.name!r}, got None")
+        check_set("unseen", unseen)
+        return {"unseen": unseen}
+
     def _check_objective(self, model: nn.Module) -> None:
         """Refuse choices that the objective would ignore, and forget records without what it needs."""
         self.objective.check_retain(self.retain)
@@ -301,17 +316,20 @@ class UnlearnTrainer(Trainer):
     def _look_up_original(self) -> None:
         """Learn what the objective needs of the original model, before a resumed run loads other weights."""
 
+        data, ids = {**self.data, **self._unseen}, dict(self._ids)
+        ids |= {side: [f"{side} row {row}" for row in range(len(records))] for side, records in self._unseen.items()}
+
         def batches(side: str, rows: Sequence[int], batch_size: int | None = None) -> Iterator[UnlearnBatch]:
             alternative = side == "forget" and self.objective.alternative
             options: Any = {"rows": rows, "batch_size": batch_size, "alternative": alternative}
-            return self._in_order(self.data[side], self._ids[side], **options)
+            return self._in_order(data[side], ids[side], **options)
 
         cache = None
         if self.reference_cache is not None and self._references:
             precision = str(self.accelerator.mixed_precision)
             cache = ReferenceCache(self.reference_cache, weights_digest(self.model, precision))
         with self.accelerator.autocast():
-            self.original.look_up(self.data, batches, cache, write=self.is_world_process_zero())
+            self.original.look_up(data, batches, cache, write=self.is_world_process_zero())
 
     def _in_order(
         self,

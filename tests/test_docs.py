@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from model_zoo import tiny_model
 from session_tools import WORDS, write_files
-from trainer_tools import arguments, collate, records
+from trainer_tools import arguments, collate, records, some_masks
 from transformers import AutoModelForCausalLM
 
 import pymape
@@ -29,13 +29,14 @@ def test_the_tables_name_every_objective():
 def test_the_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     examples = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 3
     assert max(len(example.strip().splitlines()) for example in examples) <= 10
-    names: dict[str, Any] = {"pymape": pymape, "args": arguments(tmp_path), "unseen_records": records("language", 4, 3)}
+    names: dict[str, Any] = {"pymape": pymape, "args": arguments(tmp_path), "unseen": records("language", 4, 3)}
     names |= {"forget": records("language", 4, 1), "retain": records("language", 4, 2), "collate": collate}
     try:
         for example in examples:
             names["model"] = tiny_model("llama")
+            names["masks"] = some_masks(names["model"])
             exec(example.replace("forget_dataset=forget", "data_collator=collate, forget_dataset=forget"), names)
             names["trainer"].train()
             assert names["trainer"].state.global_step >= 1

@@ -124,6 +124,31 @@ def test_a_tuned_option_that_is_called_as_a_part_of_the_key_is(tmp_path: Path) -
     assert len({cell.key for cell in found}) == len(found) > len(values) * len(config.settings)
 
 
+def test_a_method_may_be_for_some_settings_alone(tmp_path: Path) -> None:
+    """What matches unseen records is for settings that have some of what is forgotten."""
+    file = tmp_path / "small.yaml"
+    file.write_text(YAML.replace("lrs:", "methods: [{objective: match, settings: [random]}]\nlrs:"))
+    config = read_experiment(file)
+    methods.check_methods(config)
+    made = cells.cells_of(config, make_task(config.task))
+    assert {(cell.objective, cell.setting) for cell in made if cell.value} == {
+        ("gd", "class"), ("gd", "random"), ("match", "random"),
+    }  # fmt: skip
+    assert [method.objective for method in config.narrowed(["class"]).all_methods] == ["gd"]
+    assert config.narrowed(["class", "random"]) == config
+    config.methods[0].settings = ["class"]
+    with pytest.raises(ValueError, match=r"unseen records of what is forgotten for setting 'class', .* got 'match'"):
+        methods.check_methods(config)
+
+
+def test_matching_unseen_records_changes_the_model(trained: dict[str, Any]) -> None:
+    model, data = copy.deepcopy(trained["model"]), trained["data"]
+    before = model.state_dict()["classifier.weight"].clone()
+    sets = {"forget": data.forget, "retain": data.retain, "unseen": data.validation}
+    unlearn(model, Chosen(), MethodConfig("match"), 1e-3, **sets, steps=3, batch_size=8, seed=0)
+    assert not torch.equal(model.state_dict()["classifier.weight"], before)
+
+
 def test_cells_keep_their_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A key that changes throws away what was computed: only `CODE`, raised by hand, may do that to all cells."""
     file = tmp_path / "small.yaml"
@@ -342,6 +367,10 @@ def test_interval_against_the_normal_one() -> None:
         (
             ("objectives: [gd]", "methods: [{objective: ssd, parameter: selection}]"),
             "values of selection must be given",
+        ),
+        (
+            ("objectives: [gd]", "methods: [{objective: gd, settings: [x]}]"),
+            "methods must use settings among class, ran",
         ),
         (("title: Small digits", "baselines: [x]"), "baselines must be among everything, learned, got 'x'"),
         (("steps: 2", "stepz: 2"), "stepz"),

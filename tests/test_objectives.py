@@ -6,14 +6,18 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from model_zoo import tiny_batch, tiny_model
 
 from pymape.objectives import OneShot, RecordGradients, Step, UnlearnBatch, get_objective, objective, objective_names
+from pymape.objectives.match import matched_losses
 from pymape.objectives.registry import _OBJECTIVES
 from pymape.sophia import Sophia
 
-NAMES = ["dpo", "ft", "ga", "gd", "idk", "influence", "kl", "l1_sparse", "npo", "rl", "rmu", "simnpo", "so", "ssd"]
+NAMES = [
+    "dpo", "ft", "ga", "gd", "idk", "influence", "kl", "l1_sparse", "match", "npo", "rl", "rmu", "simnpo", "so", "ssd",
+]  # fmt: skip
 KINDS = {"classifier": "bert", "language model": "llama"}
 
 
@@ -108,6 +112,33 @@ def test_gd(family):
     forget, retain = make(family, 1), make(family, 2)
     expected = -mean_nll(forget) + 0.7 * mean_nll(retain)
     assert evaluate("gd", forget, retain) == pytest.approx(expected, rel=1e-12)
+
+
+def test_match(family):
+    """Off its target a record has the gradient of gd, up to its sign; a retain set is optional."""
+    forget, retain = make(family, 1), make(family, 2)
+    own = [nll / len(record) for nll, record in zip(summed_nll(forget), scored(forget), strict=True)]
+    tokens = [len(record) for record in scored(forget)]
+    targets = [own[0] + 0.5, own[1] - 0.25, own[2]]
+    forget.targets = torch.tensor(targets)
+    expected = (0.5 * tokens[0] + 0.25 * tokens[1]) / sum(tokens)
+    assert evaluate("match", forget) == pytest.approx(expected, rel=1e-6)
+    assert evaluate("match", forget, retain) == pytest.approx(expected + 0.7 * mean_nll(retain), rel=1e-6)
+    forget.targets = torch.full((3,), 100.0)
+    function = get_objective("match").with_options({}).function
+    weight = next(iter(forget.model.parameters()))
+    ascent = torch.autograd.grad(function(Step(forget, None, 1.0, 1.0)), weight, retain_graph=True)[0]
+    torch.testing.assert_close(ascent, torch.autograd.grad(-forget.loss(), weight)[0])
+
+
+def test_matched_losses_are_those_of_unseen_records_by_rank():
+    own = torch.tensor([0.3, 0.1, 0.2, 0.4])
+    assert matched_losses(own, torch.tensor([5.0, 1.0, 7.0, 3.0])).tolist() == [4.75, 1.75, 3.25, 6.25]
+    assert matched_losses(own, torch.tensor([2.0])).tolist() == [2.0] * 4
+    draw = torch.Generator().manual_seed(0)
+    unseen = torch.empty(300).exponential_(generator=draw)
+    found = matched_losses(torch.rand(1000, generator=draw), unseen)
+    assert scipy.stats.ks_2samp(found, unseen).statistic < 0.005
 
 
 def test_ft(family):
@@ -464,6 +495,8 @@ def test_undefined_cases_are_one_line_errors():
         batch.with_random_labels()
     with pytest.raises(ValueError, match="reference_log_probs must be known"):
         make("bert", 1).kl()
+    with pytest.raises(ValueError, match="targets must be known, got None"):
+        evaluate("match", make("bert", 1))
     for name in ("npo", "dpo"):
         with pytest.raises(ValueError, match="reference_nll must be known"):
             evaluate(name, make("bert", 1))

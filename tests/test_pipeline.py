@@ -152,10 +152,11 @@ def test_a_language_model_forgets_texts(files: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(output / "model")
 
 
-@pytest.mark.parametrize("objective", ["kl", "ft", "rl", "influence"])
+@pytest.mark.parametrize("objective", ["kl", "ft", "rl", "influence", "match"])
 def test_every_objective_changes_the_model(files: Path, tmp_path: Path, objective: str) -> None:
     output = tmp_path / "run"
-    _run(_config(files, output, objective=objective), output)
+    unseen = {"data__unseen": str(files / "test.csv")} if objective == "match" else {}
+    _run(_config(files, output, objective=objective, **unseen), output)
     before, after = (load_file(folder / "model.safetensors") for folder in (files / "classifier", output / "model"))
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
@@ -193,13 +194,14 @@ def test_unlearning_ends_once_the_records_are_forgotten(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
-    changes = {"objective": "ga", "epochs": 60, "lr": 1e-3, "stop_when_forgotten": str(files / "test.csv")}
-    summary = _run(_config(files, output, **changes), output)
+    changes = {"objective": "ga", "epochs": 60, "lr": 1e-3}
+    stop = {"stop_when_forgotten": True, "data__unseen": str(files / "test.csv")}
+    summary = _run(_config(files, output, **changes, **stop), output)
     assert re.fullmatch(
         r"forget loss [\d.]+ reached the loss on unseen data, [\d.]+, at step [1-5]0", summary["stopped"]
     )
     assert summary["stopped"] in capsys.readouterr().out
-    whole = _run(_config(files, tmp_path / "whole", **changes | {"stop_when_forgotten": None}), tmp_path / "whole")
+    whole = _run(_config(files, tmp_path / "whole", **changes), tmp_path / "whole")
     assert whole["stopped"] is None
     losses = [run["models"]["unlearned"]["forget_loss"] for run in (summary, whole)]
     assert losses[0] < losses[1]
@@ -295,8 +297,17 @@ def test_bad_retain_ids(
             {"prefix_cache": "cache", "objective": "ssd"},
             "prefix_cache must be left out with 'ssd', which takes no steps",
         ),
-        ({"stop_when_forgotten": "x.csv", "objective": "influence"}, "stop_when_forgotten must be left out with"),
-        ({"stop_when_forgotten": "nowhere.csv"}, "nowhere.csv"),
+        ({"stop_when_forgotten": True, "objective": "influence"}, "stop_when_forgotten must be left out with"),
+        (
+            {"stop_when_forgotten": True},
+            "data.unseen must be a file of records the model has never seen, for stop_when",
+        ),
+        (
+            {"objective": "match"},
+            "data.unseen must be a file of records the model has never seen, for objective 'match'",
+        ),
+        ({"data__unseen": "x.csv"}, "data.unseen must be left out with objective 'gd', which reads none of it, got"),
+        ({"stop_when_forgotten": True, "data__unseen": "nowhere.csv"}, "nowhere.csv"),
         ({"objective": "nothing"}, "objective"),
         ({"masks__bugdet": 0.1}, "bugdet"),
         ({"data__max_length": 129}, "data.max_length must be at most 128 for this model, got 129"),

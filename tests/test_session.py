@@ -167,7 +167,8 @@ def test_a_request_erases_its_records_from_the_prefix_cache_and_tells_why_it_end
     upper_masks().save(masks)
     config = options(
         files, masks=MaskConfig(file=str(masks)), prefix_cache=str(cache.path), epochs=10.0,
-        stop_when_forgotten=str(files / "test.csv"),
+        stop_when_forgotten=True,
+        data=DataConfig(str(files / "train.csv"), unseen=str(files / "test.csv"), importance_samples=12),
     )  # fmt: skip
     with UnlearnSession(new) as session:
         receipts = [session.request(request, ids, config) for request, ids in REQUESTS.items()]

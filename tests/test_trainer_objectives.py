@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from pymape.batching import bare_record
 from pymape.objectives import objective_names
+from pymape.objectives.match import matched_losses
 from pymape.objectives.registry import _OBJECTIVES, objective
 from pymape.sophia import Sophia
 from pymape.trainer import UnlearnTrainer
@@ -95,6 +96,24 @@ def test_dpo_starts_at_the_original_model(family, tmp_path):
     trainer.train()
     assert log[0] == pytest.approx(2 / 0.5 * math.log(2), rel=1e-5)
     assert log[2] < log[1] < log[0]
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_match_gives_the_forget_records_the_losses_of_unseen_ones(family, tmp_path):
+    args = arguments(tmp_path, num_train_epochs=60, learning_rate=5e-3, lr_scheduler_type="linear")
+    forget, unseen = records(KINDS[family], 8, 1), records(KINDS[family], 5, 3)
+    model = tiny_model(family).eval()
+    before = [mean_token_loss(model, [row]) for row in forget]
+    expected = matched_losses(torch.tensor(before), torch.tensor([mean_token_loss(model, [row]) for row in unseen]))
+    assert (expected - torch.tensor(before)).abs().max() > 0.05
+    trainer = UnlearnTrainer(
+        model, args, objective="match", forget_dataset=forget, unseen_dataset=unseen, data_collator=collate,
+        dropout=False,
+    )  # fmt: skip
+    trainer.train()
+    model = trainer.merge()
+    after = torch.tensor([mean_token_loss(model, [row]) for row in forget])
+    torch.testing.assert_close(after.double(), expected, rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])

@@ -16,7 +16,23 @@ from pymape.losses import per_sample_loss
 from pymape.masks import ModuleMasks
 from pymape.trainer import UnlearnTrainer
 
-NAMES = ["dpo", "ft", "ga", "gd", "idk", "influence", "kl", "l1_sparse", "npo", "rl", "rmu", "simnpo", "so", "ssd"]
+NAMES = [
+    "dpo",
+    "ft",
+    "ga",
+    "gd",
+    "idk",
+    "influence",
+    "kl",
+    "l1_sparse",
+    "match",
+    "npo",
+    "rl",
+    "rmu",
+    "simnpo",
+    "so",
+    "ssd",
+]
 OPTIONS: dict[str, dict[str, Any]] = {"rmu": {"layer": 1}, "ssd": {"selection": 1.5}}
 KINDS = {"bert": "text", "vit": "image", "gpt2": "language", "llama": "language"}
 
@@ -79,6 +95,7 @@ def make(family: str, path: Path, *, masked: bool = True, forget: int = 4, retai
         options.pop("args", None) or arguments(path),
         forget_dataset=records(KINDS[family], forget, 1),
         retain_dataset=records(KINDS[family], retain, 2),
+        unseen_dataset=records(KINDS[family], 5, 3) if options.get("objective") == "match" else None,
         masks=some_masks(model) if masked else None,
         **{"data_collator": collate, "objective_options": OPTIONS.get(options.get("objective", "gd")), **options},
     )

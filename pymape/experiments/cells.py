@@ -61,7 +61,7 @@ def cells_of(config: ExperimentConfig, task: Task) -> list[Cell]:
                 for name in REFERENCES
             ]
             for method in config.all_methods:
-                for name in method.selections:
+                for name in method.selections if setting_name in method.settings else ():
                     selection = config.selections[name].identity(setting.lam)
                     how = {"steps": config.steps, "batch_size": config.batch_size, "options": method.options}
                     how |= {} if config.every is None else {"every": config.every}

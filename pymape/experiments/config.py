@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,6 +143,7 @@ class MethodConfig:
         options: values for the objective's own options.
         parameter: what is tuned: "lr", "gamma", or an option of the objective.
         values: what it may be, as many as there are learning rates; empty for "lr" takes the experiment's.
+        settings: names of the settings to cross it with; empty takes all.
     """
 
     objective: str
@@ -150,6 +151,7 @@ class MethodConfig:
     options: dict[str, Any] = field(default_factory=dict)
     parameter: str = "lr"
     values: list[float] = field(default_factory=list)
+    settings: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -244,8 +246,22 @@ class ExperimentConfig:
         crossed = [MethodConfig(objective, list(self.selections)) for objective in self.objectives]
         found = [*crossed, *self.methods]
         return [
-            MethodConfig(m.objective, m.selections, m.options, m.parameter, m.values or list(self.lrs)) for m in found
+            MethodConfig(
+                m.objective,
+                m.selections,
+                m.options,
+                m.parameter,
+                m.values or list(self.lrs),
+                m.settings or list(self.settings),
+            )
+            for m in found
         ]
+
+    def narrowed(self, names: Sequence[str]) -> ExperimentConfig:
+        """The same experiment with these settings alone."""
+        methods = [replace(m, settings=[name for name in m.settings if name in names]) for m in self.methods]
+        left = [new for old, new in zip(self.methods, methods, strict=True) if new.settings or not old.settings]
+        return replace(self, settings={name: self.settings[name] for name in names}, methods=left)
 
     def _check_numbers(self) -> None:
         ranges: dict[str, tuple[Any, bool, str]] = {
@@ -302,6 +318,9 @@ class ExperimentConfig:
             unknown = [name for name in method.selections if name not in self.selections]
             if unknown:
                 raise ValueError(f"methods must use selections among {', '.join(self.selections)}, got {unknown[0]!r}")
+            unknown = [name for name in method.settings if name not in self.settings]
+            if unknown:
+                raise ValueError(f"methods must use settings among {', '.join(self.settings)}, got {unknown[0]!r}")
             if method.parameter != "lr" and method.values == list(self.lrs):
                 raise ValueError(f"values of {method.parameter} must be given for objective {method.objective!r}")
             if len(method.values) != len(self.lrs):

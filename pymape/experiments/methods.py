@@ -98,11 +98,19 @@ def check_methods(config: ExperimentConfig) -> None:
     """Refuse what cannot run before anything does.
 
     Raises:
-        ValueError: an unknown objective, one that needs alternative answers where there are none, or a one-shot
-            objective on entries or adapters.
+        ValueError: an unknown objective, one that needs alternative answers or unseen records where there are none, or
+            a one-shot objective on entries or adapters.
     """
     for method in config.all_methods:
         found = get_objective(method.objective)
+        if "loss" in method.options:  # of an objective that steps another one, whose needs it has
+            found = found.with_options(method.options)
+        whole = [name for name in method.settings if config.settings[name].forget == "class"]
+        if "unseen" in found.reference and whole:
+            raise ValueError(
+                f"objectives must need no unseen records of what is forgotten for setting {whole[0]!r}, where a whole "
+                f"class is, got {method.objective!r}"
+            )
         if found.alternative and not KINDS[config.task.name].alternatives:
             raise ValueError(
                 f"objectives must need no alternative answers for task {config.task.name!r}, got {method.objective!r}"
@@ -168,6 +176,7 @@ def unlearn(
     *,
     forget: list[Record],
     retain: list[Record],
+    unseen: list[Record] | None = None,
     steps: int,
     batch_size: int,
     seed: int,
@@ -183,6 +192,7 @@ def unlearn(
         value: of the tuned parameter.
         forget: records to forget.
         retain: records to keep.
+        unseen: records that the model has never seen, for objectives that need some.
         steps: optimizer steps, where the objective takes any.
         batch_size: forget records a step, and as many retain records.
         seed: of order, pairing and random labels.
@@ -207,6 +217,7 @@ def unlearn(
         trainer_options["gamma"] = value
     else:
         options[method.parameter] = value
+    objective = get_objective(method.objective).with_options(options)
     with tempfile.TemporaryDirectory(prefix="pymape-") as scratch, _adapters(model, chosen.rank, seed) as merge:
         trainer = UnlearnTrainer(
             model,
@@ -216,6 +227,7 @@ def unlearn(
                 disable_tqdm=True, dataloader_pin_memory=False, **arguments,
             ),
             forget_dataset=forget, retain_dataset=retain, objective=method.objective, objective_options=options,
+            unseen_dataset=unseen if "unseen" in objective.reference else None,
             masks=chosen.masks, **trainer_options,
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)

@@ -62,8 +62,7 @@ def run_experiment(
     if unknown:
         raise ValueError(f"settings must be among {', '.join(config.settings)}, got {unknown[0]!r}")
     config = dataclasses.replace(
-        config,
-        settings={name: config.settings[name] for name in settings or config.settings},
+        config.narrowed(settings or list(config.settings)),
         seeds=config.seeds if seeds is None else seeds,
         task=dataclasses.replace(config.task, data=data or config.task.data, model=model or config.task.model),
     )

@@ -147,9 +147,9 @@ class Unit:
 
                 model, facts = unlearn(
                     model, chosen[number], self._methods[cell.objective, cell.selection], cell.value,
-                    forget=data.request, retain=data.retain, steps=steps[number] if steps else self.config.steps,
-                    batch_size=self.config.batch_size, seed=self.seed, judge=judge,
-                    every=None if steps else self.config.every,
+                    forget=data.request, retain=data.retain, unseen=data.validation,
+                    steps=steps[number] if steps else self.config.steps, batch_size=self.config.batch_size,
+                    seed=self.seed, judge=judge, every=None if steps else self.config.every,
                 )  # fmt: skip
                 found.append(facts)
         joined: dict[str, Any] = {name: [facts[name] for facts in found] for name in found[0]}

@@ -11,6 +11,7 @@ from pymape.objectives import (  # noqa: F401  (each registers itself)
     influence,
     kl,
     l1_sparse,
+    match,
     npo,
     rl,
     rmu,

@@ -13,7 +13,7 @@ import torch
 __all__ = ["Objective", "get_objective", "objective", "objective_names"]
 
 Need = Literal["required", "optional", "unused"]
-Reference = Literal["nll", "log_probs", "activations"]
+Reference = Literal["nll", "unseen", "log_probs", "activations"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class Objective:
         retain: whether it reads the retain set.
         retain_term: whether it weighs the retain set by `Step.retain_loss`, so that "nll" or "kl" may be chosen.
         reference: what it needs of the original model: "nll" (summed NLL of each forget record, and of its
-            alternative), "log_probs" (of the retain records' labelled tokens), "activations" (of the retain records, at
-            the layer that its option `layer` names).
+            alternative), "unseen" (the loss that each forget record is to have, by those of unseen ones), "log_probs"
+            (of the retain records' labelled tokens), "activations" (of the retain records, at the layer that its option
+            `layer` names).
         alternative: whether forget records must give an alternative answer.
         one_shot: computed once over the whole sets instead of being minimised step by step.
         optimizer: what it is stepped with, where the user names no optimizer; such an objective has an option `loss`,

@@ -35,6 +35,7 @@ class UnlearnBatch:
         samples, tokens: denominators of means; None stands for this batch's own.
         alternative: the same records with their alternative answers.
         reference_nll: [B] summed NLL under the original model.
+        targets: [B] losses that the records are to have.
         reference_log_probs: [n, C] log-probabilities of the original model, rows as in `scored_logits`.
         reference_activations: [B, T, D] activations of the original model.
         seeds: [B] one seed per record, for random labels.
@@ -50,6 +51,7 @@ class UnlearnBatch:
         tokens: float | None = None,
         alternative: UnlearnBatch | None = None,
         reference_nll: Tensor | None = None,
+        targets: Tensor | None = None,
         reference_log_probs: Tensor | None = None,
         reference_activations: Tensor | None = None,
         seeds: Sequence[Sequence[int]] | None = None,
@@ -61,6 +63,7 @@ class UnlearnBatch:
         self.tokens = float(self.counts.sum()) if tokens is None else tokens
         self.alternative = alternative
         self.reference_nll = reference_nll
+        self.targets = targets
         self.reference_log_probs = reference_log_probs
         self.reference_activations = reference_activations
         self._call = model if call is None else call
@@ -83,9 +86,13 @@ class UnlearnBatch:
             raise ValueError(f"layer must be in [0, {len(hidden) - 1}), got {layer}")
         return hidden[layer + 1]
 
+    def losses(self) -> Tensor:
+        """[B] negative log-likelihood per labelled token of each record (a classifier's cross-entropy)."""
+        return per_sample_loss(self.model, self.inputs, self.outputs)
+
     def nll(self) -> Tensor:
         """[B] negative log-likelihood, summed over a record's labelled tokens (a classifier's cross-entropy)."""
-        return per_sample_loss(self.model, self.inputs, self.outputs) * self.counts
+        return self.losses() * self.counts
 
     def nll_ratio(self) -> Tensor:
         """[B] summed negative log-likelihood, less the original model's."""
@@ -150,6 +157,12 @@ class UnlearnBatch:
     def relabelled(self, labels: Mapping[str, Tensor], **options: Any) -> UnlearnBatch:
         """The same records and outputs with other labels; options as for `UnlearnBatch`."""
         return UnlearnBatch(self.model, {**self.inputs, **labels}, call=lambda **_: self.outputs, **options)
+
+    def required_targets(self) -> Tensor:
+        """[B] losses that the records are to have."""
+        if self.targets is None:
+            raise ValueError("targets must be known, got None: register reference=['unseen']")
+        return self.targets.to(self.losses())
 
     def required_alternative(self, name: str) -> UnlearnBatch:
         """The records' alternative answers, for the objective of that name."""
