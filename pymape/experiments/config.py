@@ -328,10 +328,13 @@ class ExperimentConfig:
                     f"values of {method.objective!r} must be as many as lrs, {len(self.lrs)}, so that every method has "
                     f"an equal choice, got {len(method.values)}"
                 )
-        pairs = Counter((method.objective, name) for method in self.all_methods for name in method.selections)
-        twice = [pair for pair, count in pairs.items() if count > 1]
+        triples = Counter(
+            (method.objective, name, setting)
+            for method in self.all_methods for name in method.selections for setting in method.settings
+        )  # fmt: skip
+        twice = [f"{objective} on {name}" for (objective, name, _), count in triples.items() if count > 1]
         if twice:
-            raise ValueError(f"methods must be given once each, got {' on '.join(twice[0])} twice")
+            raise ValueError(f"methods must be given once each, got {twice[0]} twice")
 
 
 def find_experiment(name: str) -> Path:

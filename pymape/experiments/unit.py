@@ -70,7 +70,8 @@ class Unit:
         ]
         self.data: Forgetting = self._requests[-1]
         self._before: dict[int, dict[str, float]] = {}  # number of records forgotten -> of the original model
-        self._methods = {(m.objective, name): m for m in config.all_methods for name in m.selections}
+        methods = [method for method in config.all_methods if place[0] in method.settings]
+        self._methods = {(method.objective, name): method for method in methods for name in method.selections}
         self._chosen: dict[str, list[Chosen]] = {}
 
     def result(self, cell: Cell) -> dict[str, Any]:
