@@ -37,9 +37,8 @@ def outcome(name: str, pages: Sequence[str]) -> Outcome:
     rows = [row for row in rows if row["selection"] in ("", *config.selections)]  # older pages may hold others
     seen = [RESULTS / f"{page}-evidence.jsonl" for page in pages]
     evidence = [row for path in seen if path.exists() for row in read_cells(path)]
-    run = dict.fromkeys(row["setting"] for row in rows)
-    config = dataclasses.replace(config, settings={setting: config.settings[setting] for setting in run})
-    summary = {"name": name, "config": dataclasses.asdict(config)}
+    run = list(dict.fromkeys(row["setting"] for row in rows))
+    summary = {"name": name, "config": dataclasses.asdict(config.narrowed(run))}
     return Outcome(summary, summarise_cells(rows, config.baselines, evidence))
 
 

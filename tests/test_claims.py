@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pymape.experiments.claims import Claim, at_a_glance, claims, learned_selection
+from pymape.experiments.claims import Claim, at_a_glance, by_objective, claims, learned_selection
 from pymape.experiments.config import ExperimentConfig, SelectionConfig, SettingConfig, TaskConfig
 from pymape.experiments.summaries import Outcome, compare, summarise_cells
 from pymape.experiments.tables import evidence_tables, markdown
@@ -109,6 +109,14 @@ def test_every_setting_has_a_line_at_a_glance() -> None:
         ["other: s", "1", "111.00", "3.00", "1.00", "", "1 of 1 (1 failed)", "1.00 x", "1.00 x", "1.00 x (peak)"],
     ]
     assert not at_a_glance([outcome([row for row in first if row["selection"] != "learned"])]).rows
+
+
+def test_both_sides_of_every_objective_are_told() -> None:
+    again = [{**cell(seed, "", gap), "objective": "retrained again"} for seed, gap in enumerate((1.0, 1.5, 2.0))]
+    other = [{**row, "objective": "npo"} for row in pairs([1.0, 4.0], [2.0, 2.0])]
+    table = by_objective([outcome([*again, *pairs([1.0, 1.0, 4.0], [2.0] * 3), *other])])
+    assert table.columns == ("task: forgotten", "nothing done", "gd", "npo", "retrained again")
+    assert [row.cells for row in table.rows] == [["s", "114.00", "2.00 / 2.00", "2.00 / 2.50", "1.50"]]
 
 
 def test_models_that_failed_are_said_to_be_left_out() -> None:

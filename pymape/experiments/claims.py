@@ -11,7 +11,7 @@ from pymape.experiments.summaries import EVERYWHERE, Outcome, bootstrap_interval
 from pymape.experiments.tables import MEMORY, interval_text, share_text
 from pymape.report import Row, Table
 
-__all__ = ["CRITERION", "Claim", "at_a_glance", "claims", "learned_selection"]
+__all__ = ["CRITERION", "Claim", "at_a_glance", "by_objective", "claims", "learned_selection"]
 
 CRITERION = (
     "A claim holds where both 95 % intervals of the mean difference lie below 0: the bootstrap over pairs, and "
@@ -41,6 +41,7 @@ _GLANCE = (
     "the process where that was not measured. Failed: pairs left out, of which a model failed or the search left no "
     "mask."
 )
+_BY_OBJECTIVE = "Mean gap to the retrained model, in points, with everything trained / with a learned mask."
 _J = (
     "J: what the search maximises, an estimate of how much the forget loss would rise without the selected modules, "
     "less the weighted rise of the retain loss; in shares of each layer's influence where the search normalises. "
@@ -95,6 +96,26 @@ def at_a_glance(outcomes: Sequence[Outcome]) -> Table:
                 around = [_gaps(outcome, reference, setting) for reference in ("original", "retrained again")]
                 lines.append(Row([name, *_glance_cells(pooled[0], found, *around)]))
     return Table(_GLANCE_COLUMNS, lines, note=_GLANCE)
+
+
+def by_objective(outcomes: Sequence[Outcome]) -> Table:
+    """One line for every setting, and beside what chance makes both sides of every objective: "everything / masks"."""
+    several = len(outcomes) > 1
+    rows = [row for outcome in outcomes for row in _mask_or_not(outcome, several)]
+    objectives = list(dict.fromkeys(row["objective"] for row in rows))
+    lines = []
+    for outcome in outcomes:
+        for setting in outcome.config["settings"]:
+            name = _name(outcome, setting, several)
+            found = {one: _pooled([r for r in rows if (r["setting"], r["objective"]) == (name, one)], "gap")
+                     for one in objectives}  # fmt: skip
+            if any(found.values()):
+                means = [f"{gap[0]['other']:.2f} / {gap[0]['own']:.2f}" if gap else "" for gap in found.values()]
+                around = [_gaps(outcome, reference, setting) for reference in ("original", "retrained again")]
+                chance = [f"{statistics.fmean(gaps):.2f}" if gaps else "" for gaps in around]
+                lines.append(Row([name, chance[0], *means, chance[1]]))
+    columns = ("task: forgotten", "nothing done", *objectives, "retrained again")
+    return Table(columns, lines, title="By objective", note=_BY_OBJECTIVE)
 
 
 def _glance_cells(gap: Cell, rows: Sequence[Cell], original: Sequence[float], again: Sequence[float]) -> list[str]:

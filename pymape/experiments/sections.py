@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pymape.experiments.claims import CRITERION, Claim, at_a_glance, claims
+from pymape.experiments.claims import CRITERION, Claim, at_a_glance, by_objective, claims
 from pymape.experiments.summaries import Outcome, pool
 from pymape.experiments.tables import SELECTION_RULE, comparison_tables, evidence_tables, markdown, result_table
 from pymape.files import atomic_write
@@ -33,9 +33,10 @@ _COMPARED = {
 
 
 def glance_sections(outcomes: Sequence[Outcome]) -> list[Section]:
-    """The learned mask against everything in every setting, where an experiment has both."""
-    table = at_a_glance(outcomes)
-    return [Section("At a glance", "", [table])] if table.rows else []
+    """The learned mask against everything in every setting, where an experiment has both, and by objective."""
+    table, objectives = at_a_glance(outcomes), by_objective(outcomes)
+    tables = [table, objectives] if len(objectives.columns) > 4 else [table]  # of one objective it says nothing new
+    return [Section("At a glance", "", tables)] if table.rows else []
 
 
 def claim_sections(found: Sequence[Claim]) -> list[Section]:
