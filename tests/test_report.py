@@ -99,7 +99,16 @@ def test_page_holds_everything_and_needs_nothing_else(tmp_path: Path) -> None:
     write_report(path, report)
     page = _read(path)
     text = " ".join(page.text)
-    for part in ("A title", "The lead", "107", "The text", "retrained", "the note", "The caption", "masks.budget"):
+    for part in (
+        "A title",
+        "The lead",
+        "107",
+        "The text",
+        "retrained",
+        "Marked: the best. the note",
+        "The caption",
+        "masks.budget",
+    ):
         assert part in text
     for part in ("pymape demo --seeds 3", "torch 2", "forget set", "loss (nats)", "probability of the true class"):
         assert part in text

@@ -108,13 +108,15 @@ def _section(section: Section) -> str:
 
 def _table(table: Table) -> str:
     def line(cells: Sequence[str], tag: str, kind: str = "") -> str:
-        marked = "".join(
+        row = "".join(
             f"<{tag}{'' if column < table.labels else ' class=n'}>{escape(cell)}</{tag}>"
             for column, cell in enumerate(cells)
         )
-        return f"<tr{f' class={kind}' if kind else ''}>{marked}</tr>"
+        return f"<tr{f' class={kind}' if kind else ''}>{row}</tr>"
 
-    note = f"<p class=note>{escape(table.note)}</p>" if table.note else ""
+    marked = "Marked: the best." if any(row.kind == "best" for row in table.rows) else ""
+    words = " ".join(filter(None, (marked, table.note)))
+    note = f"<p class=note>{escape(words)}</p>" if words else ""
     body = "".join(line(row.cells, "td", row.kind) for row in table.rows)
     title = f"<h3>{escape(table.title)}</h3>" if table.title else ""
     head = line(table.columns, "th")
