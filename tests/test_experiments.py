@@ -402,6 +402,10 @@ def test_bad_calls_are_refused_in_one_line(tmp_path: Path, capsys: pytest.Captur
         (["experiment", "run", str(file), "--workers", "0"], "workers must be at least 1, got 0"),
         (["experiment", "run", str(file), "--settings", "other"], "settings must be among class, random, got 'other'"),
         (["experiment", "run", str(one_shot)], "'influence' must be given everything or heads and filters"),
+        (
+            ["report", str(tmp_path / "other"), "--output", str(tmp_path)],
+            "output must be a file to write, got the folder",
+        ),
         (["report", str(tmp_path / "other")], "runs must be folders of finished experiments"),
     ):
         assert main(words) == 2

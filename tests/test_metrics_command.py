@@ -166,3 +166,10 @@ def test_bad_data(files: Path, tmp_path: Path, data: dict[str, Any], changes: di
     with pytest.raises(ValueError, match=message):
         run_evaluate(dataclasses.replace(options, data=dataclasses.replace(options.data, **data)))
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["retrained", "reference"])
+def test_models_of_another_task_are_refused_by_their_option(files: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be a model for classification, as model is, got one for causal"):
+        run_evaluate(config(files, tmp_path / "run", **{name: str(files / "language-1")}))
+    assert not any(tmp_path.iterdir())

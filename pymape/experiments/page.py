@@ -39,8 +39,10 @@ def run_report(runs: Sequence[str], output: str = "report.html") -> None:
         output: the file to write.
 
     Raises:
-        ValueError: a folder that is no finished experiment.
+        ValueError: a folder that is no finished experiment, or an output that is a folder.
     """
+    if Path(output).is_dir():
+        raise ValueError(f"output must be a file to write, got the folder {output!r}")
     read = [_read(Path(run)) for run in runs]
     outcomes = [outcome for outcome, _ in read]
     found, names = claims(outcomes), [outcome.name for outcome in outcomes]

@@ -168,20 +168,21 @@ class _Evaluation:
             if (path := getattr(config.questions, option)) is not None
         }
         self.end_token: int | None = None
+        self.task = ""
 
     def run(self) -> tuple[dict[str, float], dict[str, Any]]:
         """All metrics by name, and what else is to be said: figures of the other models, counts, the curve."""
         config = self.config
         model, tokenizer, sets, collate = self._load(config.model)
-        self.end_token = tokenizer.eos_token_id
-        check_shadows(len(config.shadows), task_of(model))
+        self.end_token, self.task = tokenizer.eos_token_id, task_of(model)
+        check_shadows(len(config.shadows), self.task)
         scores, answers = self._score("model", model, tokenizer, sets, collate)
         others: dict[str, tuple[dict[str, RecordScores], dict[str, AnswerScores]]] = {}
         distances: dict[str, float] = {}
         for name in ("retrained", "original"):
             path = getattr(config, name)
             if path is not None:
-                other, *rest = self._load(path)
+                other, *rest = self._load_other(name, path)
                 others[name] = self._score(name, other, *rest)
                 if name == "retrained":
                     distances = self._distances(model, other, sets["forget"], collate)
@@ -255,9 +256,16 @@ class _Evaluation:
             answers[part].save(folder / f"questions-{part}")
         return found, answers
 
+    def _load_other(self, name: str, path: str) -> tuple[Any, Any, dict[str, list[dict[str, Any]]], Any]:
+        """Another model than the evaluated one; for the same task."""
+        loaded = self._load(path)
+        if (task := task_of(loaded[0])) != self.task:
+            raise ValueError(f"{name} must be a model for {self.task}, as model is, got one for {task}")
+        return loaded
+
     def _outsider(self, name: str, path: str) -> dict[str, RecordScores]:
         """Scores of a model that has not seen the records, on what is attacked."""
-        model, tokenizer, sets, collate = self._load(path)
+        model, tokenizer, sets, collate = self._load_other(name, path)
         del sets["retain"]
         return self._score(name, model, tokenizer, sets, collate, ask=False)[0]
 
