@@ -25,6 +25,7 @@ class PositionCollator:
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
+        self.tokenizer = getattr(collate, "tokenizer", None)  # which the Trainer saves with its checkpoints
 
     def __call__(self, records: list[Any]) -> Any:
         return with_positions(self.collate(records))

@@ -15,9 +15,11 @@ import pytest
 import torch
 from model_zoo import LABELS, tiny_model
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
 from trainer_tools import NAMES, arguments, collate, make, mean_loss, outside, records, some_masks
-from transformers import TrainingArguments
+from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerFast, TrainingArguments
 
 from pymape.architectures import find_layers
 from pymape.batching import bare_record
@@ -442,6 +444,15 @@ def test_records_of_any_length_need_no_collator(tmp_path: Path) -> None:
         tiny_model("bert"), arguments, forget_dataset=sets[0], retain_dataset=sets[1], objective="gd"
     )
     assert trainer.train().global_step == 2
+
+
+def test_checkpoints_have_the_tokenizer_of_the_collator(tmp_path: Path) -> None:
+    vocabulary = Tokenizer(WordLevel({f"w{row}": row for row in range(50)}, unk_token="w0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="w0")
+    collator = DataCollatorForTokenClassification(tokenizer)
+    trainer = make("gpt2", tmp_path, data_collator=collator)
+    trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "tokenizer.json").exists()
 
 
 @pytest.mark.parametrize("name", ["gd", "kl", "npo"])
