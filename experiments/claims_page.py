@@ -20,6 +20,7 @@ RESULTS = HERE.parent / "docs" / "results"
 # Experiments that ask the question of the claims, by the name of their results; ablations and baselines ask others.
 PAGES = {
     "digits": ("digits_grid",),
+    "digits_shares": ("digits_shares",),
     "cifar": ("cifar",),
     "sst2": ("sst2",),
     "sst2_successive": ("sst2_successive",),
