@@ -20,7 +20,7 @@ from pymape.architectures import ModelLayout, layout
 from pymape.batching import RecordBatches
 from pymape.files import atomic_write
 from pymape.losses import base_model, check_labels, per_sample_loss
-from pymape.positions import counts_padding, with_positions
+from pymape.positions import with_positions
 from pymape.processes import exchange, rank, require_equal, share_rows, together, world_size
 
 __all__ = ["Importance", "importance"]
@@ -306,13 +306,12 @@ class _Pass:
         accepted = inspect.signature(base_model(model).forward).parameters
         self.accepted = set(accepted).difference(_LABELS)
         self.options = {"use_cache": False} if "use_cache" in accepted else {}
-        self.counts_padding = counts_padding(model)
         self.gates: list[list[Tensor]] = []
 
     def __call__(self, batch: Mapping[str, Any], ids: list[str]) -> tuple[Tensor, Tensor]:
         if self.loss is None:
             check_labels(self.model, batch, ids)
-        batch = with_positions(batch) if self.counts_padding else batch
+        batch = with_positions(self.model, batch)
         inputs = {
             name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in batch.items()

@@ -17,7 +17,7 @@ from pymape.importance import prepared
 from pymape.losses import base_model, per_sample_loss
 from pymape.masks import ModuleMasks, versions
 from pymape.modules import gates
-from pymape.positions import counts_padding, with_positions
+from pymape.positions import with_positions
 
 __all__ = ["METHODS", "evaluate_candidates", "learn_gates"]
 
@@ -220,7 +220,6 @@ class _Forward:
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, torch.promote_types(parameter.dtype, torch.float32)
         accepted = set(inspect.signature(base_model(model).forward).parameters)
-        self.counts_padding = counts_padding(model)
         self.options = {"use_cache": False} if "use_cache" in accepted else {}
         # Without labels the model does not compute a batch loss that nobody reads.
         self.accepted = accepted.difference(("labels", "start_positions", "end_positions"))
@@ -229,7 +228,7 @@ class _Forward:
         return gate.to(self.device, self.dtype)
 
     def __call__(self, batch: Mapping[str, Any], heads: Tensor, filters: Tensor) -> Tensor:
-        batch = with_positions(batch) if self.counts_padding else batch
+        batch = with_positions(self.model, batch)
         inputs = {name: x.to(self.device) if isinstance(x, Tensor) else x for name, x in batch.items()}
         with gates(self.model, self.place(heads), self.place(filters)):
             outputs = self.model(**{name: inputs[name] for name in inputs if name in self.accepted}, **self.options)

@@ -28,15 +28,13 @@ class PositionCollator:
         self.tokenizer = getattr(collate, "tokenizer", None)  # which the Trainer saves with its checkpoints
 
     def __call__(self, records: list[Any]) -> Any:
-        return with_positions(self.collate(records))
+        return _positioned(self.collate(records))
 
 
-def with_positions(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A batch with the `position_ids` of each text's own tokens, where one is padded on the left and it brings none."""
-    mask = batch.get("attention_mask")
-    if "position_ids" in batch or not isinstance(mask, Tensor) or mask.ndim != 2 or not (mask[:, 0] == 0).any():
-        return batch
-    return {**batch, "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}
+def with_positions(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A batch with the `position_ids` of each text's own tokens, where a model would count the padding on its left."""
+    positioned = _positioned(batch)
+    return positioned if positioned is batch or counts_padding(model) else batch
 
 
 def counts_padding(model: nn.Module) -> bool:
@@ -52,6 +50,14 @@ def most_tokens(model: nn.Module) -> int | None:
         unused = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa counts from behind it
         found.append(table.num_embeddings - unused - int(getattr(table, "offset", 0)))
     return min(found, default=None)
+
+
+def _positioned(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The batch itself where no text is padded on the left, or it brings its positions."""
+    mask = batch.get("attention_mask")
+    if "position_ids" in batch or not isinstance(mask, Tensor) or mask.ndim != 2 or not (mask[:, 0] == 0).any():
+        return batch
+    return {**batch, "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}
 
 
 def _learned_positions(model: nn.Module) -> list[nn.Embedding]:

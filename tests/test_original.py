@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scipy.stats
 import torch
 from model_zoo import tiny_model
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from torch import Tensor
 from trainer_tools import arguments, collate, records, some_masks
 from transformers import TrainerControl, TrainerState
 
+from pymape.objectives.match import matched_losses
 from pymape.reference_cache import ReferenceCache, record_digest, weights_digest
 from pymape.stopping import StopWhenForgotten
 from pymape.trainer import UnlearnTrainer
@@ -257,3 +259,13 @@ def test_bad_stopping_is_a_one_line_error(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             build("text", "bert", tmp_path, callbacks=[StopWhenForgotten(1.0)], **options).train()
+
+
+def test_matched_losses_are_those_of_unseen_records_by_rank():
+    own = torch.tensor([0.3, 0.1, 0.2, 0.4])
+    assert matched_losses(own, torch.tensor([5.0, 1.0, 7.0, 3.0])).tolist() == [4.75, 1.75, 3.25, 6.25]
+    assert matched_losses(own, torch.tensor([2.0])).tolist() == [2.0] * 4
+    draw = torch.Generator().manual_seed(0)
+    unseen = torch.empty(300).exponential_(generator=draw)
+    found = matched_losses(torch.rand(1000, generator=draw), unseen)
+    assert scipy.stats.ks_2samp(found, unseen).statistic < 0.005

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
+import kill_tools
 import pytest
 
-
-def harness(folder: Path, *arguments: str) -> dict[str, Any]:
-    """Run the kill harness in a process of its own: one that can be forked safely."""
-    here = Path(__file__).parent
-    command = [sys.executable, str(here / "s3t_kill_harness.py"), str(folder), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=here, timeout=3600)
-    assert result.returncode == 0, result.stderr[-3000:]
-    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return found
+harness = functools.partial(kill_tools.harness, "s3t_kill_harness.py")
 
 
 def test_killed_at_every_checkpoint(tmp_path: Path) -> None:

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import functools
 from pathlib import Path
-from typing import Any
 
+import kill_tools
 import pytest
 
-
-def harness(folder: Path, *arguments: str) -> dict[str, Any]:
-    """Run the kill harness in a process of its own: one that can be forked safely."""
-    here = Path(__file__).parent
-    command = [sys.executable, str(here / "kill_harness.py"), str(folder), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=here, timeout=3600)
-    assert result.returncode == 0, result.stderr[-3000:]
-    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return found
+harness = functools.partial(kill_tools.harness, "kill_harness.py")
 
 
 def test_killed_at_every_named_step(tmp_path: Path) -> None:

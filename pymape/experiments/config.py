@@ -246,15 +246,8 @@ class ExperimentConfig:
         crossed = [MethodConfig(objective, list(self.selections)) for objective in self.objectives]
         found = [*crossed, *self.methods]
         return [
-            MethodConfig(
-                m.objective,
-                m.selections,
-                m.options,
-                m.parameter,
-                m.values or list(self.lrs),
-                m.settings or list(self.settings),
-            )
-            for m in found
+            replace(method, values=method.values or list(self.lrs), settings=method.settings or list(self.settings))
+            for method in found
         ]
 
     def narrowed(self, names: Sequence[str]) -> ExperimentConfig:

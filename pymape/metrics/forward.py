@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pymape.batching import RecordBatches
 from pymape.losses import IGNORED_LABEL, token_labels
-from pymape.positions import counts_padding, with_positions
+from pymape.positions import with_positions
 
 __all__ = ["eval_mode", "model_batches", "on_device", "questions", "task_logits"]
 
@@ -43,8 +43,7 @@ def model_batches(
 def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a batch, where the model is; texts padded on the left get their positions, where these count."""
     device = next(model.parameters()).device
-    batch = with_positions(batch) if counts_padding(model) else batch
-    return {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+    return {name: value.to(device) for name, value in with_positions(model, batch).items() if isinstance(value, Tensor)}
 
 
 def questions(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
