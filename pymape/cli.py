@@ -242,7 +242,7 @@ def _add_experiment(commands: Any) -> None:
     run.add_argument("name", help="YAML file, or the name of one in experiments/.")
     run.add_argument("--seeds", type=int, nargs="+", help="In place of the file's.")
     run.add_argument("--settings", nargs="+", help="Names of those to run (default: all of the file's).")
-    run.add_argument("--workers", type=int, default=1, help="Processes of one thread each.")
+    run.add_argument("--workers", type=int, help="Processes of one thread each (default: as many as there are CPUs).")
     run.add_argument("--output", help="Folder to write or to go on with (default: runs/NAME).")
     run.add_argument("--data", help="In place of the file's task.data.")
     run.add_argument("--model", help="In place of the file's task.model.")

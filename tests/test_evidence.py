@@ -53,7 +53,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Row]
     folder = tmp_path_factory.mktemp("experiment")
     file = folder / "small.yaml"
     file.write_text(YAML)
-    return file, folder / "run", run_experiment(str(file), output=str(folder / "run"))
+    return file, folder / "run", run_experiment(str(file), output=str(folder / "run"), workers=1)
 
 
 def by_place(rows: list[Row]) -> dict[tuple[str, int, str, str], Row]:

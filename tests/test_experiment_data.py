@@ -50,8 +50,25 @@ def test_arrays_and_image_folders(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"test_y": None}, "must hold the arrays train_x, train_y, test_x, test_y, got none named 'test_y'"),
-        ({"train_x": np.zeros((6, 8, 8), np.uint8)}, "train_x of task.data must be [N, H, W, C], got shape (6, 8, 8)"),
-        ({"test_y": np.arange(3)}, "test_y of task.data must hold 4 labels, got shape (3,)"),
+        (
+            {"train_x": np.zeros((6, 8, 8), np.uint8)},
+            "train_x of task.data must be uint8 [N, H, W, C], got uint8 (6, 8, 8)",
+        ),
+        (
+            {"test_x": np.zeros((4, 8, 8, 3))},
+            "test_x of task.data must be uint8 [N, H, W, C], got float64 (4, 8, 8, 3)",
+        ),
+        ({"test_y": np.arange(3)}, "test_y of task.data must hold 4 integers, got int64 (3,)"),
+        ({"test_y": np.arange(4) / 2}, "test_y of task.data must hold 4 integers, got float64 (4,)"),
+        (
+            {"train_y": np.arange(6) % 2 * 2},
+            "train_y of task.data must have all of the labels 0 to classes - 1, got [0, 2]",
+        ),
+        (
+            {"train_y": np.zeros(6, np.int64)},
+            "train_y of task.data must have all of the labels 0 to classes - 1, got [0]",
+        ),
+        ({"test_y": np.arange(4)}, "test_y of task.data must have labels that train_y has, got [2, 3]"),
     ],
 )
 def test_arrays_that_cannot_be_used_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:

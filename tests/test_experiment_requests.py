@@ -37,7 +37,7 @@ YAML = (
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExperimentConfig, Path]:
     folder = tmp_path_factory.mktemp("requests")
     (folder / "small.yaml").write_text(YAML)
-    run_experiment(str(folder / "small.yaml"), output=str(folder / "run"))
+    run_experiment(str(folder / "small.yaml"), output=str(folder / "run"), workers=1)
     return read_experiment(folder / "small.yaml"), folder / "run"
 
 

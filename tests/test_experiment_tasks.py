@@ -427,7 +427,7 @@ def test_experiments_run_from_end_to_end(kind: str, tied: bool, corpus: Path, en
         task |= {"data": str(file), "model": str(encoder), "options": {"max_length": 20}}
     objectives = "gd, dpo" if kind == "tofu" else "gd, npo"
     (tmp_path / "grid.yaml").write_text(GRID.format(task=json.dumps(task), objectives=objectives))
-    summary = run_experiment(str(tmp_path / "grid.yaml"), output=str(tmp_path / "run"))
+    summary = run_experiment(str(tmp_path / "grid.yaml"), output=str(tmp_path / "run"), workers=1)
     assert summary["cells"] == 7
     rows = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
     assert all("failed" not in row and row["forget_loss"] > 0 for row in rows)

@@ -29,7 +29,7 @@ __all__ = ["run_experiment"]
 
 
 def run_experiment(
-    name: str, *, output: str | None = None, seeds: list[int] | None = None, workers: int = 1,
+    name: str, *, output: str | None = None, seeds: list[int] | None = None, workers: int | None = None,
     settings: list[str] | None = None, data: str | None = None, model: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Run what is missing of an experiment, print its tables and write them.
@@ -43,7 +43,7 @@ def run_experiment(
         name: a YAML file, or the name of one in `experiments/`.
         output: folder to write; default `runs/NAME`.
         seeds: in place of the file's.
-        workers: processes; each uses one thread.
+        workers: processes of one thread each, never more than settings x seeds; default: as many as there are CPUs.
         settings: names of those to run; default: all of the file's.
         data: in place of the file's task.data.
         model: in place of the file's task.model.
@@ -54,6 +54,7 @@ def run_experiment(
     Raises:
         ValueError: an option out of range, or an output folder that holds something else.
     """
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     path = find_experiment(name)

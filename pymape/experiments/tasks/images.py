@@ -29,7 +29,7 @@ def make_arrays(data: str, **options: Any) -> Task:
     """Images in an npz file: uint8 [N, H, W, C] `train_x` and `test_x`, integer [N] `train_y` and `test_y`.
 
     Raises:
-        ValueError: arrays that are missing, or of other shapes.
+        ValueError: arrays that are missing or of other types or shapes, labels that are not 0 to classes - 1.
     """
     with np.load(data, allow_pickle=False) as arrays:
         missing = [name for name in _ARRAYS if name not in arrays]
@@ -38,10 +38,18 @@ def make_arrays(data: str, **options: Any) -> Task:
         parts = {name: arrays[name] for name in _ARRAYS}
     for part in ("train", "test"):
         pixels, targets = parts[f"{part}_x"], parts[f"{part}_y"]
-        if pixels.ndim != 4:
-            raise ValueError(f"{part}_x of task.data must be [N, H, W, C], got shape {pixels.shape}")
-        if targets.shape != pixels.shape[:1]:
-            raise ValueError(f"{part}_y of task.data must hold {len(pixels)} labels, got shape {targets.shape}")
+        if pixels.ndim != 4 or pixels.dtype != np.uint8:
+            raise ValueError(f"{part}_x of task.data must be uint8 [N, H, W, C], got {pixels.dtype} {pixels.shape}")
+        if targets.shape != pixels.shape[:1] or not np.issubdtype(targets.dtype, np.integer):
+            raise ValueError(
+                f"{part}_y of task.data must hold {len(pixels)} integers, got {targets.dtype} {targets.shape}"
+            )
+    classes = np.unique(parts["train_y"])
+    if len(classes) < 2 or not np.array_equal(classes, np.arange(len(classes))):
+        raise ValueError(f"train_y of task.data must have all of the labels 0 to classes - 1, got {classes.tolist()}")
+    strange = np.setdiff1d(parts["test_y"], classes)
+    if len(strange):
+        raise ValueError(f"test_y of task.data must have labels that train_y has, got {strange.tolist()}")
     images = [_scaled(parts[name]) for name in ("train_x", "test_x")]
     labels = [torch.tensor(parts[name], dtype=torch.long) for name in ("train_y", "test_y")]
     return _image_task(images[0], labels[0], images[1], labels[1], **options)
