@@ -6,6 +6,7 @@ One `Architecture` row per `config.model_type` names the submodules of a layer; 
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ __all__ = [
     "Architecture",
     "LayerModules",
     "ModelLayout",
+    "config_text",
     "find_layers",
     "find_prefix",
     "layout",
@@ -289,6 +291,14 @@ class LayerModules:
         if self.ffn_up is not None:
             slices += _rows(self.ffn_up, filters)
         return [*slices, (self.ffn_out, "weight", _in_dim(self.ffn_out), filters)]
+
+
+def config_text(model: nn.Module) -> str:
+    """All that a Hugging Face model computes by beside its weights, as JSON; not where these were loaded from."""
+    config: Any = model.config
+    content = {**config.to_dict(), "attention": getattr(config, "_attn_implementation", None)}
+    content.pop("_name_or_path", None)
+    return json.dumps(content, sort_keys=True, default=str)
 
 
 def find_layers(model: nn.Module) -> list[LayerModules]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 __all__ = ["DataConfig", "DemoConfig", "MaskConfig", "TrainConfig", "UnlearnConfig", "check_config"]
 
 UnlearnObjective = Literal[
-    "ga", "gd", "match", "kl", "npo", "simnpo", "dpo", "idk", "rmu", "ft", "l1_sparse", "rl", "so", "influence", "ssd"
+    "ga", "gd", "match", "match_tokens", "kl", "npo", "simnpo", "dpo", "idk", "rmu", "ft", "l1_sparse", "rl", "so",
+    "influence", "ssd",
 ]  # fmt: skip
 # Those that need neither options nor alternative answers nor unseen records.
 DemoObjective = Literal["ga", "gd", "kl", "npo", "simnpo", "ft", "rl", "so", "influence"]
@@ -230,6 +232,14 @@ def check_config(config: UnlearnConfig) -> None:
             "compare_retrain must come with train_first: true, so that both models start from the same weights, "
             "got train_first: false"
         )
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(
+            f"the command must be run by one process, got WORLD_SIZE {processes}: see UnlearnTrainer for more"
+        )
+    if config.prefix_cache is not None and config.masks.objective == "everything" and config.masks.file is None:
+        raise ValueError(
+            "prefix_cache must come with masks that leave the first layer alone, got masks.objective 'everything'"
+        )
     objective = get_objective(config.objective).with_options(config.objective_options)
     objective.check_retain(config.retain)
     for name in ("stop_when_forgotten", "prefix_cache"):
@@ -237,7 +247,7 @@ def check_config(config: UnlearnConfig) -> None:
         if value and objective.one_shot:
             raise ValueError(f"{name} must be left out with {config.objective!r}, which takes no steps, got {value!r}")
     needs = "stop_when_forgotten" if config.stop_when_forgotten else f"objective {config.objective!r}"
-    needed = config.stop_when_forgotten or "unseen" in objective.reference
+    needed = config.stop_when_forgotten or objective.needs_unseen
     if needed and config.data.unseen is None:
         raise ValueError(f"data.unseen must be a file of records the model has never seen, for {needs}, got none")
     if not needed and config.data.unseen is not None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pymape.architectures import find_layers, find_prefix
+from pymape.architectures import config_text, find_layers, find_prefix
 from pymape.delta import tensor_digest
 from pymape.prefix_cache import PrefixCache
 
@@ -119,10 +119,8 @@ class FrozenPrefix:
         stamp = (device.type, autocast, *((tensor.data_ptr(), tensor._version) for tensor in tensors))
         if stamp != self._stamp:
             hasher = hashlib.sha256()
-            config = {**self.model.config.to_dict(), "attention": self.model.config._attn_implementation}
-            config.pop("_name_or_path", None)  # where the weights were loaded from
-            facts = [config, str(autocast), device.type, len(self._layers), torch.__version__, version("transformers")]
-            hasher.update(json.dumps(facts, sort_keys=True, default=str).encode())
+            facts = [config_text(self.model), str(autocast), device.type, len(self._layers), torch.__version__]
+            hasher.update(json.dumps([*facts, version("transformers")]).encode())
             for number, module in enumerate(self._modules):
                 for name, tensor in (*module.named_parameters(), *module.named_buffers()):
                     tensor_digest(hasher, f"{number} {name}", tensor)

@@ -13,7 +13,7 @@ from pymape.losses import task_of
 from pymape.objectives.match import matched_losses
 from pymape.objectives.step import UnlearnBatch
 from pymape.partial import PartialParameters
-from pymape.reference_cache import ReferenceCache, record_digest
+from pymape.reference_cache import ReferenceCache, record_digest, stack_rows
 
 __all__ = ["OriginalModel", "evaluating"]
 
@@ -21,14 +21,13 @@ __all__ = ["OriginalModel", "evaluating"]
 class OriginalModel:
     """Reference values of the original model: of every record where that is little, else asked step by step.
 
-    Summed losses and the log-probabilities of classifiers are computed once. Tokens x vocabulary, and activations,
-    would
-    be too much to store: for those the same model runs with its original parameters swapped in.
+    Losses and the log-probabilities of classifiers are computed once. Tokens x vocabulary, and activations, would be
+    too much to store: for those the same model runs with its original parameters swapped in.
 
     Args:
         model: the model that is to be trained.
         partial: its trained parameters.
-        needs: "nll", "unseen", "log_probs" and "activations", as in `Objective.reference`.
+        needs: as in `Objective.reference`.
         alternative: whether "nll" is needed of alternative answers too.
         layer: of the activations.
     """
@@ -52,7 +51,7 @@ class OriginalModel:
         """Compute what is stored, and note the original parameters if the model is to be asked later; once.
 
         Args:
-            data: the forget and the retain set, and the unseen one where "unseen" is needed.
+            data: the forget and the retain set, and the unseen one where its losses are needed.
             batches: side, rows, batch size (optional) -> those records in order, with their alternative answers where
                 they are needed.
             cache: where values may be known already, and are kept.
@@ -63,7 +62,7 @@ class OriginalModel:
 
         def of_every_record(kind: str, side: str, read: Callable[[Any], Tensor]) -> Tensor:
             def compute(rows: Sequence[int]) -> Tensor:
-                return torch.cat([read(batch).cpu() for batch in batches(side, rows)])
+                return stack_rows([row for batch in batches(side, rows) for row in read(batch).cpu()])
 
             rows = range(len(data[side]))
             if cache is None:
@@ -79,10 +78,11 @@ class OriginalModel:
             elif "nll" in self._asked:
                 self._known["forget"] = of_every_record("nll", "forget", UnlearnBatch.nll)
             self._asked.discard("nll")
-            if "unseen" in self._asked:
-                own, unseen = (of_every_record("loss", side, UnlearnBatch.losses) for side in ("forget", "unseen"))
-                self._known["targets"] = matched_losses(own, unseen)
-                self._asked.discard("unseen")
+            for need, target, kind, read in _UNSEEN:
+                if need in self._asked:
+                    own, unseen = (of_every_record(kind, side, read) for side in ("forget", "unseen"))
+                    self._known[target] = matched_losses(own, unseen)
+                    self._asked.discard(need)
             if "log_probs" in self._asked and task_of(self.model) == "classification":
                 self._known["retain"] = of_every_record("log_probs", "retain", UnlearnBatch.log_probs)
                 self._asked.discard("log_probs")
@@ -92,8 +92,8 @@ class OriginalModel:
     def of_forget(self, index: Tensor, side: str = "forget") -> dict[str, Tensor]:
         """Options of `UnlearnBatch` for forget records (or their alternative answers), by row [B]."""
         found = {"reference_nll": self._known[side][index]} if side in self._known else {}
-        if "targets" in self._known and side == "forget":
-            found["targets"] = self._known["targets"][index]
+        if side == "forget":
+            found |= {name: self._known[name][index] for _, name, _, _ in _UNSEEN if name in self._known}
         return found
 
     def of_retain(
@@ -129,6 +129,18 @@ def _digest(batch: UnlearnBatch) -> bytes:
     return record_digest(batch.inputs, *([] if batch.alternative is None else [batch.alternative.inputs]))
 
 
+def _by_record(batch: UnlearnBatch) -> Tensor:
+    """[B, W] losses of each record's labelled tokens."""
+    return stack_rows(batch.token_losses().split(batch.counts.tolist()))
+
+
 def _both_losses(batch: UnlearnBatch) -> Tensor:
     """[B, 2] summed NLL of the records' own answers and of the alternative ones."""
     return torch.stack([batch.nll(), batch.required_alternative("preference").nll()], 1)
+
+
+# What may be needed of unseen records: its name, that of what `UnlearnBatch` is given, and what is read of each record.
+_UNSEEN: list[tuple[str, str, str, Callable[[UnlearnBatch], Tensor]]] = [
+    ("unseen", "targets", "loss", UnlearnBatch.losses),
+    ("unseen_tokens", "token_targets", "token_losses", _by_record),
+]

@@ -221,7 +221,7 @@ def check_objective(config: UnlearnConfig, model: PreTrainedModel, forget: list[
         ValueError: several GPUs for one process, a layer that the model lacks, a forgotten record without an answer.
     """
     if (count := _arguments("", config.seed).n_gpu) > 1:
-        raise ValueError(f"one process must use one GPU (CUDA_VISIBLE_DEVICES=0, or torchrun), got {count}")
+        raise ValueError(f"one process must use one GPU (CUDA_VISIBLE_DEVICES=0), got {count}")
     objective = get_objective(config.objective).with_options(config.objective_options)
     layer, layers = objective.options.get("layer"), len(find_layers(model))
     if layer is not None and not 0 <= layer < layers:
@@ -262,22 +262,29 @@ def learn_masks(
     config: UnlearnConfig, model: PreTrainedModel, data: Data, collate: PaddingCollator, clock: Clock,
     known: Importance | None = None,
 ) -> tuple[ModuleMasks | None, Importance | None]:  # fmt: skip
-    """The masks (None: everything) and the retain importance that they were learned from, `known` if it is given."""
+    """The masks (None: everything) and the retain importance that they were learned from.
+
+    What is `known` of the retain set is taken first, and only what is missing to the sample is measured.
+    """
     options = config.masks
     if options.file is not None:
         return ModuleMasks.load(options.file, model), known
     if options.objective == "everything":
         return None, known
     generator = torch.Generator().manual_seed(config.seed)
-    most = config.data.importance_samples or len(data.retain)
-    rows = torch.randperm(len(data.retain), generator=generator)[:most].sort().values.tolist()
-    sample = [data.retain[row] for row in rows]
+    names, stored = [record["id"] for record in data.retain], set(known.ids if known else ())
+    order = torch.randperm(len(names), generator=generator).tolist()
+    order.sort(key=lambda row: names[row] not in stored)
+    rows = sorted(order[: config.data.importance_samples or len(names)])
+    missing = [data.retain[row] for row in rows if names[row] not in stored]
 
     def measure(records: list[Record]) -> Importance:
         return importance(model, records, batch_size=config.eval_batch_size, collate_fn=collate)
 
     with clock.phase("importance"):
-        forget, retain = measure(data.forget), measure(sample) if known is None else known
+        forget = measure(data.forget)
+        parts = [known.select([names[row] for row in rows if names[row] in stored])] if known else []
+        retain = Importance.concat([*parts, measure(missing)] if missing else parts)
     with clock.phase("search"):
         masks = search(
             forget=forget,
@@ -311,7 +318,7 @@ def unlearn(
             _arguments(scratch, config.seed, per_device_train_batch_size=config.batch_size, **options),
             forget_dataset=data.forget,
             retain_dataset=data.retain,
-            unseen_dataset=data.unseen if "unseen" in objective.reference else None,
+            unseen_dataset=data.unseen if objective.needs_unseen else None,
             objective=config.objective,
             objective_options=config.objective_options,
             masks=masks,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,10 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
+from pymape.architectures import config_text
 from pymape.files import atomic_write
 
-__all__ = ["ReferenceCache", "record_digest", "weights_digest"]
+__all__ = ["ReferenceCache", "record_digest", "stack_rows", "weights_digest"]
 
 _logger = logging.getLogger(__name__)
 _FORMAT = "pymape reference 3"  # 1 counted tokens of padding, 2 did not see the collator
@@ -47,7 +50,7 @@ class ReferenceCache:
     def values(
         self, kind: str, records: Sequence[bytes], compute: Callable[[list[int]], Tensor], *, write: bool = True
     ) -> Tensor:
-        """[N, ...] values of the records, read where they are known and computed where not.
+        """[N, ...] values of the records, read where they are known and computed where not; see `stack_rows`.
 
         Args:
             kind: name of the value, for instance "nll".
@@ -62,7 +65,7 @@ class ReferenceCache:
             known |= {records[row]: value for row, value in zip(missing, computed, strict=True)}
             if write:
                 self._write(kind, known)
-        return torch.stack([known[record] for record in records])
+        return stack_rows([known[record] for record in records])
 
     def _read(self, kind: str) -> dict[bytes, Tensor]:
         path = self.path(kind)
@@ -84,15 +87,22 @@ class ReferenceCache:
 
     def _write(self, kind: str, known: Mapping[bytes, Tensor]) -> None:
         digests = torch.from_numpy(np.frombuffer(b"".join(known), dtype=np.uint8).reshape(len(known), -1).copy())
-        values = torch.stack(list(known.values()))
+        values = stack_rows(list(known.values()))
         metadata = {"format": _FORMAT, "model": self.model_digest, "sha256": _checksum(digests, values)}
         with atomic_write(self.path(kind)) as path:
             save_file({"records": digests, "values": values}, path, metadata)
 
 
+def stack_rows(rows: Sequence[Tensor]) -> Tensor:
+    """[N, ...] of one value for every record; rows of different lengths end in NaN."""
+    if not rows[0].dim():
+        return torch.stack(list(rows))
+    return pad_sequence(list(rows), batch_first=True, padding_value=math.nan)
+
+
 def weights_digest(model: nn.Module, *context: str) -> str:
-    """sha256 over a model's class, the names, types, shapes and bytes of its weights and buffers, and `context`."""
-    digest = hashlib.sha256("\n".join([type(model).__name__, *context]).encode())
+    """sha256 over a model's class, configuration, weights and buffers (names, types, shapes, bytes), and `context`."""
+    digest = hashlib.sha256("\n".join([type(model).__name__, *context, config_text(model)]).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(_bytes(tensor))

@@ -42,9 +42,13 @@ def run_folder(output: str | os.PathLike[str], kind: str, inputs: Iterable[str |
         inputs: files and folders that the run reads, none of which may lie in a folder that is replaced.
 
     Raises:
-        ValueError: `output` cannot be written, or holds something that is no run of this kind, or an input.
+        ValueError: `output` cannot be written or replaced, or holds something that is no run of this kind, or an input.
     """
     target = Path(output).resolve()
+    if os.path.ismount(target):
+        raise ValueError(
+            f"output must be a folder that can be replaced, got the mount point {str(output)!r}: name one in it"
+        )
     ancestor = next(folder for folder in target.parents if os.path.lexists(folder))
     try:
         _put_back(target)

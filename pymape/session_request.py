@@ -75,7 +75,8 @@ def meet(
             before = judge(model, data, config, encode.collate)
         stored = Importance.load(last / IMPORTANCE) if (last / IMPORTANCE).exists() else None
         masks, learned = learn_masks(config, model, data, encode.collate, clock, _rows(stored, set(retain)))
-        kept = _rows(stored, rows.keys() - set(forget)) or learned
+        others = _rows(stored, rows.keys() - set(forget) - set(learned.ids if learned else ()))
+        kept = [part for part in (learned, others) if part is not None]
         with clock.phase("unlearn"):
             stopped = unlearn(config, model, data, masks, encode.collate, scratch)
         with clock.phase("evaluate"):
@@ -83,8 +84,8 @@ def meet(
         with clock.phase("save"):
             model.save_pretrained(new / MODEL)
             tokenizer.save_pretrained(new / MODEL)
-            if kept is not None:
-                kept.save(new / IMPORTANCE)
+            if kept:
+                Importance.concat(kept).save(new / IMPORTANCE)
         described = None
         if masks is not None:
             if config.receipt_ids == "keyed":

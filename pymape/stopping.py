@@ -25,7 +25,7 @@ class StopWhenForgotten(TrainerCallback):
 
     Args:
         target: map-style data set of records that the model has never seen, or a loss in nats.
-        every: optimizer steps between two checks.
+        every: optimizer steps between two checks; the last one is after the last step.
 
     Raises:
         ValueError: a target that is no data set and no finite number, `every` below 1, or another trainer.
@@ -54,8 +54,8 @@ class StopWhenForgotten(TrainerCallback):
             raise ValueError("forget_dataset must be given for StopWhenForgotten, got None")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Compare the losses at every `every`-th step."""
-        if state.global_step % self.every:
+        """Compare the losses at every `every`-th step, and after the last."""
+        if state.global_step % self.every and state.global_step < state.max_steps:
             return
         loss = self.trainer.mean_loss(self.trainer.forget_dataset)
         unseen = not isinstance(self.target, int | float)

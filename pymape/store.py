@@ -97,12 +97,23 @@ class FolderStore:
         return self.path(name).read_bytes()
 
     def verify(self, names: list[str] | None = None) -> None:
-        """Check files (default: all) against their sha256.
+        """Check files (default: all) against their sha256, once more where a writer has replaced the state meanwhile.
 
         Raises:
             ValueError: naming the first file that is missing or changed.
         """
-        for name in self.files if names is None else names:
+        checked = dict(self.files)
+        try:
+            self._verify(list(checked) if names is None else names)
+        except ValueError:
+            if self._lock is None:
+                self._read()
+            if self.files == checked or not self.files.keys() >= set(names or ()):
+                raise
+            self.verify(names)
+
+    def _verify(self, names: list[str]) -> None:
+        for name in names:
             try:
                 found = file_hash(self.path(name))
             except OSError as error:

@@ -120,6 +120,8 @@ class UnlearnTrainer(Trainer):
             # Records as `importance` takes them: of any length, without a tokenizer.
             trainer_options["data_collator"] = PaddingCollator(getattr(model.config, "pad_token_id", None) or 0)
         task_of(model)
+        if prefix_cache is not None and self.objective.one_shot:
+            raise ValueError(f"prefix_cache must be None for {self.objective.name!r}, which takes no steps, got one")
         use_cache = getattr(model.config, "use_cache", None)
         partial = PartialParameters(model, masks, train_task_head=train_task_head)
         try:
@@ -258,7 +260,7 @@ class UnlearnTrainer(Trainer):
 
     def _needed_unseen(self, unseen: Any) -> dict[str, Any]:
         """The unseen records by the name of their set, where the objective needs them."""
-        if "unseen" not in self.objective.reference:
+        if not self.objective.needs_unseen:
             if unseen is not None:
                 raise ValueError(f"unseen_dataset must be None for objective {self.objective.name!r}, got one")
             return {}

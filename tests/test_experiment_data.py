@@ -79,6 +79,17 @@ def test_arrays_that_cannot_be_used_are_named(tmp_path: Path, change: dict[str, 
         make_task(TaskConfig("arrays", data=str(tmp_path / "a.npz")))
 
 
+def test_files_that_hold_no_arrays_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    np.savez(path, train_x=np.zeros(100))
+    whole = path.read_bytes()
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    for content in (b"", whole[:-30], b"text", (tmp_path / "one.npy").read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"^task\.data must be an npz file of arrays, got '.*a\.npz': "):
+            make_task(TaskConfig("arrays", data=str(path)))
+
+
 def test_texts_with_a_pretrained_encoder(tmp_path: Path) -> None:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", '"']
     (tmp_path / "vocab.txt").write_text("\n".join(words))

@@ -136,6 +136,10 @@ def test_an_earlier_run_is_replaced_and_a_failed_one_leaves_it(files: Path, tmp_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"data": {"unseen": "x.csv"}},
+            r"data\.unseen must be left out of evaluate, which reads none of it, got 'x\.csv'",
+        ),
         ({"k": 0.0}, r"k must be in \(0, 1\], got 0.0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"shadows": ["one"]}, "shadows must be none, or two or more, got 1"),
@@ -158,6 +162,8 @@ def test_bad_options(files: Path, tmp_path: Path, changes: dict[str, Any], messa
         ({"forget": None}, {}, "data.forget must be a file of the ids"),
         ({"test": None}, {"reference": "classifier-1"}, "reference must come with data.test"),
         ({"max_length": 1}, {}, "data.max_length must be at least 2, got 1"),
+        ({"unseen": "x.csv"}, {}, r"data\.unseen must be left out of evaluate, which reads none of it, got 'x\.csv'"),
+        ({"importance_samples": 5}, {}, r"data\.importance_samples must be left out of evaluate"),
         ({"text_column": "texts"}, {}, "data.text_column must be one of"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from pymape.objectives.registry import _OBJECTIVES
 from pymape.sophia import Sophia
 
 NAMES = [
-    "dpo", "ft", "ga", "gd", "idk", "influence", "kl", "l1_sparse", "match", "npo", "rl", "rmu", "simnpo", "so", "ssd",
+    "dpo", "ft", "ga", "gd", "idk", "influence", "kl", "l1_sparse", "match", "match_tokens", "npo",
+    "rl", "rmu", "simnpo", "so", "ssd",
 ]  # fmt: skip
 KINDS = {"classifier": "bert", "language model": "llama"}
 
@@ -123,7 +125,27 @@ def test_match(family):
     assert evaluate("match", forget) == pytest.approx(expected, rel=1e-6)
     assert evaluate("match", forget, retain) == pytest.approx(expected + 0.7 * mean_nll(retain), rel=1e-6)
     forget.targets = torch.full((3,), 100.0)
-    function = get_objective("match").with_options({}).function
+    assert_ascent("match", forget)
+
+
+def test_match_tokens(family):
+    forget, retain = make(family, 1), make(family, 2)
+    own = [[-math.log(p[label]) for p, label in record] for record in scored(forget)]
+    tokens = [len(record) for record in own]
+    forget.token_targets = torch.full((3, max(tokens) + 2), math.nan, dtype=torch.float64)
+    for row, losses in enumerate(own):
+        forget.token_targets[row, : len(losses)] = torch.tensor(losses, dtype=torch.float64)
+    forget.token_targets[0, 0] += 0.5
+    forget.token_targets[2, tokens[2] - 1] -= 0.25
+    expected = 0.75 / sum(tokens)
+    assert evaluate("match_tokens", forget) == pytest.approx(expected, rel=1e-6)
+    assert evaluate("match_tokens", forget, retain) == pytest.approx(expected + 0.7 * mean_nll(retain), rel=1e-6)
+    forget.token_targets = torch.full((3, max(tokens)), 100.0)
+    assert_ascent("match_tokens", forget)
+
+
+def assert_ascent(name: str, forget: UnlearnBatch) -> None:
+    function = get_objective(name).with_options({}).function
     weight = next(iter(forget.model.parameters()))
     ascent = torch.autograd.grad(function(Step(forget, None, 1.0, 1.0)), weight, retain_graph=True)[0]
     torch.testing.assert_close(ascent, torch.autograd.grad(-forget.loss(), weight)[0])
@@ -181,7 +203,7 @@ def test_simnpo(family):
     expected = sum(terms) / 3
     assert evaluate("simnpo", forget, delta=0.3) == pytest.approx(expected, rel=1e-10)
     assert evaluate("simnpo", forget, retain, delta=0.3) == pytest.approx(expected + 0.7 * mean_nll(retain), rel=1e-10)
-    with pytest.raises(ValueError, match="delta must be finite, got nan"):
+    with pytest.raises(ValueError, match=r"objective_options\.delta must be a finite number, got nan"):
         evaluate("simnpo", forget, delta=math.nan)
 
 
@@ -247,7 +269,7 @@ def test_rmu(family):
     assert value != pytest.approx(evaluate("rmu", forget, retain, layer=0, norm=5.0, seed=4), rel=1e-3)
     with pytest.raises(ValueError, match=r"layer must be in \[0, 2\), got 2"):
         evaluate("rmu", forget, retain, layer=2)
-    with pytest.raises(ValueError, match="norm must be > 0 and finite, got 0"):
+    with pytest.raises(ValueError, match=r"objective_options\.norm must be > 0, got 0"):
         evaluate("rmu", forget, retain, layer=0, norm=0)
     forget.model.requires_grad_(False)
     with pytest.raises(ValueError, match="masks must select a module at or below layer 1 for rmu"):
@@ -289,6 +311,19 @@ def test_rl(family):
     assert ((changed[labelled] >= 0) & (changed[labelled] < forget.outputs.logits.shape[-1])).all()
     assert evaluate("rl", forget) == pytest.approx(mean_nll(wrong), rel=1e-12)
     assert evaluate("rl", forget, retain) == pytest.approx(mean_nll(wrong) + 0.7 * mean_nll(retain), rel=1e-12)
+
+
+def test_random_labels_do_not_depend_on_the_padding():
+    model, found = tiny_model("llama"), []
+    tokens = torch.tensor([[5, 9, 17, 4]])
+    for left, right in ((0, 0), (2, 0), (0, 3)):
+        padded = torch.nn.functional.pad(tokens, (left, right), value=1)
+        labels = torch.nn.functional.pad(tokens, (left, right), value=-100)
+        batch = UnlearnBatch(model, {"input_ids": padded, "labels": labels}, seeds=[(7, 3)])
+        changed = batch.with_random_labels().inputs["labels"]
+        assert (changed == -100).sum() == left + right
+        found.append(changed[changed != -100].tolist())
+    assert found[0] == found[1] == found[2]
 
 
 def test_random_labels_belong_to_the_record_and_are_uniform():
@@ -445,6 +480,20 @@ def test_options():
         rmu.with_options({"layer": 1, "depth": 2})
     with pytest.raises(ValueError, match=r"^objective_options must be empty for objective 'ga', got layer$"):
         get_objective("ga").with_options({"layer": 1})
+    for name, options, message in (
+        ("rmu", {"layer": "one"}, "objective_options.layer must be an integer, got 'one'"),
+        ("rmu", {"layer": True}, "objective_options.layer must be an integer, got True"),
+        ("rmu", {"layer": -1}, "objective_options.layer must be >= 0, got -1"),
+        ("rmu", {"layer": 0, "norm": math.inf}, "objective_options.norm must be a finite number, got inf"),
+        ("simnpo", {"delta": "x"}, "objective_options.delta must be a finite number, got 'x'"),
+        ("influence", {"cg_tolerance": -0.5}, "objective_options.cg_tolerance must be >= 0, got -0.5"),
+        ("l1_sparse", {"weight": -1}, "objective_options.weight must be >= 0, got -1"),
+        ("so", {"rho": -1}, "rho must be > 0, got -1"),
+        ("so", {"rho": None}, "objective_options.rho must be a finite number, got None"),
+        ("so", {"loss": "rmu", "layer": 0.5}, "objective_options.layer must be an integer, got 0.5"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            get_objective(name).with_options(options)
     with pytest.raises(ValueError, match="objective 'deep' must have an option layer"):
         objective("deep", reference=["activations"])(lambda step: None)
 
@@ -485,6 +534,8 @@ def test_undefined_cases_are_one_line_errors():
         make("bert", 1).kl()
     with pytest.raises(ValueError, match="targets must be known, got None"):
         evaluate("match", make("bert", 1))
+    with pytest.raises(ValueError, match="token_targets must be known, got None"):
+        evaluate("match_tokens", make("bert", 1))
     for name in ("npo", "dpo"):
         with pytest.raises(ValueError, match="reference_nll must be known"):
             evaluate(name, make("bert", 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,9 @@ def test_digests_tell_weights_and_records_apart():
     digest = weights_digest(model)
     assert weights_digest(tiny_model("bert")) == digest
     assert weights_digest(model, "bf16") != digest
+    other = copy.deepcopy(model)
+    other.config.hidden_act = "relu"  # the same weights compute other losses
+    assert weights_digest(other) != digest
     assert weights_digest(copy.deepcopy(model).to(torch.bfloat16)) != digest
     with torch.no_grad():
         model.classifier.weight[0, 0] += 1e-6
@@ -227,7 +231,8 @@ def test_a_run_that_does_not_get_there_ends_as_planned(tmp_path):
     trainer, stop = train_until(tmp_path, 1e9, every=7)
     assert trainer.state.global_step == 30
     assert stop.reason is None
-    assert len([entry for entry in trainer.state.log_history if "forget_loss" in entry]) == 4
+    checks = [entry["step"] for entry in trainer.state.log_history if "forget_loss" in entry]
+    assert checks == [7, 14, 21, 28, 30]
 
 
 def test_mean_loss_weighs_tokens_and_keeps_the_mode(tmp_path):
@@ -269,3 +274,23 @@ def test_matched_losses_are_those_of_unseen_records_by_rank():
     unseen = torch.empty(300).exponential_(generator=draw)
     found = matched_losses(torch.rand(1000, generator=draw), unseen)
     assert scipy.stats.ks_2samp(found, unseen).statistic < 0.005
+
+
+def test_matched_losses_leave_out_what_fills_up_the_rows():
+    nan = float("nan")
+    own = torch.tensor([[0.3, 0.1, nan], [nan, nan, nan], [0.2, 0.4, 0.0]])
+    unseen = torch.tensor([[5.0, 1.0], [7.0, nan], [3.0, 9.0]])
+    found = matched_losses(own, unseen)
+    assert torch.equal(found.isnan(), own.isnan())
+    assert found[~own.isnan()].tolist() == pytest.approx([6.6, 3.4, 5.0, 8.2, 1.8])
+
+
+def test_rows_of_different_lengths_are_kept(tmp_path):
+    digests = [bytes([row] * 32) for row in range(3)]
+    cache = ReferenceCache(tmp_path, "a" * 64)
+    cache.values("token_losses", digests[:1], lambda rows: torch.tensor([[1.0, 2.0]]))
+    found = cache.values("token_losses", digests, lambda rows: torch.tensor([[3.0, 4.0, 5.0], [6.0, math.nan, 7.0]]))
+    assert found[0, :2].tolist() == [1, 2]
+    assert found[0, 2].isnan()
+    again = cache.values("token_losses", digests[::-1], lambda rows: pytest.fail("nothing is unknown"))
+    assert torch.equal(again.nan_to_num(-1), found.flip(0).nan_to_num(-1))

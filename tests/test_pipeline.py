@@ -477,9 +477,16 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
         ({"objective": "rmu"}, "objective_options must have 'layer'"),
         ({"objective": "rmu", "objective_options": {"layer": 7}}, "objective_options.layer must be in [0, 2), got 7"),
         ({"objective": "npo", "objective_options": {"x": 1}}, "objective_options must be empty"),
+        (
+            {"objective": "rmu", "objective_options": {"layer": "one"}},
+            "objective_options.layer must be an integer",
+        ),
+        ({"prefix_cache": "cache", "masks__objective": "everything"}, "prefix_cache must come with masks that leave"),
         ({"objective": "ga", "retain": "kl"}, "retain must be 'nll' for objective 'ga'"),
         ({"objective": "dpo"}, "must have an answer for every forgotten record with objective 'dpo', got none with"),
     ):
         assert message in _refused(_config(files, output, train_first=True, **changes), output, capsys)
     monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
     assert "one process must use one GPU" in _refused(_config(files, output, train_first=True), output, capsys)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "must be run by one process" in _refused(_config(files, output, train_first=True), output, capsys)

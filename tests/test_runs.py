@@ -165,6 +165,10 @@ def test_a_place_that_cannot_be_written_is_found_out_at_once(tmp_path: Path) -> 
         with pytest.raises(ValueError, match=message), run_folder(target, "demo"):
             pytest.fail("the block must not run")
     assert _content(tmp_path) == {"file"}
+    for mounted in ("/", "/proc"):
+        message = f"^output must be a folder that can be replaced, got the mount point '{mounted}'"
+        with pytest.raises(ValueError, match=message), run_folder(mounted, "demo"):
+            pytest.fail("the block must not run")
 
 
 def test_environment_says_how_to_repeat_a_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
+import sys
 import threading
 from itertools import pairwise
 from pathlib import Path
@@ -145,11 +147,35 @@ def test_retain_importance_is_computed_once_and_forgotten_records_are_never_reta
         forgotten |= set(ids)
         assert sets["forget"] == ids, request
         assert set(sets["retain"]) == {f"r{row}" for row in range(24)} - forgotten
-    sample = measured.pop(1)
-    assert len(sample) == 12
-    assert measured == list(REQUESTS.values())
+    # Beside the forget sets: the sample, and what it has lost since.
+    samples = [ids for ids in measured if ids not in REQUESTS.values()]
+    assert len(measured) - len(samples) == len(REQUESTS)
+    assert len(samples[0]) == 12
+    sample = [name for ids in samples for name in ids]
+    assert len(set(sample)) == len(sample) == 12 + len(forgotten & set(sample))
     kept = Importance.load(new / "step-0003" / "importance.safetensors").ids
-    assert kept == [name for name in sample if name not in forgotten]
+    assert sorted(kept) == sorted(set(sample) - forgotten)
+
+
+def test_a_request_with_few_records_to_retain_does_not_cap_the_next_ones(
+    new: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def search(*, retain: Importance, **settings: Any) -> Any:
+        sizes.append(len(retain.ids))
+        return real_search(retain=retain, **settings)
+
+    real_search = pipeline.search
+    monkeypatch.setattr(pipeline, "search", search)
+    (tmp_path / "few.txt").write_text("r20\nr21\nr22\n")
+    with UnlearnSession(new) as session:
+        data = dataclasses.replace(session.config.data, retain=str(tmp_path / "few.txt"))
+        session.request("few", ["r1"], dataclasses.replace(session.config, data=data))
+        session.request("all", ["r2"])
+        less = dataclasses.replace(session.config.data, importance_samples=5)
+        session.request("less", ["r3"], dataclasses.replace(session.config, data=less))
+    assert sizes == [3, 12, 5]
 
 
 def test_a_session_without_masks_keeps_the_importance_it_has(done: Path) -> None:
@@ -298,6 +324,10 @@ def test_one_writer_at_a_time(new: Path, files: Path) -> None:
         assert reader.receipts == []
         with pytest.raises(ValueError, match="session must be open for writing"):
             reader.request("first", ["r1"])
+    with UnlearnSession(new) as writer:
+        writer.request("first", REQUESTS["first"])
+    reader.verify()  # a writer has replaced what it was opened with
+    assert len(reader.receipts) == 1
     writer = UnlearnSession(new)
     threading.Timer(0.2, writer.close).start()
     UnlearnSession(new).close()  # a writer that is just ending is waited for
@@ -442,9 +472,28 @@ def test_the_command(
         assert message in error
         assert "\n" not in error
     assert snapshot(tmp_path / "session") == before
+    # What cannot be printed has happened all the same.
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    other = str(tmp_path / "other")
+    assert (
+        main(
+            [
+                "unlearn",
+                "--session",
+                other,
+                "--request-id",
+                "l\u00f6schen",
+                "--forget-ids",
+                str(tmp_path / "a.txt"),
+                *first,
+            ]
+        )
+        == 2
+    )
+    assert len(UnlearnSession(other, read_only=True).receipts) == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main([*request, "third", "--forget-ids", str(tmp_path / "b.txt")]) == 2
-    assert "session must be run by one process" in capsys.readouterr().err
+    assert "the command must be run by one process, got WORLD_SIZE 2" in capsys.readouterr().err
 
 
 def test_a_first_request_that_is_refused_leaves_no_session(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -364,6 +364,7 @@ def build(path: Path, family: str = "bert", **options: Any) -> UnlearnTrainer:
         ({"alpha": -1.0}, "alpha must be finite and >= 0, got -1.0"),
         ({"beta": 0.0}, "beta must be finite and > 0, got 0.0"),
         ({"gamma": float("nan")}, "gamma must be finite and > 0, got nan"),
+        ({"objective": "ssd", "prefix_cache": "cache"}, "prefix_cache must be None for 'ssd', which takes no steps"),
         ({"masks": some_masks(tiny_model("gpt2"))}, "masks must fit the model"),
         ({"compute_loss_func": print}, "compute_loss_func must be None"),
         ({"masks": some_masks(tiny_model("bert")), "optimizers": (1, None)}, "optimizers must hold no optimizer"),

@@ -26,6 +26,7 @@ NAMES = [
     "kl",
     "l1_sparse",
     "match",
+    "match_tokens",
     "npo",
     "rl",
     "rmu",
@@ -95,7 +96,7 @@ def make(family: str, path: Path, *, masked: bool = True, forget: int = 4, retai
         options.pop("args", None) or arguments(path),
         forget_dataset=records(KINDS[family], forget, 1),
         retain_dataset=records(KINDS[family], retain, 2),
-        unseen_dataset=records(KINDS[family], 5, 3) if options.get("objective") == "match" else None,
+        unseen_dataset=records(KINDS[family], 5, 3) if "match" in options.get("objective", "") else None,
         masks=some_masks(model) if masked else None,
         **{"data_collator": collate, "objective_options": OPTIONS.get(options.get("objective", "gd")), **options},
     )

@@ -106,7 +106,7 @@ def check_methods(config: ExperimentConfig) -> None:
         if "loss" in method.options:  # of an objective that steps another one, whose needs it has
             found = found.with_options(method.options)
         whole = [name for name in method.settings if config.settings[name].forget == "class"]
-        if "unseen" in found.reference and whole:
+        if found.needs_unseen and whole:
             raise ValueError(
                 f"objectives must need no unseen records of what is forgotten for setting {whole[0]!r}, where a whole "
                 f"class is, got {method.objective!r}"
@@ -227,7 +227,7 @@ def unlearn(
                 disable_tqdm=True, dataloader_pin_memory=False, **arguments,
             ),
             forget_dataset=forget, retain_dataset=retain, objective=method.objective, objective_options=options,
-            unseen_dataset=unseen if "unseen" in objective.reference else None,
+            unseen_dataset=unseen if objective.needs_unseen else None,
             masks=chosen.masks, **trainer_options,
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -63,10 +64,11 @@ def share_out(work: Work, parts: Sequence[Any], workers: int, look: Callable[[],
 
 def _worker(work: Work, queue: Any, failures: Any) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `finally` clears away what is half-written
     try:
         with quiet_transformers():
             work(iter(queue.get, None), lambda: None)
-    except KeyboardInterrupt:  # the terminal interrupts every process, and the first one says so
+    except KeyboardInterrupt:  # of the terminal, which the first process tells, or of `share_out`
         return
     except Exception as error:
         failures.put(f"a worker must succeed, got {type(error).__name__}: {error}")

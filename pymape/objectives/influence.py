@@ -12,7 +12,7 @@ from pymape.objectives.one_shot import OneShot, fisher_diagonal
 from pymape.objectives.registry import objective
 
 
-@objective("influence", retain="required", one_shot=True)
+@objective("influence", retain="required", one_shot=True, not_negative=["cg_steps", "cg_tolerance"])
 def influence(step: OneShot, *, cg_steps: int = 0, cg_tolerance: float = 1e-6) -> list[Tensor]:
     """One Newton step that takes the forget records' influence back, with the Fisher matrix as curvature.
 
@@ -32,8 +32,6 @@ def influence(step: OneShot, *, cg_steps: int = 0, cg_tolerance: float = 1e-6) -
     """
     if step.gamma <= 0:
         raise ValueError(f"gamma must be > 0, got {step.gamma}")
-    if cg_steps < 0:
-        raise ValueError(f"cg_steps must be >= 0, got {cg_steps}")
     diagonal = [entries + step.gamma for entries in fisher_diagonal(step.retain_gradients)]
     b = [total / len(step.retain_gradients) for total in step.forget_gradients.sum(lambda gradients: gradients)]
     if cg_steps == 0:

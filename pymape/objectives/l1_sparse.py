@@ -9,7 +9,7 @@ from pymape.objectives.registry import objective
 from pymape.objectives.step import Step, UnlearnBatch
 
 
-@objective("l1_sparse", forget=False, retain="required")
+@objective("l1_sparse", forget=False, retain="required", not_negative=["weight"])
 def l1_sparse(step: Step, *, weight: float = 5e-4) -> Tensor:
     """Fine-tuning on the retain set with an L1 penalty on what is trained.
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from pymape.objectives.registry import objective
 from pymape.objectives.step import Step
 
-__all__ = ["match", "matched_losses"]
+__all__ = ["match", "match_tokens", "matched_losses"]
 
 
 @objective("match", retain="optional", retain_term=True, reference=["unseen"])
@@ -28,20 +31,39 @@ def match(step: Step) -> Tensor:
     ).sum() / forget.tokens + step.retain_loss()
 
 
+@objective("match_tokens", retain="optional", retain_term=True, reference=["unseen_tokens"])
+def match_tokens(step: Step) -> Tensor:
+    """Give the tokens of the forget records the losses of unseen records' tokens: `match`, one level below.
+
+    loss = (1 / T) sum_n sum_i |l_ni - t_ni| + alpha retain term,  T = sum_n T_n
+
+    with l_ni the loss of the i-th of the T_n labelled tokens of record n and t_ni its place among the losses of unseen
+    records' tokens, see `matched_losses`. For classifiers it is `match`.
+
+    Source: this project.
+    """
+    forget = step.forget
+    return (forget.token_losses() - forget.required_token_targets()).abs().sum() / forget.tokens + step.retain_loss()
+
+
 def matched_losses(own: Tensor, unseen: Tensor) -> Tensor:
-    """The loss that each forget record is to have, so that together they have the losses of unseen records.
+    """The loss that each forget record or token is to have, so that together they have the losses of unseen ones.
 
     A model that was never trained on the forget records would have about the losses on them that it has on others. The
-    record with the largest loss of all forget records takes the largest loss of unseen records, and so on by rank:
-    t_n = Q((r_n + 1/2) / N), Q the quantile function of `unseen`, r_n the rank of record n in `own`. Of all ways to
-    give the forget records the distribution of `unseen` this one moves their losses least.
+    largest loss of all in `own` becomes the largest in `unseen`, and so on by rank: t = Q((r + 1/2) / N), Q the
+    quantile function of `unseen`, r the rank among the N of `own`. Of all ways to give `own` the distribution of
+    `unseen` this one moves the losses least.
 
     Args:
-        own: [N] losses of the forget records under the original model.
-        unseen: [M] losses of records that it has never seen, M >= 1.
+        own: losses of the forget records, [N], or of their tokens, [records, W], under the original model; NaN where a
+            record has fewer than W tokens.
+        unseen: the same of records that it has never seen, at least one.
 
     Returns:
-        [N] losses, fp64.
+        Losses in the places of `own`, fp64; NaN where it is.
     """
-    ranks = own.double().argsort(stable=True).argsort()
-    return torch.quantile(unseen.double(), (ranks.double() + 0.5) / len(own))
+    targets, there = torch.full_like(own, math.nan, dtype=torch.float64), ~own.isnan()
+    ranks = own[there].double().argsort(stable=True).argsort().double()
+    places = ((ranks + 0.5) / len(ranks)).numpy()
+    targets[there] = torch.from_numpy(np.quantile(unseen[~unseen.isnan()].double().numpy(), places))
+    return targets

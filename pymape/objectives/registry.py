@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -13,7 +15,7 @@ import torch
 __all__ = ["Objective", "get_objective", "objective", "objective_names"]
 
 Need = Literal["required", "optional", "unused"]
-Reference = Literal["nll", "unseen", "log_probs", "activations"]
+Reference = Literal["nll", "unseen", "unseen_tokens", "log_probs", "activations"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Objective:
         retain: whether it reads the retain set.
         retain_term: whether it weighs the retain set by `Step.retain_loss`, so that "nll" or "kl" may be chosen.
         reference: what it needs of the original model: "nll" (summed NLL of each forget record, and of its
-            alternative), "unseen" (the loss that each forget record is to have, by those of unseen ones), "log_probs"
+            alternative), "unseen" or "unseen_tokens" (the losses that forget records or their tokens are to have, by
+            those of unseen ones), "log_probs"
             (of the retain records' labelled tokens), "activations" (of the retain records, at the layer that its option
             `layer` names).
         alternative: whether forget records must give an alternative answer.
@@ -36,6 +39,7 @@ class Objective:
         optimizer: what it is stepped with, where the user names no optimizer; such an objective has an option `loss`,
             the objective that is minimised.
         options: values of its options, and of its optimizer's.
+        positive, not_negative: its options that must be.
     """
 
     name: str
@@ -49,15 +53,18 @@ class Objective:
     optimizer: type[torch.optim.Optimizer] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     optimizer_options: Mapping[str, Any] = field(default_factory=dict)
+    positive: frozenset[str] = frozenset()
+    not_negative: frozenset[str] = frozenset()
 
     def with_options(self, options: Mapping[str, Any]) -> Objective:
         """The same objective with values for its options.
 
         Raises:
-            ValueError: an option that it does not have, or one without a default that is not given.
+            ValueError: an option that it does not have, one without a default that is not given, or a value that is no
+                number of the annotated type or out of range.
         """
         if self.optimizer is not None:
-            return self._with_loss(options)
+            return self._with_loss(options, self.optimizer)
         known = _options(self.function)
         _check_known(self.name, options, known)
         missing = [
@@ -67,7 +74,18 @@ class Objective:
             raise ValueError(
                 f"objective_options must have {missing[0]!r} for objective {self.name!r}, got {dict(options)}"
             )
+        _check_numbers(self.function, options)
+        for name in options.keys() & (self.positive | self.not_negative):
+            value, positive = options[name], name in self.positive
+            if value < 0 or (positive and value == 0):
+                expected = "> 0" if positive else ">= 0"
+                raise ValueError(f"objective_options.{name} must be {expected}, got {value}")
         return replace(self, function=partial(self.function, **options), options={**known, **options})
+
+    @property
+    def needs_unseen(self) -> bool:
+        """Whether it reads records that the model has never seen."""
+        return not self.reference.isdisjoint({"unseen", "unseen_tokens"})
 
     def check_retain(self, retain: str) -> None:
         """Refuse a retain term that the objective would ignore.
@@ -82,22 +100,24 @@ class Objective:
                 f"retain must be 'nll' for objective {self.name!r}, which has no such retain term, got 'kl'"
             )
 
-    def _with_loss(self, options: Mapping[str, Any]) -> Objective:
+    def _with_loss(self, options: Mapping[str, Any], optimizer: type[torch.optim.Optimizer]) -> Objective:
         """Sort the options of a loss that is stepped with an optimizer of its own: whose is which?"""
         inner = get_objective(options.get("loss", _options(self.function)["loss"].__name__))
         if inner.one_shot or inner.optimizer is not None:
             raise ValueError(f"loss of objective {self.name!r} must be one that is minimised, got {inner.name!r}")
         tunable: dict[str, Any] = {
-            name: default for name, default in _options(self.optimizer).items() if name not in ("lr", "weight_decay")
+            name: default for name, default in _options(optimizer).items() if name not in ("lr", "weight_decay")
         }
         _check_known(self.name, options, {"loss": None, **tunable, **_options(inner.function)})
         of_optimizer = {name: options[name] for name in tunable if name in options}
+        _check_numbers(optimizer, of_optimizer)
+        optimizer([torch.nn.Parameter(torch.zeros(1))], **of_optimizer)  # refuses what is out of range
         inner = inner.with_options({k: v for k, v in options.items() if k != "loss" and k not in tunable})
         return replace(
             inner,
             name=self.name,
             function=partial(self.function, loss=inner.function),
-            optimizer=self.optimizer,
+            optimizer=optimizer,
             options={"loss": inner.name, **inner.options},
             optimizer_options=of_optimizer,
         )
@@ -116,6 +136,8 @@ def objective(
     alternative: bool = False,
     one_shot: bool = False,
     optimizer: type[torch.optim.Optimizer] | None = None,
+    positive: Iterable[str] = (),
+    not_negative: Iterable[str] = (),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as an unlearning objective.
 
@@ -126,7 +148,8 @@ def objective(
 
     Args:
         name: what `UnlearnTrainer(objective=...)` is to call it.
-        forget, retain, retain_term, reference, alternative, one_shot, optimizer: see `Objective`.
+        forget, retain, retain_term, reference, alternative, one_shot, optimizer, positive, not_negative: see
+            `Objective`.
 
     Raises:
         ValueError: another function has that name, or reference activations are needed but there is no option `layer`.
@@ -141,8 +164,9 @@ def objective(
         if "activations" in needed and "layer" not in _options(function):
             raise ValueError(f"objective {name!r} must have an option layer to get reference activations, got none")
         _OBJECTIVES[name] = Objective(
-            name, function, forget, retain, retain_term, needed, alternative, one_shot, optimizer
-        )
+            name, function, forget, retain, retain_term, needed, alternative, one_shot, optimizer,
+            positive=frozenset(positive), not_negative=frozenset(not_negative),
+        )  # fmt: skip
         return function
 
     return register
@@ -172,6 +196,18 @@ def _options(function: Any) -> dict[str, Any]:
     """Keyword-only parameters of a function or class, with their defaults."""
     parameters = inspect.signature(function).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+
+
+def _check_numbers(function: Any, options: Mapping[str, Any]) -> None:
+    """Refuse values that are not what a function's or class's annotations `int` and `float` say."""
+    parameters = inspect.signature(function).parameters
+    for name, value in options.items():
+        kind = getattr(parameters[name].annotation, "__name__", parameters[name].annotation)
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if kind == "int" and not (number and isinstance(value, Integral)):
+            raise ValueError(f"objective_options.{name} must be an integer, got {value!r}")
+        if kind == "float" and not (number and math.isfinite(value)):
+            raise ValueError(f"objective_options.{name} must be a finite number, got {value!r}")
 
 
 def _check_known(name: str, options: Mapping[str, Any], known: Iterable[str]) -> None:

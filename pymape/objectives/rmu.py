@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,7 +10,7 @@ from pymape.objectives.registry import objective
 from pymape.objectives.step import Step, UnlearnBatch
 
 
-@objective("rmu", retain="required", reference=["activations"])
+@objective("rmu", retain="required", reference=["activations"], positive=["norm"], not_negative=["layer", "seed"])
 def rmu(step: Step, *, layer: int, norm: float = 6.5, seed: int = 0) -> Tensor:
     """Push the forget set's activations at one layer towards a fixed random direction, and hold the retain set's.
 
@@ -30,8 +28,6 @@ def rmu(step: Step, *, layer: int, norm: float = 6.5, seed: int = 0) -> Tensor:
 
     Source: Li et al. 2024 (WMDP, arXiv 2403.03218), whose direction has positive entries only.
     """
-    if not 0 < norm < math.inf:
-        raise ValueError(f"norm must be > 0 and finite, got {norm}")
     retain: UnlearnBatch = step.retain  # type: ignore[assignment]  # required above
     if retain.reference_activations is None:
         raise ValueError("reference_activations must be known for rmu, got None")

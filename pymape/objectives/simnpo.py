@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,8 +20,6 @@ def simnpo(step: Step, *, delta: float = 0.0) -> Tensor:
 
     Source: Fan et al. 2024 (arXiv 2410.07163).
     """
-    if not math.isfinite(delta):
-        raise ValueError(f"delta must be finite, got {delta}")
     forget = step.forget
     margin = forget.nll() / forget.counts - delta  # [B]
     return (-2 / step.beta) * forget.mean(F.logsigmoid(step.beta * margin)) + step.retain_loss()

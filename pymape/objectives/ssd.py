@@ -9,7 +9,7 @@ from pymape.objectives.one_shot import OneShot, fisher_diagonal
 from pymape.objectives.registry import objective
 
 
-@objective("ssd", retain="required", one_shot=True)
+@objective("ssd", retain="required", one_shot=True, positive=["selection"], not_negative=["dampening"])
 def ssd(step: OneShot, *, selection: float = 10.0, dampening: float = 1.0) -> list[Tensor]:
     """Dampen the parameters that matter much more to the forget set than to all data.
 
@@ -25,10 +25,6 @@ def ssd(step: OneShot, *, selection: float = 10.0, dampening: float = 1.0) -> li
 
     Source: Foster et al. 2024 (arXiv 2308.07707).
     """
-    if not selection > 0:
-        raise ValueError(f"selection must be > 0, got {selection}")
-    if not dampening >= 0:
-        raise ValueError(f"dampening must be >= 0, got {dampening}")
     forget, retain = fisher_diagonal(step.forget_gradients), fisher_diagonal(step.retain_gradients)
     forget_size, retain_size = len(step.forget_gradients), len(step.retain_gradients)
     updates, chosen = [], 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ __all__ = ["LABELS", "Step", "UnlearnBatch"]
 
 # Inputs that are answers, which the model is not to see.
 LABELS = ("labels", "start_positions", "end_positions")
+_SINGLE_LOSS = ("classification", "question answering")  # tasks whose records have one loss and no labelled tokens
 
 
 class UnlearnBatch:
@@ -36,6 +36,8 @@ class UnlearnBatch:
         alternative: the same records with their alternative answers.
         reference_nll: [B] summed NLL under the original model.
         targets: [B] losses that the records are to have.
+        token_targets: [B, W] losses that the labelled tokens of each record are to have, in order (W = 1 for
+            classifiers); what is behind a record's own tokens is not read.
         reference_log_probs: [n, C] log-probabilities of the original model, rows as in `scored_logits`.
         reference_activations: [B, T, D] activations of the original model.
         seeds: [B] one seed per record, for random labels.
@@ -52,6 +54,7 @@ class UnlearnBatch:
         alternative: UnlearnBatch | None = None,
         reference_nll: Tensor | None = None,
         targets: Tensor | None = None,
+        token_targets: Tensor | None = None,
         reference_log_probs: Tensor | None = None,
         reference_activations: Tensor | None = None,
         seeds: Sequence[Sequence[int]] | None = None,
@@ -64,6 +67,7 @@ class UnlearnBatch:
         self.alternative = alternative
         self.reference_nll = reference_nll
         self.targets = targets
+        self.token_targets = token_targets
         self.reference_log_probs = reference_log_probs
         self.reference_activations = reference_activations
         self._call = model if call is None else call
@@ -89,6 +93,17 @@ class UnlearnBatch:
     def losses(self) -> Tensor:
         """[B] negative log-likelihood per labelled token of each record (a classifier's cross-entropy)."""
         return per_sample_loss(self.model, self.inputs, self.outputs)
+
+    def token_losses(self) -> Tensor:
+        """[n] negative log-likelihood of every labelled token, record by record, n = sum of `counts`.
+
+        Where a record has a single loss (classifiers, question answering) these are `losses`.
+        """
+        task = task_of(self.model)
+        if task in _SINGLE_LOSS:
+            return self.losses()
+        labels = token_labels(task, self.inputs)
+        return F.cross_entropy(self.scored_logits(), labels[labels != IGNORED_LABEL], reduction="none")
 
     def nll(self) -> Tensor:
         """[B] negative log-likelihood, summed over a record's labelled tokens (a classifier's cross-entropy)."""
@@ -150,8 +165,10 @@ class UnlearnBatch:
         classes = self.outputs.logits.shape[-1]
         if classes < 2:
             raise ValueError(f"random labels need at least 2 classes, got {classes}")
-        shifts = torch.stack([_draw(seed, classes, labels.shape[1:]) for seed in self._seeds]).to(labels.device)
-        changed = torch.where(labels == IGNORED_LABEL, labels, (labels + shifts) % classes)
+        labelled = labels != IGNORED_LABEL
+        counts = labelled.view(len(labels), -1).sum(1).tolist()  # a record's draws do not depend on its padding
+        shifts = torch.cat([_draw(seed, classes, count) for seed, count in zip(self._seeds, counts, strict=True)])
+        changed = labels.masked_scatter(labelled, (labels[labelled] + shifts.to(labels.device)) % classes)
         return self.relabelled({"labels": changed}, samples=self.samples, tokens=self.tokens)
 
     def relabelled(self, labels: Mapping[str, Tensor], **options: Any) -> UnlearnBatch:
@@ -163,6 +180,14 @@ class UnlearnBatch:
         if self.targets is None:
             raise ValueError("targets must be known, got None: register reference=['unseen']")
         return self.targets.to(self.losses())
+
+    def required_token_targets(self) -> Tensor:
+        """[n] losses that the labelled tokens are to have, places as in `token_losses`."""
+        if self.token_targets is None:
+            raise ValueError("token_targets must be known, got None: register reference=['unseen_tokens']")
+        places = torch.arange(self.token_targets.shape[1], device=self.counts.device)
+        own = places < self.counts[:, None]
+        return self.token_targets.to(own.device)[own].to(self.token_losses())
 
     def required_alternative(self, name: str) -> UnlearnBatch:
         """The records' alternative answers, for the objective of that name."""
@@ -198,13 +223,12 @@ class Step:
 def count_tokens(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """[B] number of tokens that a record's loss is a mean over; 1 where it has a single loss (classifiers, QA)."""
     task = task_of(model)
-    if task in ("classification", "question answering"):
+    if task in _SINGLE_LOSS:
         labels = inputs["labels" if task == "classification" else "start_positions"]
         return torch.ones(len(labels), dtype=torch.int64, device=labels.device)
     return (token_labels(task, inputs) != IGNORED_LABEL).sum(1)
 
 
-def _draw(seed: Sequence[int], classes: int, shape: Sequence[int]) -> Tensor:
-    """Integers in [1, classes), so that adding them to a label modulo `classes` gives every other label alike."""
-    values = np.random.default_rng(seed).integers(1, classes, size=math.prod(shape))
-    return torch.from_numpy(values).view(tuple(shape))
+def _draw(seed: Sequence[int], classes: int, count: int) -> Tensor:
+    """[count] in [1, classes), so that adding them to a label modulo `classes` gives every other label alike."""
+    return torch.from_numpy(np.random.default_rng(seed).integers(1, classes, size=count))

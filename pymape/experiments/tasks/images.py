@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -31,11 +32,7 @@ def make_arrays(data: str, **options: Any) -> Task:
     Raises:
         ValueError: arrays that are missing or of other types or shapes, labels that are not 0 to classes - 1.
     """
-    with np.load(data, allow_pickle=False) as arrays:
-        missing = [name for name in _ARRAYS if name not in arrays]
-        if missing:
-            raise ValueError(f"task.data must hold the arrays {', '.join(_ARRAYS)}, got none named {missing[0]!r}")
-        parts = {name: arrays[name] for name in _ARRAYS}
+    parts = _arrays(data)
     for part in ("train", "test"):
         pixels, targets = parts[f"{part}_x"], parts[f"{part}_y"]
         if pixels.ndim != 4 or pixels.dtype != np.uint8:
@@ -53,6 +50,18 @@ def make_arrays(data: str, **options: Any) -> Task:
     images = [_scaled(parts[name]) for name in ("train_x", "test_x")]
     labels = [torch.tensor(parts[name], dtype=torch.long) for name in ("train_y", "test_y")]
     return _image_task(images[0], labels[0], images[1], labels[1], **options)
+
+
+def _arrays(path: str) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            arrays = {name: found[name] for name in _ARRAYS if name in found}
+    except (EOFError, OSError, TypeError, ValueError, BadZipFile) as error:  # TypeError: an npy file, one array alone
+        raise ValueError(f"task.data must be an npz file of arrays, got {path!r}: {error}") from error
+    missing = [name for name in _ARRAYS if name not in arrays]
+    if missing:
+        raise ValueError(f"task.data must hold the arrays {', '.join(_ARRAYS)}, got none named {missing[0]!r}")
+    return arrays
 
 
 def make_folder(data: str, size: int = 32, **options: Any) -> Task:
