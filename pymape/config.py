@@ -24,11 +24,11 @@ class DataConfig:
 
     Args:
         path: records that the model was trained on.
-        forget: ids to forget: a text file, one id per line, or a table with the id column (--forget-ids for short).
+        forget: ids to forget: a text file, one id per line, or a table with the id column.
         retain: ids to keep, in the same form; default: every record that is not forgotten.
         test: records the model has never seen, for the test accuracy and the membership attack.
-        unseen: records the model has never seen, of the kind of those to forget: "match" gives these the losses of
-            those, and `stop_when_forgotten` waits for it. Better not the test records, which judge.
+        unseen: records the model has never seen, of the kind of those to forget: "match" gives the records
+            to forget the losses of these, `stop_when_forgotten` waits for it. Better not the test records, which judge.
         id_column: column of unique ids.
         text_column: column of the text.
         text_pair_column: column of a second text (premise and hypothesis and the like).
@@ -115,11 +115,12 @@ class UnlearnConfig:
         alpha: weight of the retain term.
         retain: the retain term of objectives that leave the choice: "nll", or "kl" from the original model.
         beta: inverse temperature of "npo", "simnpo" and "dpo".
+        gamma: what "influence" adds to the curvature.
         weight_decay: of AdamW, on the selected parameters.
         train_task_head: also train the task head, which no mask selects.
         masks: how the masks are learned.
         stop_when_forgotten: end the unlearning once the loss on the forget records has reached that on `data.unseen`,
-            looked at every ten steps.
+            looked at every ten steps and after the last.
         prefix_cache: folder for the hidden states below the lowest layer that the masks select (not layer 0), so that
             they are computed once for every record; those of the forget records are erased when these are forgotten.
         train_first: fine-tune the model on all data before unlearning; this is how a plain encoder gets its task head.
@@ -144,6 +145,7 @@ class UnlearnConfig:
     alpha: float = 1.0
     retain: Literal["nll", "kl"] = "nll"
     beta: float = 0.1
+    gamma: float = 1e-3
     weight_decay: float = 0.0
     train_task_head: bool = False
     masks: MaskConfig = field(default_factory=MaskConfig)
@@ -214,6 +216,7 @@ def check_config(config: UnlearnConfig) -> None:
         "eval_batch_size": (config.eval_batch_size, config.eval_batch_size >= 1, "at least 1"),
         "alpha": (config.alpha, 0 <= config.alpha < math.inf, "finite and not negative"),
         "beta": (config.beta, 0 < config.beta < math.inf, "positive and finite"),
+        "gamma": (config.gamma, 0 < config.gamma < math.inf, "positive and finite"),
         "train.lr": (config.train.lr, 0 < config.train.lr < math.inf, "positive and finite"),
         "train.epochs": (config.train.epochs, 0 < config.train.epochs < math.inf, "positive and finite"),
         "train.batch_size": (config.train.batch_size, config.train.batch_size >= 1, "at least 1"),

@@ -326,6 +326,7 @@ def unlearn(
             alpha=config.alpha,
             retain=config.retain,
             beta=config.beta,
+            gamma=config.gamma,
             prefix_cache=cache,
             data_collator=collate,
             callbacks=[stop] if stop else None,

@@ -53,7 +53,7 @@ class UnlearnTrainer(Trainer):
             of the same inputs, or `alternative_input_ids` and `alternative_labels`, as language models need them.
         retain_dataset: the same, of records to keep.
         unseen_dataset: the same, of records that the model has never seen, of the kind of the forget records: `match`
-            gives these the losses of those.
+            gives the forget records the losses of these.
         objective: name of a registered objective.
         objective_options: values for its own options, for instance {"layer": 7} for `rmu`.
         masks: what to train; None trains every parameter.
