@@ -54,8 +54,8 @@ def page() -> str:
         f"`python experiments/claims_page.py`, from the cells of {', '.join(links.values())}: what each was run with, "
         "and what stands out, is on its own page. Tasks differ in size and noise; the pooled rows give every "
         "pair the same weight. The ablations are not among them: on [digits](digits_ablations.md) the warm start of "
-        "the search comes closer than the greedy search, in 4 of 6 pairs with 2 alike. Claim 1 alone asks for 80 % of the "
-        "pairs won: a task may fail it by that and have intervals below 0 elsewhere.",
+        "the search comes closer than the greedy search, in 4 of 6 pairs with 2 alike. Claim 1 alone asks for 80 % of "
+        "the pairs won: a task may fail it by that and have intervals below 0 elsewhere.",
         "",
         *section_lines([*glance_sections(outcomes), *claim_sections(claims(outcomes))]),
     ]

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["BACKENDS", "available_backends", "native", "resolve_backend"]
+__all__ = ["BACKENDS", "native", "resolve_backend"]
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 
@@ -60,11 +60,6 @@ def _why_not(backend: str, device: torch.device) -> str | None:
     if device.type != "cuda" and not (device.type == "cpu" and _triton_interpreted()):
         return f"it needs CUDA tensors, got tensors on {device}"
     return None
-
-
-def available_backends(device: torch.device | str) -> dict[str, str | None]:
-    """Return, for each backend, None if it can run on `device` here, or the reason why it cannot."""
-    return {name: _why_not(name, torch.device(device)) for name in BACKENDS[1:]}
 
 
 def resolve_backend(op: str, backend: str, device: torch.device, *, supported: tuple[str, ...]) -> str:

@@ -277,7 +277,6 @@ def importance(
         for row in own:
             names[row] = theirs[row]
     provenance = {
-        "samples": count,
         "loss": "per_sample_loss" if loss is None else getattr(loss, "__qualname__", type(loss).__name__),
         "model": type(model).__name__,
         "dtype": str(dtype).removeprefix("torch."),

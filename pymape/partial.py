@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pymape.architectures import find_layers, find_prefix
 from pymape.delta import DeltaPart, inside_digest, write_delta
+from pymape.errors import NothingSelected
 from pymape.masks import ModuleMasks, versions
 from pymape.ops.selected_weight_grad import selected_weight_grad
 
@@ -63,7 +64,9 @@ class PartialParameters:
             selections = _selections(model, masks)
             trainable += _task_head(model) if train_task_head else []
             if not selections and not trainable:
-                raise ValueError("masks must select at least one head or filter (or train_task_head=True), got none")
+                raise NothingSelected(
+                    "masks must select at least one head or filter (or train_task_head=True), got none"
+                )
         self._requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             model.requires_grad_(False)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pymape.architectures import ModelLayout, layout
+from pymape.errors import NothingSelected
 from pymape.importance import Importance
 from pymape.masks import ModuleMasks, versions
 from pymape.ops.greedy_swap import greedy_swap
@@ -105,7 +106,7 @@ def search(
             scores = [_own_share(block) * block.weight for block in blocks]
         masks = ModuleMasks.from_scores(scores[0], scores[1], shape, budget)
         if objective == "difference" and not (masks.heads.any() or masks.filters.any()):
-            raise ValueError(_why_nothing(blocks, scores, budget))
+            raise NothingSelected(_why_nothing(blocks, scores, budget))
         if objective in QUADRATIC:
             masks, found = _exchange(masks, blocks, mode, across_layers, max_swaps, backend)
     masks.provenance = {

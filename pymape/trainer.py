@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from pymape.batching import PaddingCollator
+from pymape.errors import NotFinite
 from pymape.frozen_prefix import FrozenPrefix
 from pymape.losses import check_labels, task_of
 from pymape.masks import ModuleMasks
@@ -407,7 +408,7 @@ class UnlearnTrainer(Trainer):
         for value in values:
             if not value.isfinite().all():
                 shown = value.item() if value.ndim == 0 else "NaN or infinite values"
-                raise ValueError(
+                raise NotFinite(
                     f"{what} must stay finite, got {shown} at step {self.state.global_step} of objective "
                     f"{self.objective.name!r} with learning_rate {self.args.learning_rate}"
                 )

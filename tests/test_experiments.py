@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -179,6 +180,18 @@ def test_page_and_tables_show_the_result(finished: tuple[Path, Path, dict[str, A
     gap = next(row for row in found["table"] if row["selection"] == "learned")["gap"]["mean"]
     assert f"<td class=n>{gap:.1f}</td>" in text
     assert f"| {gap:.1f} |" in (folder / "tables.md").read_text()
+
+
+def test_a_value_that_ends_in_nothing_is_a_result(finished: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
+    _, folder, _ = finished
+    shutil.copytree(folder / "models", tmp_path / "run" / "models")
+    (tmp_path / "run" / "cells").mkdir()
+    file = tmp_path / "far.yaml"
+    file.write_text(YAML.replace("5.0e-3", "1.0e+30"))
+    run_experiment(str(file), output=str(tmp_path / "run"), workers=1)
+    far = [row for row in read_cells(tmp_path / "run" / "results.jsonl") if row["value"] == 1e30]
+    assert far
+    assert all("finite" in row["failed"] for row in far)
 
 
 def test_workers_find_the_same_as_one_process(finished: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:

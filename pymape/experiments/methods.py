@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
 from pymape.architectures import layout
 from pymape.batching import PaddingCollator, bare_record, record_lengths
+from pymape.errors import NothingSelected
 from pymape.experiments.config import ExperimentConfig, MethodConfig, SelectionConfig
 from pymape.experiments.kinds import KINDS
 from pymape.experiments.looks import KeepBest
@@ -163,7 +164,7 @@ def choose(config: SelectionConfig, lam: float, measured: Measured) -> Chosen:
     elif config.kind == "saliency":
         entries = _salient(model, measured.sample("forget", config.samples), config.budget)
     if masks is not None and not (masks.heads.any() or masks.filters.any()):
-        raise ValueError(f"masks must select at least one head or filter, got none with {config}")
+        raise NothingSelected(f"masks must select at least one head or filter, got none with {config}")
     rank = config.rank if config.kind == "lora" else None
     return Chosen(masks, entries, rank, time.perf_counter() - started + shared)
 

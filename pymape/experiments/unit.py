@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from transformers import PreTrainedModel
 
+from pymape.errors import NotFinite, NothingSelected
 from pymape.experiments.cells import CODE, REFERENCES, Cell, Place, digest, training
 from pymape.experiments.config import ExperimentConfig
 from pymape.experiments.methods import Chosen, Measured, choose, pass_size, unlearn
@@ -28,8 +29,6 @@ __all__ = ["Unit", "Unlearned"]
 Record = dict[str, Any]
 
 _MODELS = "models"
-# Errors of a method at a value of its grid, which then cannot be chosen; any other ends the run.
-_RESULTS_TOO = ("must stay finite", "select at least one")
 
 
 @dataclass(frozen=True)
@@ -83,11 +82,9 @@ class Unit:
         try:
             chosen = self.chosen(cell)
             unlearned = self.unlearned(cell)
-        except ValueError as error:
-            if not any(reason in str(error) for reason in _RESULTS_TOO):
-                raise
+            figures = self._figures(unlearned.model, unlearned.seen)
+        except (NotFinite, NothingSelected) as error:  # a result too: this value of the grid cannot be chosen
             return {"failed": str(error)}
-        figures = self._figures(unlearned.model, unlearned.seen)
         accuracies = {name: figures[f"{name}_accuracy"] for name in JUDGED}
         found = {**figures, "selection_score": self._selection(accuracies, self.data)}
         found |= {**unlearned.cost.figures(), **unlearned.facts}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pymape.batching import RecordBatches
+from pymape.errors import NotFinite
 from pymape.files import atomic_write
 from pymape.losses import check_labels, per_sample_loss, task_of
 from pymape.metrics.classification import Predictions
@@ -306,7 +307,7 @@ def _score(model: nn.Module, task: str, batch: Mapping[str, Any], ids: Sequence[
     columns = {name: values.cpu().split(counts) for name, values in _statistics(logits, labels).items()}
     bad = [name for name, values in zip(ids, columns["log_probs"], strict=True) if not values.isfinite().all()]
     if bad:
-        raise ValueError(f"log-probabilities must be finite, got NaN or infinity for ids {bad[:3]}")
+        raise NotFinite(f"log-probabilities must be finite, got NaN or infinity for ids {bad[:3]}")
     if task == "classification":
         columns["logits"] = logits.cpu().unbind()
     return [{name: values[row] for name, values in columns.items()} for row in range(len(ids))]
