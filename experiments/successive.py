@@ -33,9 +33,9 @@ from transformers import AutoModelForSequenceClassification
 from pymape.checkpoint import load_model
 from pymape.config import DataConfig, MaskConfig, TrainConfig, UnlearnConfig
 from pymape.data import Records, load_records, read_table
+from pymape.encoding import Encoder
 from pymape.files import atomic_write
 from pymape.metrics import METRICS, mean_gap, predict, summarise
-from pymape.pipeline import Encoder
 from pymape.runs import environment
 from pymape.session import UnlearnSession
 from pymape.session_request import start

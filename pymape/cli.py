@@ -17,7 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from pymape import __version__
 from pymape.config import DemoConfig, UnlearnConfig
-from pymape.metrics.command import EvaluateConfig
+from pymape.evaluate import EvaluateConfig
 from pymape.s3t.commands import COMMANDS, run_command
 from pymape.s3t.config import S3TConfig, S3TDemoConfig
 
@@ -109,7 +109,7 @@ def _run(options: Namespace) -> int:
     elif options.subcommand == "unlearn":
         _unlearn(_built(UnlearnConfig, options.unlearn))
     elif options.subcommand == "evaluate":
-        from pymape.metrics.command import run_evaluate
+        from pymape.evaluate import run_evaluate
 
         run_evaluate(_built(EvaluateConfig, options.evaluate))
     elif options.subcommand == "experiment":

@@ -13,8 +13,9 @@ from transformers import set_seed
 from pymape.checkpoint import load_model
 from pymape.config import UnlearnConfig
 from pymape.data import Records
+from pymape.encoding import Encoder
 from pymape.importance import Importance
-from pymape.pipeline import Clock, Data, Encoder, check_objective, fine_tune, judge, learn_masks, model_figures, unlearn
+from pymape.pipeline import Clock, Data, check_objective, fine_tune, judge, learn_masks, model_figures, unlearn
 from pymape.runs import quiet_transformers
 from pymape.session import IMPORTANCE, MODEL
 from pymape.store import file_hash

@@ -17,8 +17,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from pymape.config import DataConfig
+from pymape.evaluate import EvaluateConfig, QuestionsConfig, RelearnConfig, run_evaluate
 from pymape.metrics import AnswerScores, RecordScores, score_metrics, tofu_metrics
-from pymape.metrics.command import EvaluateConfig, QuestionsConfig, RelearnConfig, run_evaluate
 
 WORDS = [f"w{number}" for number in range(40)]
 
@@ -136,10 +136,6 @@ def test_an_earlier_run_is_replaced_and_a_failed_one_leaves_it(files: Path, tmp_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"data": {"unseen": "x.csv"}},
-            r"data\.unseen must be left out of evaluate, which reads none of it, got 'x\.csv'",
-        ),
         ({"k": 0.0}, r"k must be in \(0, 1\], got 0.0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"shadows": ["one"]}, "shadows must be none, or two or more, got 1"),

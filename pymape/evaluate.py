@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pymape.config import DataConfig, UnlearnConfig
+from pymape.data import load_ids, load_records, read_table, split_forget
 from pymape.losses import task_of
 from pymape.metrics.costs import measure_cost
 from pymape.metrics.distances import model_distance
@@ -17,6 +18,8 @@ from pymape.metrics.generation import TEMPLATE
 from pymape.metrics.relearning import relearning_attack
 from pymape.metrics.scores import LANGUAGE_MODEL, RecordScores, record_scores
 from pymape.metrics.tofu import AnswerScores, QuestionSet, score_answers, tofu_metrics
+from pymape.report import aligned
+from pymape.runs import environment, quiet_transformers, run_folder, write_summary
 
 __all__ = ["EvaluateConfig", "QuestionsConfig", "RelearnConfig", "run_evaluate"]
 
@@ -125,9 +128,6 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
         OSError: a model folder that cannot be read.
     """
     _check(config)
-    from pymape.report import aligned
-    from pymape.runs import environment, quiet_transformers, run_folder, write_summary
-
     with run_folder(config.output, "evaluate", _inputs(config)) as folder, quiet_transformers():
         with measure_cost() as cost:
             metrics, facts = _Evaluation(config, folder).run()
@@ -152,8 +152,6 @@ class _Evaluation:
     """The models one after the other, and the figures that their scores give."""
 
     def __init__(self, config: EvaluateConfig, folder: Path) -> None:
-        from pymape.data import load_ids, load_records, read_table, split_forget
-
         self.config, self.folder, data = config, folder, config.data
         self.source = load_records(data.path, data.id_column, argument="data.path")
         if data.forget is None:
@@ -212,7 +210,7 @@ class _Evaluation:
     def _load(self, path: str) -> tuple[Any, Any, dict[str, list[dict[str, Any]]], Any]:
         """A model, its tokenizer, the sets encoded for it, and how they are collated."""
         from pymape.checkpoint import load_model  # loads transformers
-        from pymape.pipeline import Encoder
+        from pymape.encoding import Encoder
 
         config = UnlearnConfig(path, self.config.data)
         model, tokenizer = load_model(config, self.source)
