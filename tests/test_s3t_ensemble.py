@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -208,8 +210,6 @@ def test_a_refused_switch_changes_nothing(bert: str) -> None:
     ensemble = Ensemble(bert, config, chains)
     before = ensemble(**inputs).logits
     wrong = [
-        ({0: [], 1: []}, "chains must hold a live shard, got 2, all dead"),
-        ({}, "chains must hold a live shard, got 0, all dead"),
         ({0: chains[0][1:]}, r"stage 1 of shard 0 must adapt layers \[3\], got \[2\]"),
         ({0: [chains[0][1], chains[0][0]]}, r"stage 1 of shard 0 must adapt layers \[3\], got \[2\]"),
         ({0: [without(chains[0][0], "classifier")]}, r"last stage of shard 0 must hold the task head .*, got {}"),
@@ -223,6 +223,53 @@ def test_a_refused_switch_changes_nothing(bert: str) -> None:
             ensemble.update(others)
         assert ensemble.shards == (0, 1)
         assert torch.equal(ensemble(**inputs).logits, before)
+
+
+@pytest.mark.parametrize("dead", [{}, {0: [], 1: []}])
+def test_without_a_live_shard_nothing_is_served_or_held(bert: str, dead: dict[int, list]) -> None:
+    config = options(bert)
+    chains, inputs = make_chains(config, [2, 1]), batch_of("bert")
+    with pytest.raises(ValueError, match=f"chains must hold a live shard, got {len(dead)}, all dead"):
+        Ensemble(bert, config, dead)
+    ensemble = Ensemble(bert, config, chains)
+    before = ensemble(**inputs).logits
+    held = [weakref.ref(part) for part in ensemble._shared.parts]
+    ensemble.update(dead)
+    assert (ensemble.shards, ensemble.weights) == ((), ())
+    for call in (lambda: ensemble(**inputs), lambda: ensemble.score(make_records(count=4))):
+        with pytest.raises(ValueError, match="ensemble must serve a live shard, got none: every shard is dead"):
+            call()
+    gc.collect()
+    assert held
+    assert all(part() is None for part in held)
+    ensemble.update(chains)
+    assert torch.equal(ensemble(**inputs).logits, before)
+
+
+class Script:
+    """A source that serves other chains from its nth answer on."""
+
+    def __init__(self, later: dict[int, dict[int, list[dict[str, Tensor]]]]) -> None:
+        self.later, self.asked, self.sizes = later, -1, {}
+
+    def changed(self) -> bool:
+        self.asked += 1
+        return self.asked in self.later
+
+    def read(self) -> Script:
+        self.chains = self.later[self.asked]
+        return self
+
+
+def test_a_shard_that_dies_while_records_are_scored_has_no_score(bert: str) -> None:
+    config, records = options(bert), make_records(count=12)
+    chains = make_chains(config, [2, 1, 3])
+    left = {0: chains[0], 2: chains[2]}
+    expected = Ensemble(bert, config, left).score(records, batch_size=4)
+    for when in range(4):  # before the first batch, or between two
+        ensemble = Ensemble(bert, config, chains, source=Script({when: left}))
+        assert ensemble.score(records, batch_size=4) == expected
+    assert Ensemble(bert, config, chains, source=Script({})).score(records, batch_size=4) != expected
 
 
 def without(stage: dict[str, Tensor], part: str) -> dict[str, Tensor]:

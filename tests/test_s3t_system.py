@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import itertools
 import json
+import subprocess
+import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from model_zoo import tiny_batch
 from s3t_tools import make_records, options, same_tensors, write_base
 
 from pymape.prefix_cache import PrefixCache
@@ -271,6 +277,62 @@ def test_evaluation_and_death(tmp_path: Path, bases: dict[str, str]) -> None:
         assert system.evaluate(test)["live_shards"] == [0]
         forecast = system.forecast(rate=2.0)
         assert forecast
+
+
+def test_an_ensemble_never_answers_with_a_tombstoned_stage(tmp_path: Path, bases: dict[str, str]) -> None:
+    """Whoever deletes, and whether the request is finished or only accepted; a fresh ensemble tells what is right."""
+    inputs = tiny_batch("bert", batch=3, length=8, labels=False)
+    with make_system(tmp_path / "system", bases["bert"], slices=2) as system:
+        system.train(engine="inline")
+        reader = S3T(tmp_path / "system", read_only=True)
+        ensembles = [system.ensemble(), reader.ensemble("size"), copy.deepcopy(system.ensemble())]
+        before = [ensemble(**inputs).logits for ensemble in ensembles]
+        stage = ensembles[0]._shared.parts[0]
+        assert ensembles[0](**inputs) is not None
+        assert ensembles[0]._shared.parts[0] is stage  # read once
+
+        system.delete([one_of(system, served(system)[-1])], "accepted", finish=False)
+        after = [ensemble(**inputs).logits for ensemble in ensembles]
+        system.finish()
+        for ensemble, first, second in zip(ensembles, before, after, strict=True):
+            expected = system.ensemble()(**inputs).logits
+            assert torch.equal(ensemble(**inputs).logits, expected)
+            assert not torch.equal(first, expected)
+            assert not torch.equal(first, second)
+        held = [weakref.ref(part) for ensemble in ensembles for part in ensemble._shared.parts]
+    command = "import sys; from pymape.s3t import S3T; S3T(sys.argv[1]).delete([sys.argv[2]], 'last')"
+    last = one_of(system, served(reader)[0])
+    subprocess.run([sys.executable, "-c", command, str(tmp_path / "system"), last], check=True)
+    for ensemble in ensembles:  # also those of a system that is closed
+        for _ in range(2):
+            with pytest.raises(ValueError, match="system must serve a shard, got one of which every shard is dead"):
+                ensemble(**inputs)
+        assert ensemble.shards == ()
+    gc.collect()
+    assert held
+    assert all(part() is None for part in held)
+    with S3T(tmp_path / "system") as system:
+        system.repair(engine="inline")
+        expected = system.ensemble()(**inputs).logits
+        assert all(torch.equal(ensemble(**inputs).logits, expected) for ensemble in ensembles)
+
+
+def test_an_ensemble_with_a_damaged_stage_serves_nothing_until_it_is_whole(
+    tmp_path: Path, bases: dict[str, str]
+) -> None:
+    inputs = tiny_batch("bert", batch=3, length=8, labels=False)
+    with make_system(tmp_path / "system", bases["bert"]) as system:
+        system.train(engine="inline")
+        ensemble = system.ensemble()
+        system.delete([one_of(system, served(system)[-1])], "one")
+        path = system._ledger.path(system._ledger.serving()[0][0].key)
+        content = path.read_bytes()
+        path.write_bytes(content[:-1])
+        for _ in range(2):
+            with pytest.raises(ValueError, match="must have an intact file"):
+                ensemble(**inputs)
+        path.write_bytes(content)
+        assert torch.equal(ensemble(**inputs).logits, system.ensemble()(**inputs).logits)
 
 
 def test_export_is_revoked_by_a_deletion(tmp_path: Path, bases: dict[str, str]) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from pymape.metrics.scores import record_scores
 from pymape.s3t.adapters import layers_per_slice, load_base
 from pymape.s3t.config import S3TConfig
 from pymape.s3t.shared_forward import SharedForward
+
+if TYPE_CHECKING:
+    from pymape.s3t.ledger_training import ServedStages
 
 __all__ = [
     "LANGUAGE_TASKS",
@@ -62,7 +65,8 @@ class Ensemble(nn.Module):
     torch's own kernels, which depends on how many rows there are: the adapters' part and the order of operations are
     PEFT's, bit for bit.
 
-    One thread at a time may call it.
+    One thread at a time may call it. That of `S3T.ensemble` has a `source`: it never answers with a stage that a request
+    has tombstoned before it was called. One made of chains alone serves them until `update`, whatever is deleted.
 
     Args:
         model: the frozen base, or its folder. Its weights are shared, not copied; its modules stay as they are.
@@ -72,9 +76,10 @@ class Ensemble(nn.Module):
             same, weighted by `sizes`; "vote": the class that most shards prefer, the lowest on ties. Votes become
             probabilities by the rule of succession, (votes + 1) / (shards + classes), so that none is zero.
         sizes: shard -> number of records that its served stages were trained on, for "size".
+        source: that the chains and sizes were read from, and will be read from again when it has changed.
 
     Attributes:
-        shards: the live shards, ascending.
+        shards: the live shards, ascending; none once all are dead.
         weights: what each of them counts for; they sum to one.
 
     Raises:
@@ -94,6 +99,7 @@ class Ensemble(nn.Module):
         *,
         combination: Combination = "mean",
         sizes: Mapping[int, int] | None = None,
+        source: ServedStages | None = None,
     ) -> None:
         super().__init__()
         if combination not in get_args(Combination):
@@ -104,20 +110,21 @@ class Ensemble(nn.Module):
             raise ValueError(f"model must give one tensor of logits, got a {type(base).__name__}")
         self._shared = SharedForward(base)
         self.config, self.combination = base.config, combination
-        self._settings = config
+        self._settings, self._source = config, source
+        live_chains(chains)
         self.update(chains, sizes=sizes)
 
     def update(self, chains: Mapping[int, Chain], *, sizes: Mapping[int, int] | None = None) -> None:
         """Serve other stages, after a deletion or a repair; the base stays where it is.
 
         Args:
-            chains: as for `Ensemble`.
+            chains: as for `Ensemble`. Without a live shard nothing is served any more, and a call raises.
             sizes: as for `Ensemble`.
 
         Raises:
             ValueError: as `Ensemble`; what was served before is served still.
         """
-        live = live_chains(chains)
+        live = {shard: chains[shard] for shard in sorted(chains) if len(chains[shard])}
         weights = shard_weights(list(live), self.combination, sizes)
         for shard, chain in live.items():
             self._check(shard, chain)
@@ -130,13 +137,31 @@ class Ensemble(nn.Module):
         )
         self.shards, self.weights = tuple(live), tuple(weights)
 
+    def refresh(self) -> None:
+        """Serve what the source serves by now, and hold nothing else any more. Every call does so first.
+
+        Raises:
+            ValueError: every shard is dead, or a stage file is damaged. Nothing is served then; the next call tries again.
+            OSError: a stage file cannot be read now; likewise.
+        """
+        if self._source is not None and self._source.changed():
+            self.update({})
+            served = self._source.read()
+            self.update(served.chains, sizes=served.sizes)
+
     @torch.inference_mode()
     def forward(self, **inputs: Any) -> EnsembleOutput:
         """Answer a batch.
 
         Args:
             **inputs: of the base model's forward; labels are left out of it, an ensemble has no loss.
+
+        Raises:
+            ValueError: every shard is dead; or as `refresh`.
         """
+        self.refresh()
+        if not self.shards:
+            raise ValueError("ensemble must serve a live shard, got none: every shard is dead")
         logits = self._shared(questions(inputs))
         return EnsembleOutput(self._combined(logits), logits)
 
@@ -166,17 +191,21 @@ class Ensemble(nn.Module):
         Raises:
             ValueError: as `predict`.
         """
-        right = torch.zeros(1 + len(self.shards), dtype=torch.float64)
+        self.refresh()
+        served = self.shards
+        right = torch.zeros(1 + len(served), dtype=torch.float64)
         batches = model_batches(self, data, batch_size, None)
         for _, _, batch in batches:
             inputs = on_device(self, batch)
             outputs = self(**inputs)
+            if self.shards != served:  # one has died or come back
+                return self.score(data, batch_size=batch_size)
             for row, logits in enumerate((outputs.logits, *outputs.shard_logits)):
                 found, labels, counts = task_logits(self._task, inputs, EnsembleOutput(logits))
                 own = (found.argmax(-1) == labels).double().split(counts)
                 right[row] += sum(share.mean().item() for share in own if len(share))
         whole, *shards = (100 * right / len(batches.positions)).tolist()
-        return {"accuracy": whole, "shard_accuracy": dict(zip(self.shards, shards, strict=True))}
+        return {"accuracy": whole, "shard_accuracy": dict(zip(served, shards, strict=True))}
 
     def get_base_model(self) -> Any:
         """The model that is run; its class tells the task."""
@@ -246,9 +275,9 @@ def shard_weights(shards: Sequence[int], combination: Combination, sizes: Mappin
         ValueError: "size" without a positive number of records for every live shard.
     """
     if combination != "size":
-        return [1 / len(shards)] * len(shards)
+        return [1 / len(shards) for _ in shards]
     counts = [0 if sizes is None else sizes.get(shard, 0) for shard in shards]
-    if min(counts) < 1:
+    if any(count < 1 for count in counts):
         raise ValueError(f"sizes must hold the records of each live shard {list(shards)}, got {sizes}")
     return [count / sum(counts) for count in counts]
 

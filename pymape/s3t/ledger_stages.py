@@ -195,6 +195,10 @@ class LedgerStages(LedgerRecords):
         )
         self._erase_cached([name.hex() for (name,) in rows])
 
+    def version(self) -> int:
+        """Another number whenever somebody else has committed a change, in this process or another."""
+        return int(self._db.value("PRAGMA data_version"))
+
     def serving(self) -> list[list[StageRow]]:
         """The chain that every shard serves, root first; an empty one is a dead shard.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from tqdm import tqdm
@@ -17,6 +19,7 @@ from pymape.s3t.training import StageJob, config_digest, stage_seed, train_stage
 
 __all__ = [
     "Served",
+    "ServedStages",
     "other_options",
     "read_served",
     "replay_stage",
@@ -56,6 +59,66 @@ def read_served(ledger: Ledger) -> Served:
         if chain
     }
     return Served([row.key for chain in serving for row in chain], chains, sizes)
+
+
+class ServedStages:
+    """What the system in a folder serves, whoever changes it.
+
+    Whether it may have changed costs microseconds: SQLite counts the commits of other connections. This one is of its
+    own, so that a commit of the same process is another's too, and it outlives the system that it was opened beside.
+
+    Args:
+        folder: of the system.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._ledgers: dict[int, Ledger] = {}  # of each process: a connection to SQLite must not pass a fork
+        self._seen: tuple[int, int] | None = None
+        self._stages: list[StageKey] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ServedStages, (self._folder,)  # a copy of an ensemble reads for itself
+
+    def changed(self) -> bool:
+        """Whether other stages are served than those that were read last."""
+        now = self._now()
+        if now == self._seen:
+            return False
+        with self._ledger.snapshot():
+            stages = [row.key for chain in self._ledger.serving() for row in chain]
+        if stages != self._stages:
+            return True
+        self._seen = now
+        return False
+
+    def read(self) -> Served:
+        """Read what is served, of at least one shard.
+
+        Raises:
+            ValueError: as `require_served`, but for a stage that was tombstoned meanwhile.
+            OSError: a stage that cannot be read now.
+        """
+        while True:
+            self._stages, now = None, self._now()
+            try:
+                served = require_served(self._ledger)
+            except ValueError:
+                if self._now() == now:
+                    raise
+                continue  # a request has ended the stage meanwhile
+            self._seen, self._stages = now, served.stages
+            return served
+
+    @property
+    def _ledger(self) -> Ledger:
+        process = os.getpid()
+        if process not in self._ledgers:
+            self._ledgers[process] = Ledger(self._folder, "read")
+        return self._ledgers[process]
+
+    def _now(self) -> tuple[int, int]:
+        return os.getpid(), self._ledger.version()
 
 
 def require_served(ledger: Ledger) -> Served:

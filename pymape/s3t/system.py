@@ -19,7 +19,14 @@ from pymape.s3t.engine import Engine
 from pymape.s3t.ensemble import Combination, Ensemble
 from pymape.s3t.export import export_ensemble
 from pymape.s3t.ledger import Ledger, RecordRow
-from pymape.s3t.ledger_training import other_options, read_served, replay_stage, require_served, train_planned
+from pymape.s3t.ledger_training import (
+    ServedStages,
+    other_options,
+    read_served,
+    replay_stage,
+    require_served,
+    train_planned,
+)
 from pymape.s3t.partition import place, record_name, subject_name
 from pymape.s3t.rows import RecordCheck
 from pymape.s3t.sequences import choose_sequences
@@ -296,7 +303,10 @@ class S3T:
         return read_served(self._ledger).chains
 
     def ensemble(self, combination: Combination = "mean") -> Ensemble:
-        """The live shards as one model.
+        """The live shards as one model, which follows the system: no call is answered with a tombstoned stage.
+
+        Before every answer it asks the ledger, also after the system was closed, whether other stages are served by
+        now, and loads them. With every shard dead a call raises `ValueError`. Erased weights stay in memory until then.
 
         Args:
             combination: "mean" of logits (of token probabilities for language models), "vote", or "size": mean weighted
@@ -306,8 +316,9 @@ class S3T:
             ValueError: nothing is trained or every shard is dead, or a stage file is damaged.
         """
         base = load_base(self.config.model, self.config.labels, self._ledger.base)
-        served = require_served(self._ledger)
-        return Ensemble(base, self.config, served.chains, combination=combination, sizes=served.sizes)
+        source = ServedStages(self.folder)
+        served = source.read()
+        return Ensemble(base, self.config, served.chains, combination=combination, sizes=served.sizes, source=source)
 
     def evaluate(
         self, records: Sequence[Mapping[str, Any]], *, combination: Combination = "mean", batch_size: int = 32
