@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from model_zoo import tiny_model
 from s3t_tools import setting
 
@@ -30,6 +31,11 @@ def test_records_are_checked_before_they_are_ingested(family: str, tmp_path: Pat
     ]
     if family == "vit":
         wrong += [({**good, "pixel_values": [[[0.0]]]}, "pixel_values must be .* as in the other records")]
+        for value, read in ((float("nan"), "nan"), (float("-inf"), "-inf"), (1e39, "inf")):  # beyond fp32
+            pixels = torch.tensor(good["pixel_values"], dtype=torch.float64)
+            pixels[0, 1, 2] = value
+            expected = f"pixel_values must be finite, got {read} among {pixels.numel()} values"
+            wrong += [({**good, "pixel_values": pixels}, expected)]
     else:
         wrong += [
             ({**good, "input_ids": []}, "input_ids must be a list of at least one token"),
@@ -38,6 +44,7 @@ def test_records_are_checked_before_they_are_ingested(family: str, tmp_path: Pat
     for record, message in wrong:
         with pytest.raises(ValueError, match=f"record 'bad': {message}"):
             check(record, "bad")
+    assert check(good, "r0") == encode_row(good)
     label = 7 if family != "llama" else [99] * len(good["labels"])
     with pytest.raises(ValueError, match=r"labels must be in \[0, .*\), got .* for id 'bad'"):
         check({**good, "labels": label}, "bad")

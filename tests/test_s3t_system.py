@@ -394,6 +394,18 @@ def test_what_a_failed_stage_has_cached_of_deleted_records_is_erased(
     [
         ({"shards": 0}, "shards must be at least 1, got 0"),
         ({"slices": 9}, "slices must be at most 4, the layers of the model, got 9"),
+        ({"slices": 30}, "slices must be at most 4, the layers of the model, got 30"),
+        ({"labels": 0}, "labels must be at least 1, got 0"),
+        ({"lora": LoraConfig(alpha=0.0)}, "lora.alpha must be positive and finite, got 0.0"),
+        ({"lora": LoraConfig(alpha=float("nan"))}, "lora.alpha must be positive and finite, got nan"),
+        ({"stage": StageConfig(weight_decay=-1.0)}, "stage.weight_decay must be at least 0 and finite, got -1.0"),
+        ({"stage": StageConfig(weight_decay=float("nan"))}, "stage.weight_decay must be .* got nan"),
+        (
+            {"stage": StageConfig(max_grad_norm=0.0)},
+            r"stage.max_grad_norm must be positive \(inf: no clipping\), got 0.0",
+        ),
+        ({"stage": StageConfig(max_grad_norm=-1.0)}, "stage.max_grad_norm must be positive .* got -1.0"),
+        ({"stage": StageConfig(max_grad_norm=float("nan"))}, "stage.max_grad_norm must be positive .* got nan"),
         ({"slices": 4, "layers_per_slice": 2}, "layers_per_slice must lie in"),
         ({"slices": 2, "sequences": 3, "method": "cyclic"}, "3"),
         ({"prior": [0.5, 0.5]}, "prior"),

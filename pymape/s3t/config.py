@@ -18,7 +18,7 @@ class LoraConfig:
 
     Args:
         r: rank.
-        alpha: the update is scaled by alpha / r, or alpha / sqrt(r) with rslora.
+        alpha: the update is scaled by alpha / r, or alpha / sqrt(r) with rslora; positive.
         rslora: rank-stabilised scaling.
         targets: "qv" (query and value projections), "attention" (all four) or "all" (the feed-forward network's too).
         dropout: on the input of the adapters, in training.
@@ -41,7 +41,7 @@ class StageConfig:
         batch_size: records a step; every batch has this many rows, the last one filled up with rows that do not count.
         max_length: tokens that every text is padded or cut to, so that batches have one shape.
         weight_decay: of AdamW.
-        max_grad_norm: gradients are clipped to this norm.
+        max_grad_norm: gradients are clipped to this norm; inf: never.
         threads: of every operation. Bits depend on it, so it is recorded and set.
     """
 
@@ -128,6 +128,7 @@ def check_config(config: S3TConfig) -> None:
         "stage.batch_size": (stage.batch_size, 2),
         "stage.max_length": (stage.max_length, 1),
         "stage.threads": (stage.threads, 1),
+        **({} if config.labels is None else {"labels": (config.labels, 1)}),
     }
     for name, (value, lowest) in least.items():
         if value < lowest:
@@ -136,5 +137,10 @@ def check_config(config: S3TConfig) -> None:
         raise ValueError(f"prior must hold a probability for each of {config.slices} slices, got {config.prior}")
     if not 0 <= config.lora.dropout < 1:
         raise ValueError(f"lora.dropout must be in [0, 1), got {config.lora.dropout}")
-    if not 0 < stage.lr < math.inf:
-        raise ValueError(f"stage.lr must be positive and finite, got {stage.lr}")
+    for name, value in (("lora.alpha", config.lora.alpha), ("stage.lr", stage.lr)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+    if not 0 <= stage.weight_decay < math.inf:
+        raise ValueError(f"stage.weight_decay must be at least 0 and finite, got {stage.weight_decay}")
+    if not stage.max_grad_norm > 0:
+        raise ValueError(f"stage.max_grad_norm must be positive (inf: no clipping), got {stage.max_grad_norm}")

@@ -65,8 +65,8 @@ class Ensemble(nn.Module):
     torch's own kernels, which depends on how many rows there are: the adapters' part and the order of operations are
     PEFT's, bit for bit.
 
-    One thread at a time may call it. That of `S3T.ensemble` has a `source`: it never answers with a stage that a request
-    has tombstoned before it was called. One made of chains alone serves them until `update`, whatever is deleted.
+    One thread at a time may call it. That of `S3T.ensemble` has a `source`: it never answers with a stage that a
+    request had tombstoned before the call. One made of chains alone serves them until `update`, whatever is deleted.
 
     Args:
         model: the frozen base, or its folder. Its weights are shared, not copied; its modules stay as they are.
@@ -141,7 +141,8 @@ class Ensemble(nn.Module):
         """Serve what the source serves by now, and hold nothing else any more. Every call does so first.
 
         Raises:
-            ValueError: every shard is dead, or a stage file is damaged. Nothing is served then; the next call tries again.
+            ValueError: every shard is dead, or a stage file is damaged. Nothing is served then; the next call reads
+                again.
             OSError: a stage file cannot be read now; likewise.
         """
         if self._source is not None and self._source.changed():

@@ -74,6 +74,7 @@ class RecordCheck:
             row = _padded(self._model, decode_row(content), self._max_length)
             self._form = self._form or _form(row)
             _check_form(row, self._form)
+            _check_finite(row)
         except ValueError as error:
             raise ValueError(f"record {identifier!r}: {error}") from error
         check_labels(self._model, {name: value[None] for name, value in row.items()}, [identifier])
@@ -123,3 +124,10 @@ def _check_form(row: Mapping[str, Tensor], form: Mapping[str, tuple[Any, ...]]) 
         raise ValueError(f"fields must be those of the other records, {sorted(form)}, got {sorted(row)}")
     name = next(name for name, value in _form(row).items() if value != form[name])
     raise ValueError(f"{name} must be {form[name]} as in the other records, got {_form(row)[name]}")
+
+
+def _check_finite(row: Mapping[str, Tensor]) -> None:
+    for name, value in row.items():
+        wrong = value[~value.isfinite()]
+        if len(wrong):
+            raise ValueError(f"{name} must be finite, got {wrong[0].item()} among {value.numel()} values")

@@ -193,7 +193,7 @@ def chain_cover(slices: int, budget: int | None = None, prior: Sequence[float] |
     first chains win.
 
     Args:
-        slices: L, at least 1; at most 12 where chains must be left out.
+        slices: L, at least 1; at most 20, and 12 where chains must be left out.
         budget: B; None is the whole cover, and so is a larger one, with a warning: further sequences add no depth.
         prior: as for `choose_sequences`.
 
@@ -203,6 +203,10 @@ def chain_cover(slices: int, budget: int | None = None, prior: Sequence[float] |
     Source: de Bruijn, van Ebbenhorst Tengbergen and Kruyswijk 1951; brackets of Greene and Kleitman 1976.
     """
     _check_budget(slices, 1 if budget is None else budget)
+    size = math.comb(slices, slices // 2)
+    most = _MOST_SLICES if budget is None or budget >= size else _MOST_CHOOSABLE
+    if slices > most:
+        raise ValueError(f"slices must be at most {most} for a chain cover of {budget or size} sequences, got {slices}")
     chains = _symmetric_chains(slices)
     if budget is None or budget >= len(chains):
         if budget is not None and budget > len(chains):
@@ -213,10 +217,6 @@ def chain_cover(slices: int, budget: int | None = None, prior: Sequence[float] |
                 len(chains),
             )
         return chains
-    if slices > _MOST_CHOOSABLE:
-        raise ValueError(
-            f"slices must be at most {_MOST_CHOOSABLE} where a budget leaves out chains of the cover, got {slices}"
-        )
     depths = np.stack([depth_table([chain]) for chain in chains])  # [chains, 2^L]
     weights = _survivors(slices, prior) / (slices + 1)
     if math.comb(len(chains), budget) <= _MOST_CHOICES:

@@ -82,12 +82,12 @@ class S3T:
             ValueError: an option out of range, a base model that cannot be used, or a folder in use.
         """
         check_config(config)
-        budget = math.comb(config.slices, config.slices // 2) if config.sequences is None else config.sequences
-        sequences = choose_sequences(config.method, config.slices, budget, prior=config.prior, seed=config.seed)
         model = _placed(config.model, folder)
         base = load_base(config.model, config.labels)
         digest = base_hash(base)
         size = SlicedAdapters(base, config).layers_per_slice  # refuses what cannot be trained
+        budget = math.comb(config.slices, config.slices // 2) if config.sequences is None else config.sequences
+        sequences = choose_sequences(config.method, config.slices, budget, prior=config.prior, seed=config.seed)
         config = dataclasses.replace(config, model=model, sequences=len(sequences), layers_per_slice=size)
         ledger = Ledger.create(folder, dataclasses.asdict(config), digest, [sequences] * config.shards, key)
         system = cls.__new__(cls)
