@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import tempfile
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_write", "overwrite", "sync_tree", "take_lock", "umask"]
+__all__ = ["atomic_write", "discard", "overwrite", "sync_tree", "take_lock", "umask"]
 
 # A child that a killed writer had just forked, to run git for instance, holds the lock until it executes its program.
 _PATIENCE = 1.0  # seconds
@@ -25,7 +26,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         path: the file to write; its folder is created when absent.
 
     Raises:
-        OSError: the folder or the file cannot be written. Nothing is left behind then, nor after an error in the block.
+        OSError: the folder or the file cannot be written. Nothing is left behind then, nor after an error in the block:
+            what was begun is overwritten with zeros before it is deleted.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +41,19 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(target)
         _sync(target.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
+
+
+def discard(path: str | os.PathLike[str]) -> None:
+    """Delete a file that was begun, if it is there, overwritten where that is possible.
+
+    Raises:
+        OSError: it cannot be deleted.
+    """
+    with contextlib.suppress(OSError):  # a full file system may refuse even that
+        overwrite(path)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def overwrite(path: str | os.PathLike[str]) -> int:

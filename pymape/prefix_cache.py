@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pymape.delta import tensor_digest
-from pymape.files import overwrite, sync_tree
+from pymape.files import discard, overwrite, sync_tree
 
 __all__ = ["PrefixCache"]
 
@@ -24,11 +24,12 @@ _SUFFIX = ".safetensors"
 _STATES = "states"
 _HEADER = 1024  # at most what a file needs beside the states
 _RESCAN_SECONDS = 10.0
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # what file systems without hard links say
 _NOT_STORED = (errno.ENOENT, errno.ENOSPC, errno.EDQUOT)  # the folder was deleted meanwhile, as it may be; no space
 
 
 class PrefixCache:
-    """Tensors on disk, one file per prefix and record, memory-mapped when read.
+    """Tensors on disk, one file per prefix and record.
 
     A file holds the sha256 of what it is for and of its content: a damaged or partial one is noticed when it is read,
     removed and counted in `damaged`, and its record computed again. Any file and the whole folder may be deleted at any
@@ -62,27 +63,22 @@ class PrefixCache:
             inputs: digest of the record's inputs.
 
         Returns:
-            A CPU tensor that lies in the file; copy it before the file is erased.
+            A CPU tensor.
         """
         path = self._file(prefix, record)
         try:
-            with safe_open(path, framework="pt") as file:
-                stored, states = file.metadata() or {}, file.get_tensor(_STATES)
-            # A header that was hit may name another record's inputs: the checksum is over the right ones.
-            whole = stored.get("checksum") == _checksum(prefix, record, stored.get("inputs", ""), states)
+            found = _read(path, prefix, record)
         except FileNotFoundError:
             self.misses += 1
             return None
-        except (SafetensorError, OSError):
-            whole = False
-        if not whole:
+        if found is None:
             self.damaged += 1
             self._remove(path)
-        if not whole or stored["inputs"] != inputs:
+        if found is None or found[0] != inputs:
             self.misses += 1
             return None
         self.hits += 1
-        return states
+        return found[2]
 
     def put(self, prefix: str, record: str, inputs: str, states: Tensor) -> bool:
         """Store a tensor in the place of what the record had under this prefix; False where a limit forbids it.
@@ -94,24 +90,40 @@ class PrefixCache:
         path = self._file(prefix, record)
         if not self._fits(states.nbytes + _HEADER):
             return False
-        metadata = {"inputs": inputs, "checksum": _checksum(prefix, record, inputs, states)}
-        content = save({_STATES: states}, metadata)
+        checksum = _checksum(prefix, record, inputs, states)
+        content = save({_STATES: states}, {"inputs": inputs, "checksum": checksum})
+
+        def stored() -> bool:
+            with contextlib.suppress(FileNotFoundError):
+                found = _read(path, prefix, record)
+                return found is not None and found[1] == checksum
+            return False
+
         temporary = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            before = path.stat().st_size if path.exists() else 0
+            if stored():
+                return True
             # The name begins as the record's file does, so that `erase` finds what a killed process leaves behind.
             handle, temporary = tempfile.mkstemp(prefix=path.stem + ".", suffix=".tmp", dir=path.parent)
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
-            os.replace(temporary, path)
+            while True:
+                try:
+                    _rename(temporary, path)
+                    break
+                except FileExistsError:
+                    if stored():  # somebody else was first
+                        discard(temporary)
+                        return True
+                    self._remove(path)  # not only replaced: its blocks would keep what it holds
         except BaseException as error:
             if temporary is not None:
-                _discard(temporary)
+                discard(temporary)
             if isinstance(error, OSError) and error.errno in _NOT_STORED:
                 return False
             raise
-        self._bytes += len(content) - before
+        self._bytes += len(content)
         return True
 
     def erase(self, records: Iterable[str]) -> int:
@@ -182,12 +194,42 @@ class PrefixCache:
         return True
 
 
-def _discard(path: str) -> None:
-    """Delete a file that was begun, overwritten if that is possible."""
-    with contextlib.suppress(OSError):  # a full file system may refuse even that
-        overwrite(path)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
+def _read(path: Path, prefix: str, record: str) -> tuple[str, str, Tensor] | None:
+    """Inputs, checksum and states in a file; None where it is damaged or another's.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            # A copy, then checked: the file may be erased at any time, and its tensor lies in it.
+            stored, states = file.metadata() or {}, file.get_tensor(_STATES).clone()
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError):
+        return None
+    # A header that was hit may name another record's inputs: the checksum is over the right ones.
+    inputs = stored.get("inputs", "")
+    checksum = _checksum(prefix, record, inputs, states)
+    return (inputs, checksum, states) if stored.get("checksum") == checksum else None
+
+
+def _rename(temporary: str, path: Path) -> None:
+    """Give a file its name.
+
+    Raises:
+        FileExistsError: another one has it.
+    """
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        os.replace(temporary, path)
+    else:
+        os.unlink(temporary)
 
 
 def _name(record: str) -> str:

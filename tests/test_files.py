@@ -43,6 +43,25 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["file.txt"]
 
 
+@pytest.mark.parametrize("fails", ["block", "rename"])
+def test_what_was_begun_is_overwritten_when_writing_fails(tmp_path: Path, fails: str) -> None:
+    target, link = tmp_path / "file", tmp_path / "link"
+    if fails == "rename":
+        target.mkdir()
+
+    def write() -> None:
+        with atomic_write(target) as temporary:
+            temporary.write_bytes(b"weights")
+            link.hardlink_to(temporary)
+            if fails == "block":
+                raise RuntimeError("interrupted")
+
+    with pytest.raises((RuntimeError, IsADirectoryError)):
+        write()
+    assert link.read_bytes() == bytes(7)
+    assert {path.name for path in tmp_path.iterdir()} == {"link", *(["file"] if fails == "rename" else [])}
+
+
 @pytest.mark.parametrize("size", [0, 1, (1 << 20) + 3])
 def test_nothing_of_an_overwritten_file_is_left(tmp_path: Path, size: int) -> None:
     path, link = tmp_path / "file", tmp_path / "link"

@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +339,62 @@ def test_erase_leaves_no_bytes_of_a_record(tmp_path: Path) -> None:
             assert bool(found) != gone
     assert len(cache) == 2
     assert cache.nbytes == sum(f.stat().st_size for f in tmp_path.glob("*/*"))
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_is_replaced_is_overwritten(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second name of a file shows what became of its bytes; not all file systems have such names."""
+    cache, second = PrefixCache(tmp_path / "cache"), tmp_path / "second name"
+    assert cache.put("prefix", "r", "inputs", torch.ones(4))
+    [file] = files(tmp_path / "cache")
+    second.hardlink_to(file)
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+    before, size = second.read_bytes(), file.stat().st_size
+    assert cache.put("prefix", "r", "inputs", torch.ones(4))
+    assert file.samefile(second)  # the same content is not written again
+    assert cache.put("prefix", "r", "others", torch.full((4,), 2.0))
+    assert second.read_bytes() == bytes(len(before))
+    assert files(tmp_path / "cache") == [file]
+    assert cache.get("prefix", "r", "inputs") is None
+    assert torch.equal(cache.get("prefix", "r", "others"), torch.full((4,), 2.0))
+    assert cache.nbytes == file.stat().st_size == size
+
+
+@pytest.mark.parametrize("value", [1.0, 2.0])
+def test_two_writers_of_one_record_leave_one_file(
+    value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one is done while this one writes."""
+    cache, other, make = PrefixCache(tmp_path / "cache"), PrefixCache(tmp_path / "cache"), tempfile.mkstemp
+    written = []
+
+    def late(**options: Any) -> tuple[int, str]:
+        if not written:
+            written.append(tmp_path / "first")
+            assert other.put("prefix", "r", "inputs", torch.full((4,), value))
+            written[0].hardlink_to(*files(tmp_path / "cache"))
+        handle, name = make(**options)
+        written.append(tmp_path / f"link {len(written)}")
+        written[-1].hardlink_to(name)
+        return handle, name
+
+    monkeypatch.setattr(tempfile, "mkstemp", late)
+    assert cache.put("prefix", "r", "inputs", torch.ones(4))
+    [file] = files(tmp_path / "cache")
+    assert torch.equal(cache.get("prefix", "r", "inputs"), torch.ones(4))
+    assert len(written) == 3
+    for link in written:
+        assert link.samefile(file) or not link.read_bytes().strip(b"\0")
+    assert cache.nbytes == file.stat().st_size
+
+
+def test_states_that_were_read_survive_their_file(tmp_path: Path) -> None:
+    cache = PrefixCache(tmp_path)
+    cache.put("prefix", "r", "inputs", torch.ones(4))
+    states = cache.get("prefix", "r", "inputs")
+    cache.erase(["r"])
+    assert torch.equal(states, torch.ones(4))
 
 
 def test_several_models_and_copies_share_a_folder(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,20 @@ def test_the_prefix_cache_changes_no_bit(family: str, dropout: float, tmp_path: 
             file.write_bytes(file.read_bytes()[:-3])
     assert train_chain(config, SEQUENCE, slices, cache=cache) == plain  # half full, and damaged
     assert stored(cache) == written
+
+
+def test_no_states_are_written_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that fill a batch, and batches of which some are missing, are computed again, but stored once."""
+    config, slices = setting(tmp_path)
+    begun, make = [], tempfile.mkstemp
+
+    def count(**options: Any) -> Any:
+        begun.append(options)
+        return make(**options)
+
+    monkeypatch.setattr(tempfile, "mkstemp", count)
+    train_chain(config, SEQUENCE, slices, cache=tmp_path / "cache")
+    assert len(begun) == len(stored(tmp_path / "cache")) > 0
 
 
 @pytest.mark.parametrize("change", [{"batch_size": 3}, {"threads": 2}, {"max_length": LENGTH + 3}])
