@@ -16,7 +16,7 @@ from s3t_ledger_tools import make_content, make_rows, make_stage, name_of, names
 from pymape.s3t.audit import AuditLog, first_entry
 from pymape.s3t.database import Database, create_database
 from pymape.s3t.ledger import Ledger, StageRow
-from pymape.s3t.stages import Provenance, pack_stage, row_digest, unpack_stage
+from pymape.s3t.stages import Provenance, StageKey, pack_stage, row_digest, unpack_stage
 
 KEY = bytes(range(32))
 
@@ -243,6 +243,19 @@ def revive_stage(folder: Path) -> list[str]:
     return [f"stage {row.key.name} is live, and the audit log says that it has ended"]
 
 
+def revive_repaired_stage(folder: Path) -> list[str]:
+    """A stage that was whole when `repair` ended it together with its damaged parent."""
+    with Ledger(folder) as ledger:
+        ledger.path(StageKey(0, (2, 3))).write_bytes(b"")
+        ledger.repair()
+        ledger._db._connection.execute("UPDATE stages SET state = 'cancelled' WHERE state = 'planned'")
+        for prefix in ("2.3", "2.3.0"):
+            [row] = ledger._stage_rows("s.shard = 0 AND s.prefix = ? AND s.generation = 0", (prefix,))
+            ledger._db._connection.execute("UPDATE stages SET state = 'trained' WHERE stage = ?", (row.stage,))
+            replace_stage(ledger, row, unpack_stage(make_stage(ledger, row))[1])
+    return [f"stage {row.key.name} is live, and the audit log says that it has ended"]
+
+
 def replace_stage(ledger: Ledger, row: StageRow, provenance: Provenance) -> None:
     content = pack_stage({"lora": torch.ones(64)}, provenance)
     ledger.path(row.key).write_bytes(content)
@@ -262,6 +275,7 @@ DAMAGES: dict[str, Callable[[Path], list[str]]] = {
     "file": leave_file,
     "forged stage": forge_stage,
     "revived stage": revive_stage,
+    "revived repaired stage": revive_repaired_stage,
     "audit": tamper("UPDATE audit SET detail = '{}' WHERE seq = 2", "audit log row 2 is not what was written"),
     "receipt": tamper(
         "UPDATE requests SET receipt = replace(receipt, '\"records\": 2', '\"records\": 1') WHERE name = 'first'",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import threading
 from pathlib import Path
@@ -420,8 +421,15 @@ def test_repair_replaces_damaged_stages(ledger: Ledger) -> None:
     path = ledger.path(damaged)
     path.write_bytes(path.read_bytes()[:-1])
     assert [problem for problem in ledger.verify()["problems"] if "shard01-3.0-g0" in problem]
+    others = [StageKey(1, (3, 0, 1)), StageKey(1, (3, 0, 1, 2))]
+    assert all(ledger.path(key).exists() for key in others)
     assert ledger.repair() == 3
-    assert not path.exists()
+    assert not any(ledger.path(key).exists() for key in (damaged, *others))
+    repaired, erased = [(entry.event, json.loads(entry.detail)) for entry in ledger.audit_log()][-2:]
+    names = [key.name for key in (damaged, *others)]
+    assert repaired == ("repair planned", {"shards": [1], "stages": 3, "damaged": names[:1], "ended": names})
+    assert erased == ("stages erased", {"stages": names})
+    assert json.loads((ledger.folder / "audit.head").read_text())["seq"] == ledger.audit_log()[-1].seq
     assert land_all(ledger) == 3
     assert [len(chain) for chain in ledger.serving()] == [4, 4]
     assert ledger.verify()["problems"] == []

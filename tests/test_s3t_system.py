@@ -277,6 +277,15 @@ def test_evaluation_and_death(tmp_path: Path, bases: dict[str, str]) -> None:
         assert system.evaluate(test)["live_shards"] == [0]
         forecast = system.forecast(rate=2.0)
         assert forecast
+        system.delete([name for name, (shard, _) in slices_of(system).items() if shard == 0], "a shard")
+        with pytest.raises(ValueError, match="system must serve a shard, got one of which every shard is dead"):
+            system.evaluate(test)
+        left = system._ledger.locate([record_name(system._ledger.key, name) for name in slices_of(system)]).values()
+        live = {record.name for record in left if record.request is None}
+        system.delete([n for n in slices_of(system) if record_name(system._ledger.key, n) in live], "the rest")
+        for use, message in ((lambda: system.evaluate(test), "serve a shard"), (system.repair, "have records left")):
+            with pytest.raises(ValueError, match=f"system must {message}.*, got one of which every record is deleted"):
+                use()
 
 
 def test_an_ensemble_never_answers_with_a_tombstoned_stage(tmp_path: Path, bases: dict[str, str]) -> None:

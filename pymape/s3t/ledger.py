@@ -157,7 +157,7 @@ class Ledger(LedgerRequests):
         damaged = self._damaged()
         with self._change("repair"):
             damaged = [row for row in damaged if self._state(row) == "trained"]  # no request has ended it meanwhile
-            self._end_stages(damaged)
+            ended = self._end_stages(damaged)
             live = {(row.key.shard, row.key.prefix): row.stage for row in self.stages()}
             wanted = [place for place in self._plannable() if place not in live]
             shards = sorted({shard for shard, _ in wanted})
@@ -166,10 +166,11 @@ class Ledger(LedgerRequests):
             )
             planned = self._plan(wanted, live)
             if planned or damaged:
-                names = sorted(row.key.name for row in damaged)
-                self._audit.append("repair planned", shards=shards, stages=planned, damaged=names)
+                names, others = (sorted(row.key.name for row in rows) for rows in (damaged, ended))
+                self._audit.append("repair planned", shards=shards, stages=planned, damaged=names, ended=others)
         with self._finishing:
             self._erase([])
+            self._move_anchor()
         return planned
 
     def verify(self) -> dict[str, Any]:
@@ -243,8 +244,9 @@ class Ledger(LedgerRequests):
                 found += [row] if wrong else []
         return found
 
-    def _end_stages(self, damaged: Sequence[StageRow]) -> None:
-        """Take damaged stages and all that build on them out of service, inside a transaction."""
+    def _end_stages(self, damaged: Sequence[StageRow]) -> list[StageRow]:
+        """Take damaged stages and all that build on them out of service, inside a transaction; which these are."""
+        found: list[StageRow] = []
         for shard in sorted({row.key.shard for row in damaged}):
             prefixes = [row.key.prefix for row in damaged if row.key.shard == shard]
             ended = [row for row in self.stages(shard) if any(row.key.prefix[: len(p)] == p for p in prefixes)]
@@ -253,6 +255,8 @@ class Ledger(LedgerRequests):
                 [("tombstoned" if row.state == "trained" else "cancelled", row.stage) for row in ended],
             )
             self._serve_deepest([shard])
+            found += ended
+        return found
 
     def _finish(self) -> list[Exception]:
         """Do what is left to do; what is wrong afterwards."""
@@ -284,6 +288,7 @@ class Ledger(LedgerRequests):
             )
         )
         stages = self._stage_rows("s.state = 'tombstoned' AND s.request IS NULL")
+        repaired = [row.key.name for row in stages]
         # Those that an interrupted attempt has erased already are looked for again: it may not have reached the disk.
         stages += self._stages_of(requests, "tombstoned", "erased")
         if not requests and not stages:
@@ -302,6 +307,8 @@ class Ledger(LedgerRequests):
                 ("UPDATE stages SET state = 'erased' WHERE stage = ?", ended),
             ):
                 self._db.run_all(statement, rows)
+            if repaired:  # the others are in the rows of their requests
+                self._audit.append("stages erased", stages=repaired)
         self._db.truncate_log()
         done = [request for request in requests if request not in failed]
         if done:

@@ -129,7 +129,12 @@ def require_served(ledger: Ledger) -> Served:
     """
     served = read_served(ledger)
     if not served.chains:
-        missing = "every shard is dead: repair it first" if ledger.deleted else "nothing is trained: train it first"
+        if not ledger.deleted:
+            missing = "nothing is trained: train it first"
+        elif any(map(any, ledger.counts())):
+            missing = "every shard is dead: repair it first"
+        else:
+            missing = "every record is deleted"
         raise ValueError(f"system must serve a shard, got one of which {missing}")
     return served
 

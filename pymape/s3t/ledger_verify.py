@@ -160,7 +160,7 @@ def _log_of_stages(ledger: Ledger) -> tuple[dict[str, str], set[str]]:
             if entry.event == "stage landed":
                 landed[detail.get("stage")] = detail.get("sha256")
             elif entry.event == "repair planned":
-                ended.update(detail.get("damaged", []))
+                ended.update(detail.get("damaged", []), detail.get("ended", []))
             elif entry.event == "records deleted":
                 vouched.add(detail.get("receipt"))
         receipts = [receipt for (receipt,) in ledger._db.rows("SELECT receipt FROM requests")]

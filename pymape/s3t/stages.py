@@ -78,7 +78,9 @@ class StageKey:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Everything that a stage's bits depend on. Two stages of one provenance hold the same bits.
+    """What a stage was made from. Two stages of one provenance, made in one environment, hold the same bits.
+
+    But for the order of the records in a slice: it is that of ingest, which the ledger keeps and a provenance does not.
 
     Args:
         key: which stage.

@@ -172,7 +172,12 @@ class S3T:
         """Train what deletions have switched off anew, as a new generation, on the records that are left.
 
         Args and Returns: as `train`.
+
+        Raises:
+            ValueError: as `train`, or every record is deleted.
         """
+        if self._ledger.deleted and not any(map(any, self._ledger.counts())):
+            raise ValueError("system must have records left to repair it, got one of which every record is deleted")
         self._ledger.repair()
         return train_planned(self._ledger, self.config, engine, workers, address, cache, progress)
 
