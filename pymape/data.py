@@ -169,7 +169,8 @@ def load_ids(path: str | Path, id_column: str = "id", *, argument: str = "forget
     """Read ids from a text file, one per line, or from the id column of a table.
 
     Args:
-        path: csv, tsv, json, jsonl and parquet are read as tables, anything else as text, one id per line.
+        path: csv, tsv, json, jsonl and parquet are read as tables, anything else as text, one id per line; lines end
+            in \\n or \\r\\n.
         id_column: the table's id column.
         argument: the option's name in error messages.
 
@@ -189,7 +190,8 @@ def load_ids(path: str | Path, id_column: str = "id", *, argument: str = "forget
         if not path.is_file():
             raise ValueError(f"{argument} must be an existing file of ids, got {str(path)!r}")
         try:
-            ids = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+            with path.open(encoding="utf-8-sig", newline="") as stream:  # no other character ends a line
+                ids = [line.strip() for line in stream.read().split("\n")]
         except UnicodeDecodeError as error:
             raise ValueError(f"{argument} must be a text file of ids, got {str(path)!r}: {error}") from error
     ids = [identifier for identifier in ids if identifier]

@@ -106,6 +106,12 @@ def test_ids_come_from_text_or_from_a_table(tmp_path: Path) -> None:
     assert load_ids(_write(tmp_path / "ids.csv", ROWS[:2])) == ["a", "b"]
 
 
+def test_no_character_but_a_newline_ends_an_id(tmp_path: Path) -> None:
+    text = tmp_path / "ids.txt"
+    text.write_bytes("a\u2028b\r\nc\x85d\ne\rf\n\x0bg\x0ch".encode())
+    assert load_ids(text) == ["a\u2028b", "c\x85d", "e\rf", "g\x0ch"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [("\n \n", "forget must name at least one id, got none"), ("a\nb\na\n", "must not repeat an id, got 'a'")],

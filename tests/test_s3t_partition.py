@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 
+import numpy as np
 import pytest
+import torch
 
-from pymape.s3t.partition import place, record_name, subject_name
+from pymape.s3t.partition import place, read_identifier, record_name, subject_name
 
 KEY = bytes(range(32))
 # The places of r0 ... r7 in 3 x 4: they must never change, or every system on disk would be read wrongly.
@@ -48,3 +50,40 @@ def test_names_tell_nothing_without_the_key() -> None:
     assert subject_name(KEY, IDS[0]) not in names
     assert record_name(KEY, "é") != record_name(KEY, "e\u0301")
     assert record_name(KEY, "1") != record_name(KEY, "01") != record_name(KEY, "1 ")
+
+
+@pytest.mark.parametrize(
+    ("values", "identifier"),
+    [
+        ((7, 7.0, "7", " 7\n", np.int64(7), np.float32(7), np.array(7.0), torch.tensor(7), torch.tensor(7.0)), "7"),
+        (("Jos\u00e9", "Jose\u0301", "\u2028Jose\u0301 "), "Jos\u00e9"),
+        ((-0.0, 0), "0"),
+        ((1.5, "1.5", torch.tensor(1.5)), "1.5"),
+        (("1.0",), "1.0"),  # a text is no number
+        (("\u06cc\u200c\u06a9", ), "\u06cc\u200c\u06a9"),  # what joins letters is a part of the spelling
+        ((None, float("nan"), "", " ", torch.tensor(float("nan")), np.float32("nan")), ""),
+    ],
+)  # fmt: skip
+def test_an_id_is_one_however_it_is_written(values: tuple[object, ...], identifier: str) -> None:
+    assert {read_identifier(value, "id") for value in values} == {identifier}
+
+
+@pytest.mark.parametrize("text", ["n1\nn2", "n1\rn2", "a\tb", "n\0", "a\x85b", "a\u2028b", "a\u2029b", "a\ud800"])
+def test_an_id_is_one_line_of_text(text: str) -> None:
+    with pytest.raises(ValueError, match="id of record 3 must hold no control character, line separator or half a sur"):
+        read_identifier(text, "id of record 3")
+    if text != "a\ud800":
+        assert read_identifier(text, "id", normal=False) == text
+
+
+@pytest.mark.parametrize("value", [torch.tensor([7]), np.array([7, 8]), [7], ("a", "b"), {"a": 1}, b"7"])
+def test_an_id_is_no_collection(value: object) -> None:
+    with pytest.raises(ValueError, match=f"ids must be a text or a number, got a {type(value).__name__}"):
+        read_identifier(value, "ids")
+
+
+def test_systems_of_before_take_ids_as_they_are() -> None:
+    for value, text in ((1.0, "1.0"), (" Jose\u0301 ", "Jose\u0301"), (7, "7"), (None, ""), (float("nan"), "")):
+        assert read_identifier(value, "ids", normal=False) == text
+    with pytest.raises(ValueError, match=r"ids must hold no half a surrogate pair, got 'a\\ud800'"):
+        read_identifier("a\ud800", "ids", normal=False)

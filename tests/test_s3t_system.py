@@ -25,6 +25,7 @@ from pymape.s3t.ledger import Ledger
 from pymape.s3t.ledger_training import stage_job
 from pymape.s3t.partition import place, record_name
 from pymape.s3t.stages import unpack_stage
+from pymape.s3t.tables import Columns, read_records
 from pymape.s3t.training import train_stage
 
 FAMILIES = ("bert", "vit", "llama")
@@ -198,6 +199,77 @@ def test_subjects_may_be_numbers_and_missing(tmp_path: Path, bases: dict[str, st
         for nobody in ("nan", "None", ""):
             with pytest.raises(ValueError, match="subjects must have records"):
                 system.plan(subjects=[nobody])
+
+
+ACUTE, APART = "Jos\u00e9", "Jose\u0301"  # one name in Unicode's two normal forms
+
+
+def test_an_id_or_a_subject_is_one_however_it_is_written(tmp_path: Path, bases: dict[str, str]) -> None:
+    subjects = [ACUTE, APART, 1, 1.0, torch.tensor(1), "1"]
+    records = [{**record, "subject": who} for record, who in zip(make_records("bert", 6), subjects, strict=True)]
+    numbers = [
+        {**record, "id": number} for record, number in zip(make_records("bert", 3), (7.0, APART, 8), strict=True)
+    ]
+    with S3T.create(tmp_path / "system", options(bases["bert"])) as system:
+        system.ingest(records)
+        assert system.ingest(numbers)["added"] == 3
+        again = [
+            {**record, "id": number} for record, number in zip(numbers, ("7", ACUTE, torch.tensor(8)), strict=True)
+        ]
+        assert system.ingest(again) == {"added": 0, "already_there": 3}
+        with pytest.raises(ValueError, match="must not repeat an id, got '7' again in record 2"):
+            system.ingest([numbers[0], {**numbers[1], "id": "7"}])
+        for bad, message in (
+            ([records[0], {**records[1], "id": "n1\nn2"}], r"id of record 2 must hold no control .*, got 'n1\\nn2'"),
+            ([{**records[0], "subject": "a\ud800"}], r"subject of record 1 must hold no control .*, got 'a\\ud800'"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                system.ingest(bad)
+        for call in (lambda: system.plan(["a\ud800"]), lambda: system.plan(subjects=["a\u2028b"])):
+            with pytest.raises(ValueError, match=r"(ids|subjects) must hold no control character"):
+                call()
+        assert system.status()["shards"][0]["records"] + system.status()["shards"][1]["records"] == 9
+        assert system.delete(subjects=[APART], request_id="name")["records"] == 2
+        assert system.delete([ACUTE, 7], subjects=[1.0], request_id="numbers")["records"] == 6
+    with S3T(tmp_path / "system") as system:  # what was decided when it was made
+        with pytest.raises(ValueError, match=f"'{ACUTE}', deleted by 'numbers'"):
+            system.plan([APART])
+        assert system.plan([8.0])["records"] == 1
+
+
+def test_a_system_of_before_ids_had_a_normal_form_finds_what_it_stored(tmp_path: Path, bases: dict[str, str]) -> None:
+    subjects = [ACUTE, APART, 1, 1.0]
+    records = [{**record, "subject": who} for record, who in zip(make_records("bert", 4), subjects, strict=True)]
+    more = [{**record, "id": who} for record, who in zip(make_records("bert", 3), (APART, 7.0, "n1\nn2"), strict=True)]
+    S3T.create(tmp_path / "system", options(bases["bert"])).close()
+    with Ledger(tmp_path / "system") as ledger:
+        settings = {name: value for name, value in ledger.settings.items() if name != "ids"}
+        with ledger._db.transaction("test"):
+            ledger._db.run("UPDATE system SET value = ? WHERE name = 'settings'", (json.dumps(settings),))
+    with S3T(tmp_path / "system") as system:
+        assert system.ingest(records + more) == {"added": 7, "already_there": 0}
+        assert system.ingest(records + more) == {"added": 0, "already_there": 7}
+        keyed = [record_name(system._ledger.key, text) for text in ("r0", APART, "7.0", "n1\nn2")]
+        assert len(system._ledger.locate(keyed)) == 4
+        assert system.plan([APART, 7.0, "n1\nn2"])["records"] == 3
+        with pytest.raises(ValueError, match="'7', which is unknown"):
+            system.plan([7])
+        assert system.plan(subjects=[1])["records"] == system.plan(subjects=["1.0"])["records"] == 1
+        for name in (ACUTE, APART):  # a person's records go together, however they are spelled
+            assert system.plan(subjects=[name])["records"] == 2
+
+
+def test_numbers_of_a_table_are_ids_as_numbers_are(tmp_path: Path) -> None:
+    vit = write_base(tmp_path / "base", "vit")
+    table = [
+        {"id": float(row), "person": who, "pixel_values": record["pixel_values"], "label": record["labels"]}
+        for row, (record, who) in enumerate(zip(make_records("vit", 3), (1.0, None, 1), strict=True))
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(table))
+    with S3T.create(tmp_path / "system", options(vit)) as system:
+        columns = Columns(id="id", subject="person")
+        assert system.ingest(read_records(tmp_path / "data.json", system.config, columns))["added"] == 3
+        assert system.plan(["1"], subjects=["1"])["records"] == 3
 
 
 def test_requests_are_idempotent_and_batches_are_whole(tmp_path: Path, bases: dict[str, str]) -> None:

@@ -3,8 +3,42 @@
 from __future__ import annotations
 
 import hmac
+import re
+import unicodedata
+from collections.abc import Collection
+from typing import Any
 
-__all__ = ["place", "record_name", "subject_name"]
+__all__ = ["place", "read_identifier", "record_name", "subject_name"]
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # line separators among them
+
+
+def read_identifier(value: Any, argument: str, *, normal: bool = True) -> str:
+    """The id of a record or of a subject as text, the same for all ways of writing it.
+
+    Args:
+        value: a text, which is stripped and put into Unicode's normal form C; a number, also a tensor or an array of
+            one without dimensions: 7, 7.0 and "7" are one id; anything else that `str` makes a name of.
+        argument: what the value is, for the message.
+        normal: False takes a text or a number as it is, as systems do that were made before there was a normal form.
+
+    Returns:
+        The id; empty where there is none, which tables say with NaN too.
+
+    Raises:
+        ValueError: a control character, a line separator, half a surrogate pair, or a collection.
+    """
+    if normal:
+        value = value.item() if getattr(value, "ndim", None) == 0 else value
+        if isinstance(value, Collection) and not isinstance(value, str):
+            raise ValueError(f"{argument} must be a text or a number, got a {type(value).__name__}")
+        value = int(value) if isinstance(value, float) and value.is_integer() else value
+    text = "" if value is None or value != value else str(value).strip()
+    if (_CONTROLS if normal else _SURROGATES).search(text):
+        wrong = "control character, line separator or half a surrogate pair" if normal else "half a surrogate pair"
+        raise ValueError(f"{argument} must hold no {wrong}, got {text!r}")
+    return unicodedata.normalize("NFC", text) if normal else text
 
 
 def record_name(key: bytes, identifier: str) -> str:

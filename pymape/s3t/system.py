@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,12 +28,14 @@ from pymape.s3t.ledger_training import (
     require_served,
     train_planned,
 )
-from pymape.s3t.partition import place, record_name, subject_name
+from pymape.s3t.partition import place, read_identifier, record_name, subject_name
 from pymape.s3t.rows import RecordCheck
 from pymape.s3t.sequences import choose_sequences
 from pymape.s3t.theory import forecast
 
 __all__ = ["S3T"]
+
+_IDS, _NORMAL = "ids", "NFC"  # noted in the folder: what ids are hashed, those that `read_identifier` makes normal
 
 
 class S3T:
@@ -64,6 +67,7 @@ class S3T:
     def _open(self, ledger: Ledger) -> None:
         self.folder, self._ledger = Path(ledger.folder), ledger
         settings = dict(ledger.settings)
+        self._normal_ids = settings.pop(_IDS, None) == _NORMAL
         settings["model"] = os.path.normpath(self.folder / settings["model"])
         lora, stage = LoraConfig(**settings.pop("lora")), StageConfig(**settings.pop("stage"))
         self.config = S3TConfig(**settings, lora=lora, stage=stage)
@@ -89,7 +93,8 @@ class S3T:
         budget = math.comb(config.slices, config.slices // 2) if config.sequences is None else config.sequences
         sequences = choose_sequences(config.method, config.slices, budget, prior=config.prior, seed=config.seed)
         config = dataclasses.replace(config, model=model, sequences=len(sequences), layers_per_slice=size)
-        ledger = Ledger.create(folder, dataclasses.asdict(config), digest, [sequences] * config.shards, key)
+        settings = dataclasses.asdict(config) | {_IDS: _NORMAL}
+        ledger = Ledger.create(folder, settings, digest, [sequences] * config.shards, key)
         system = cls.__new__(cls)
         system._open(ledger)
         return system
@@ -110,6 +115,7 @@ class S3T:
         Args:
             records: dicts as the model is trained on (input_ids, labels, ... or pixel_values, labels), each with a
                 unique `id` and optionally a `subject`, the person it is about: one subject's records share a slice.
+                Both are texts or numbers; 7, 7.0 and " 7" are one, and so are Unicode's ways of writing one text.
             progress: show a progress bar; default: on a terminal.
 
         Returns:
@@ -376,7 +382,9 @@ class S3T:
     def _rows(self, records: Iterable[Mapping[str, Any]]) -> Iterable[RecordRow]:
         check, seen = RecordCheck(self.config), set()
         for number, record in enumerate(records, start=1):
-            identifier, subject = _identifier(record.get("id")), _identifier(record.get("subject"))
+            identifier, subject = (
+                self._identifier(record.get(name), f"{name} of record {number}") for name in ("id", "subject")
+            )
             if not identifier:
                 raise ValueError(f"records must each have an id, got none in record {number}")
             if identifier in seen:
@@ -397,12 +405,12 @@ class S3T:
             if isinstance(given, (str, bytes)):
                 raise ValueError(f"{name} must be a list, got the single {type(given).__name__} {given!r}")
         known = bool(subjects) and request is not None and self._ledger.has_request(request)
-        stripped = [_identifier(identifier) for identifier in ids]
+        stripped = [self._identifier(identifier, "ids") for identifier in ids]
         names = [record_name(self._ledger.key, identifier) for identifier in stripped]
         deleted = all(record.request is not None for record in self._ledger.require_live(names, stripped, request))
         wanted = dict.fromkeys(names)
         for subject in subjects:
-            found = self._ledger.names_of_subject(subject_name(self._ledger.key, _identifier(subject)))
+            found = self._names_of_subject(self._identifier(subject, "subjects"))
             if not found and not known:
                 raise ValueError(f"subjects must have records, got {subject!r} with none")
             wanted |= dict.fromkeys(found)
@@ -412,15 +420,19 @@ class S3T:
             raise ValueError("ids must name at least one record, got none")
         return list(wanted)
 
+    def _identifier(self, value: Any, argument: str) -> str:
+        return read_identifier(value, argument, normal=self._normal_ids)
+
+    def _names_of_subject(self, subject: str) -> list[str]:
+        """Keyed names of a subject's live records, also of those that an older system took another spelling for."""
+        forms = [] if self._normal_ids else [unicodedata.normalize(form, subject) for form in ("NFC", "NFD")]
+        names = [subject_name(self._ledger.key, form) for form in dict.fromkeys([subject, *forms])]
+        return [found for name in names for found in self._ledger.names_of_subject(name)]
+
 
 def _fields(record: Mapping[str, Any]) -> dict[str, Any]:
     """What the model is to see of a record."""
     return {name: value for name, value in bare_record(record).items() if name != "subject"}
-
-
-def _identifier(value: Any) -> str:
-    """An id as text; empty where there is none, which tables say with NaN too."""
-    return "" if value is None or value != value else str(value).strip()
 
 
 def _placed(model: str, folder: str | os.PathLike[str]) -> str:

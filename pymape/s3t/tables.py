@@ -71,7 +71,7 @@ def read_records(path: str | Path, config: S3TConfig, columns: Columns) -> list[
         values, name = table.column(columns.label, "label_column"), f"{columns.label} of {str(path)!r}"
         fields["labels"] = validate_labels(values, settings.num_labels, settings.label2id, argument=name)
     if columns.id is not None:
-        fields["id"] = table.ids
+        fields["id"] = table.column(columns.id)
     if columns.subject is not None:
         fields["subject"] = table.column(columns.subject, "subject_column")
     return [dict(zip(fields, row, strict=True)) for row in zip(*fields.values(), strict=True)]
