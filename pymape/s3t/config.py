@@ -137,9 +137,9 @@ def check_config(config: S3TConfig) -> None:
         raise ValueError(f"prior must hold a probability for each of {config.slices} slices, got {config.prior}")
     if not 0 <= config.lora.dropout < 1:
         raise ValueError(f"lora.dropout must be in [0, 1), got {config.lora.dropout}")
-    for name, value in (("lora.alpha", config.lora.alpha), ("stage.lr", stage.lr)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")
+    for name, factor in (("lora.alpha", config.lora.alpha), ("stage.lr", stage.lr)):
+        if not 0 < factor < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {factor}")
     if not 0 <= stage.weight_decay < math.inf:
         raise ValueError(f"stage.weight_decay must be at least 0 and finite, got {stage.weight_decay}")
     if not stage.max_grad_norm > 0:
