@@ -338,18 +338,19 @@ class LedgerRequests(LedgerStages):
         rows = self._db.rows_in("SELECT outcome FROM exports WHERE request IN ({}) ORDER BY export", requests)
         return [json.loads(outcome) for (outcome,) in rows]
 
-    def _traces(self, requests: Sequence[int]) -> list[str]:
-        """What is left of the records of erased requests."""
+    def _traces(self, requests: Sequence[int]) -> list[tuple[int, str]]:
+        """What is left of the records of erased requests, each with its request."""
         found = []
-        for row in self._stages_of(requests, "tombstoned", "erased"):
+        for row, request in self._stages_of(requests, "tombstoned", "erased").items():
             if row.state != "erased" or self.path(row.key).exists():
-                found.append(f"stage {row.key.name} must be erased, got one that is {row.state} or has a file")
-        for (name,) in self._db.rows_in(
-            "SELECT name FROM tombstones JOIN records USING (record) JOIN contents USING (record) "
+                problem = f"stage {row.key.name} must be erased, got one that is {row.state} or has a file"
+                found.append((request, problem))
+        for request, name in self._db.rows_in(
+            "SELECT request, name FROM tombstones JOIN records USING (record) JOIN contents USING (record) "
             "WHERE request IN ({}) AND (content != zeroblob(length(content)) OR digest != zeroblob(32))",
             requests,
         ):
-            found.append(f"record {name.hex()} must be erased, got one with a content")
+            found.append((request, f"record {name.hex()} must be erased, got one with a content"))
         return found
 
     def _receipts(self, where: str = "", values: Sequence[Any] = ()) -> list[dict[str, Any]]:

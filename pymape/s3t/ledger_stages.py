@@ -333,10 +333,15 @@ class LedgerStages(LedgerRecords):
             )
         ]
 
-    def _stages_of(self, requests: Sequence[int], *states: str) -> list[StageRow]:
-        """The stages that requests have ended, those in some states."""
-        found = self._db.rows_in("SELECT stage, state FROM stages WHERE request IN ({})", requests)
-        return [row for stage, state in found if state in states for row in self._stage_rows("s.stage = ?", (stage,))]
+    def _stages_of(self, requests: Sequence[int], *states: str) -> dict[StageRow, int]:
+        """The stages in some states that requests have ended, each with its request."""
+        found = list(self._db.rows_in("SELECT stage, state, request FROM stages WHERE request IN ({})", requests))
+        return {
+            row: request
+            for stage, state, request in found
+            if state in states
+            for row in self._stage_rows("s.stage = ?", (stage,))
+        }
 
     def _erase_cached(self, names: Sequence[str]) -> int:
         """Remove the cached states of records; the number of files."""
