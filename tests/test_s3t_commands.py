@@ -10,7 +10,7 @@ import pytest
 from session_tools import write_files
 
 from pymape.cli import main
-from pymape.s3t import S3T
+from pymape.s3t import S3T, S3TConfig
 from pymape.s3t.tables import Columns, read_records
 
 
@@ -84,6 +84,32 @@ def test_what_is_wrong_is_named(tmp_path: Path, files: Path, capsys: pytest.Capt
     text = run(capsys, "verify", system, code=1)
     assert damaged.name in text
     assert "not in order" in text
+    text = run(capsys, "verify", system, "--replay", code=1)
+    assert "no stage can be trained again" in text
+    assert "replayed: nothing" in text
+
+
+def test_verify_changes_nothing(tmp_path: Path, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    system = tmp_path / "system"
+    with S3T.create(system, S3TConfig(str(files / "model"), shards=1, slices=2)) as opened:
+        opened.ingest(read_records(files / "train.csv", opened.config, Columns(id="id")))
+        opened.delete(["r1"], "first", finish=False)
+        text = run(capsys, "verify", system)  # beside a process that writes
+        assert "NOT FINISHED: request 'first' is tombstoned\n" in text
+        assert text.endswith("everything else is in order\n")
+        old = {name: (system / name).read_bytes() for name in ("ledger.sqlite", "ledger.sqlite-wal")}
+    left = system / "stages" / "shard00-0-g7.safetensors"
+    left.write_bytes(b"weights put back")
+    assert f"PROBLEM: file '{left}' belongs to nothing" in run(capsys, "verify", system, code=1)
+    assert left.read_bytes() == b"weights put back"
+    assert S3T(system, read_only=True).receipt("first")["state"] == "tombstoned"
+    S3T(system).close()
+    assert "is in order" in run(capsys, "verify", system)
+    for name, content in old.items():
+        (system / name).write_bytes(content)
+    text = run(capsys, "verify", system, code=1)
+    assert "is an older one put back" in text
+    assert "checked database pages" in text
 
 
 @pytest.mark.parametrize(

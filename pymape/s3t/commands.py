@@ -136,7 +136,7 @@ def delete(folder: str, request_id: str, ids: str | None = None, subjects: str |
 
 
 def verify(folder: str, replay: bool = False) -> dict[str, Any]:
-    """Check audit chain, files and provenance.
+    """Check audit chain, files and provenance; changes nothing, also while another process trains or deletes.
 
     Args:
         folder: the system's folder.
@@ -144,7 +144,7 @@ def verify(folder: str, replay: bool = False) -> dict[str, Any]:
     """
     from pymape.s3t.system import S3T
 
-    with S3T(folder) as system:
+    with S3T(folder, read_only=True) as system:
         return system.verify(replay=replay)
 
 

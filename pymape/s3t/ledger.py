@@ -175,7 +175,8 @@ class Ledger(LedgerRequests):
         """Check everything that can be checked without training.
 
         Returns:
-            {"ok": bool, "problems": [sentences that name what is wrong], "checked": {what: how many}}.
+            {"ok": bool, "problems": [sentences that name what is wrong], "checked": {what: how many}, "unfinished":
+            [sentences that name what `finish` has still to do, which is no problem]}.
         """
         from pymape.s3t.ledger_verify import verify
 

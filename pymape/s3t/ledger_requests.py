@@ -94,6 +94,10 @@ class LedgerRequests(LedgerStages):
         """Receipts of all requests, in the order in which they were received."""
         return self._receipts()
 
+    def unfinished(self) -> list[dict[str, Any]]:
+        """Receipts of the requests that are not verified."""
+        return self._receipts("WHERE q.verified IS NULL")
+
     def request_rate(self) -> float | None:
         """Records deleted a day, from the first request to the last; None before there are two moments."""
         first, last = self._db.rows("SELECT min(received), max(received) FROM requests")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -30,7 +31,8 @@ def verify(ledger: Ledger) -> dict[str, Any]:
         ledger: open in either mode.
 
     Returns:
-        {"ok": bool, "problems": [sentences that name what is wrong], "checked": {what: how many}}.
+        {"ok": bool, "problems": [sentences that name what is wrong], "checked": {what: how many}, "unfinished":
+        [sentences that name what `Ledger.finish` has still to do, which is no problem]}.
     """
     checks: dict[str, Callable[[Ledger], tuple[int, list[str]]]] = {
         "database_pages": _database,
@@ -49,7 +51,17 @@ def verify(ledger: Ledger) -> dict[str, Any]:
             found = [str(error)]
         problems += found
     problems = list(dict.fromkeys(problems))
-    return {"ok": not problems, "problems": problems, "checked": checked}
+    unfinished: list[str] = []
+    with contextlib.suppress(ValueError, OSError):  # of a damaged database, which is among the problems
+        unfinished = _unfinished(ledger)
+    return {"ok": not problems, "problems": problems, "checked": checked, "unfinished": unfinished}
+
+
+def _unfinished(ledger: Ledger) -> list[str]:
+    with ledger.snapshot():
+        found = [f"request {receipt['request']!r} is {receipt['state']}" for receipt in ledger.unfinished()]
+        damaged = ledger._stage_rows("s.state = 'tombstoned' AND s.request IS NULL")
+    return found + [f"stage {row.key.name} was damaged, and is not erased" for row in damaged]
 
 
 def _database(ledger: Ledger) -> tuple[int, list[str]]:

@@ -276,17 +276,21 @@ class S3T:
 
         Audit chain, database, checksum and provenance of every stage file, agreement of provenance with the records
         that are left and with the system's options, absence of deleted records and of files that nothing refers to.
+        A system that is open for writing has removed what a crash left: to see it too, open the folder read-only.
 
         Args:
             replay: also train one served stage again and compare bit by bit.
 
         Returns:
-            {"ok": bool, "problems": [sentences], "checked": {...}}.
+            {"ok": bool, "problems": [sentences], "checked": {...}, "unfinished": [sentences: what `finish` has to do]}.
         """
         report = self._ledger.verify()
         report["problems"] += other_options(self._ledger, self.config)
         if replay:
-            report["checked"]["replayed"], problem = replay_stage(self._ledger, self.config)
+            try:
+                report["checked"]["replayed"], problem = replay_stage(self._ledger, self.config)
+            except (ValueError, OSError) as error:
+                report["checked"]["replayed"], problem = None, f"no stage can be trained again: {error}"
             report["problems"] += [problem] if problem else []
         report["ok"] = not report["problems"]
         return report

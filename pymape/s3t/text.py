@@ -68,7 +68,9 @@ def _verify(found: dict[str, Any]) -> str:
     counts = {name.replace("_", " "): "nothing" if value is None else value for name, value in found["checked"].items()}
     checked = ", ".join(f"{name}: {value}" for name, value in counts.items())
     problems = [f"PROBLEM: {problem}" for problem in found["problems"]]
-    return "\n".join([*problems, f"checked {checked}", "everything is in order" if found["ok"] else "not in order"])
+    problems += [f"NOT FINISHED: {line}" for line in found["unfinished"]]
+    order = f"everything {'else ' if found['unfinished'] else ''}is in order" if found["ok"] else "not in order"
+    return "\n".join([*problems, f"checked {checked}", order])
 
 
 def _figures(found: dict[str, Any]) -> str:
