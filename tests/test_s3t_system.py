@@ -169,6 +169,19 @@ def test_subjects_are_deleted_together_and_share_a_slice(tmp_path: Path, bases: 
         assert system.delete(subjects=["person-3"], request_id="person") == receipt
         with pytest.raises(ValueError, match="subjects must have records, got 'person-3' with none"):
             system.delete(subjects=["person-3"], request_id="again")
+        for subjects in (["nobody"], ["person-3", "nobody"], ["person-4"]):
+            with pytest.raises(ValueError, match="must be new for other records, got 'person', which is known"):
+                system.delete(subjects=subjects, request_id="person")
+        assert system.delete(["r3", "r23"], "person") == receipt  # the same records
+        system.delete(["r12"], "by id")
+        for subjects in (["nobody"], ["person-3"]):
+            with pytest.raises(ValueError, match=f"subjects must have records, got '{subjects[0]}' with none"):
+                system.delete(subjects=subjects, request_id="by id")
+        with pytest.raises(ValueError, match="must be new for other records, got 'by id', which is known"):
+            system.delete(["r12"], "by id", subjects=["person-12"])
+        system.delete(subjects=["person-15"], request_id="later", finish=False)
+        assert system.delete(subjects=["person-15", "person-15"], request_id="later")["state"] == "verified"
+        assert system.verify()["problems"] == []
         both = system.delete(["r6"], "both", subjects=["person-7"])
         assert both["records"] == 3
         assert system.delete(["r6"], "both", subjects=["person-7"]) == both

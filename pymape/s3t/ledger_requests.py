@@ -21,6 +21,7 @@ from pymape.s3t.stages import StageKey
 __all__ = ["STATES", "LedgerRequests", "names_digest"]
 
 FORMAT = "pymape.deletion.1"
+_KNOWN = "request_id must be new for other records, got {!r}, which is known"
 _PARTIAL = ".partial"  # how the folder of an export is called while it is written
 STATES = ("received", "switched", "erased", "verified")  # columns with the times; "received" is the state "tombstoned"
 
@@ -43,7 +44,9 @@ class LedgerRequests(LedgerStages):
         with self._db.snapshot():
             return self._impact([self._checked(names)])[0][0]
 
-    def tombstone(self, requests: Sequence[tuple[str, Sequence[str]]]) -> list[dict[str, Any]]:
+    def tombstone(
+        self, requests: Sequence[tuple[str, Sequence[str]]], asked: Mapping[str, str] | None = None
+    ) -> list[dict[str, Any]]:
         """Accept requests to delete records: when this returns they are durable, whatever happens next.
 
         From here on no stage that was trained on the records is served, read or built upon. All requests of a call are
@@ -51,12 +54,13 @@ class LedgerRequests(LedgerStages):
 
         Args:
             requests: (name of the request, names of the records).
+            asked: name of a new request -> digest of what it was asked for in other words, for `names_asked`.
 
         Returns:
             A receipt for each: "request", "received" (ISO time), "records" (how many), "shards" (for each affected one
             its generation, depth before and after, names of the stages tombstoned and cancelled), "stages" and
             "cancelled" (how many), "bytes" to erase (stage files and record contents), "exports" (paths) to revoke,
-            "state", and "audit" (number and MAC of the row in the audit log). A request that is known with the same
+            "state", and "audit" (number and MAC of the row in the audit log); "asked" where one was given. A request that is known with the same
             records gives the stored receipt.
 
         Raises:
@@ -72,7 +76,7 @@ class LedgerRequests(LedgerStages):
             _check_apart(new)
             if new:
                 with self._db.transaction("tombstone"):  # and no anchor: the answer waits for one commit, no more
-                    self._commit_tombstones(new)
+                    self._commit_tombstones(new, asked or {})
         return [self.receipt(request) for request, _ in requests]
 
     def receipt(self, request: str) -> dict[str, Any]:
@@ -86,9 +90,22 @@ class LedgerRequests(LedgerStages):
             raise ValueError(f"request_id must be that of a request, got {request!r}, which is unknown")
         return found[0]
 
-    def has_request(self, request: str) -> bool:
-        """Whether a request of this name was accepted."""
-        return self._db.value("SELECT 1 FROM requests WHERE name = ?", (request,)) is not None
+    def names_asked(self, request: str, asked: str) -> list[str]:
+        """Names of the records of a known request that was asked for the same; none where no request says so.
+
+        Args:
+            request: its name.
+            asked: as it was given to `tombstone`.
+
+        Raises:
+            ValueError: it was asked for something else.
+        """
+        for row, receipt in self._db.rows("SELECT request, receipt FROM requests WHERE name = ?", (request,)):
+            before = json.loads(receipt).get("asked")
+            if before is not None and before != asked:
+                raise ValueError(_KNOWN.format(request))
+            return [] if before is None else self._names_of(row)
+        return []
 
     def requests(self) -> list[dict[str, Any]]:
         """Receipts of all requests, in the order in which they were received."""
@@ -198,7 +215,7 @@ class LedgerRequests(LedgerStages):
         }
         for request, names in requests:
             if request in known and names_digest(names) != names_digest(self._names_of(known[request])):
-                raise ValueError(f"request_id must be new for other records, got {request!r}, which is known")
+                raise ValueError(_KNOWN.format(request))
         return set(known)
 
     def _names_of(self, request: int) -> list[str]:
@@ -258,11 +275,12 @@ class LedgerRequests(LedgerStages):
         trained = {prefix for prefix, row in live.items() if row.state == "trained"}
         return deepest(self.sequences[shard], trained)[1]
 
-    def _commit_tombstones(self, requests: Sequence[tuple[str, list[FoundRecord]]]) -> None:
+    def _commit_tombstones(self, requests: Sequence[tuple[str, list[FoundRecord]]], asked: Mapping[str, str]) -> None:
         received = now()
         impacts = self._impact([records for _, records in requests])
         for (request, records), (figures, ended, exports) in zip(requests, impacts, strict=True):
-            receipt = json.dumps({"format": FORMAT, "request": request, "received": received, **figures})
+            words = {"asked": asked[request]} if request in asked else {}
+            receipt = json.dumps({"format": FORMAT, "request": request, "received": received, **words, **figures})
             entry = self._audit.append(
                 "records deleted",
                 request=request,

@@ -19,6 +19,7 @@ from pymape.s3t.engine import Engine
 from pymape.s3t.ensemble import Combination, Ensemble
 from pymape.s3t.export import export_ensemble
 from pymape.s3t.ledger import Ledger, RecordRow
+from pymape.s3t.ledger_requests import names_digest
 from pymape.s3t.ledger_training import other_options, read_served, replay_stage, require_served, train_planned
 from pymape.s3t.partition import place, record_name, subject_name
 from pymape.s3t.rows import RecordCheck
@@ -178,7 +179,7 @@ class S3T:
         Raises:
             ValueError: as `delete`.
         """
-        return self._ledger.plan_deletion(self._names(ids, subjects))
+        return self._ledger.plan_deletion(self._names(ids, subjects)[0])
 
     def delete(
         self, ids: Sequence[str] = (), request_id: str = "", *, subjects: Sequence[str] = (), finish: bool = True
@@ -187,7 +188,8 @@ class S3T:
 
         Args:
             ids: of the records.
-            request_id: the caller's name of the request; the same name with the same records gives the same receipt.
+            request_id: the caller's name of the request; the same name with the same records, or with the same ids and
+                subjects, gives the same receipt.
             subjects: people (or other subjects) all of whose records are deleted too.
             finish: erase before returning. False returns as soon as the request is durable and the stages are out of
                 service; `finish` or the next opening does the rest.
@@ -200,10 +202,8 @@ class S3T:
                 nothing changes then. Or what `finish` raises, once the request is accepted.
             OSError: the disk is full and nothing has changed, or what `finish` raises. `receipt` tells which.
         """
-        names = self._names(ids, subjects, request_id)
-        if not names:  # a request that is known: everybody's records are gone already
-            return self._ledger.receipt(request_id)
-        return self._accept([(request_id, names)], finish)[0]
+        names, asked = self._names(ids, subjects, request_id)
+        return self._accept([(request_id, names)], finish, {request_id: asked} if asked else None)[0]
 
     def delete_batch(self, requests: Mapping[str, Sequence[str]], *, finish: bool = True) -> list[dict[str, Any]]:
         """Accept several requests in one durable step: all of them or none.
@@ -218,7 +218,7 @@ class S3T:
         Raises:
             ValueError: as `delete`.
         """
-        return self._accept([(name, self._names(ids, (), name)) for name, ids in requests.items()], finish)
+        return self._accept([(name, self._names(ids, (), name)[0]) for name, ids in requests.items()], finish)
 
     def finish(self) -> None:
         """Take every accepted request through switching, erasure and verification.
@@ -353,9 +353,11 @@ class S3T:
             check=lambda: self._ledger.check_export(target),
         )
 
-    def _accept(self, requests: Sequence[tuple[str, list[str]]], finish: bool) -> list[dict[str, Any]]:
-        """The receipts of requests, each with the keyed names of its records."""
-        receipts = self._ledger.tombstone(requests)
+    def _accept(
+        self, requests: Sequence[tuple[str, list[str]]], finish: bool, asked: Mapping[str, str] | None = None
+    ) -> list[dict[str, Any]]:
+        """The receipts of requests, each with the keyed names of its records; `asked` as `Ledger.tombstone`."""
+        receipts = self._ledger.tombstone(requests, asked)
         if finish:
             self.finish()
             receipts = [self._ledger.receipt(request) for request, _ in requests]
@@ -376,29 +378,34 @@ class S3T:
             shard, part = place(self._ledger.key, subject or identifier, self.config.shards, self.config.slices)
             yield RecordRow.of(name, about, shard, part, content, identifier)
 
-    def _names(self, ids: Sequence[str], subjects: Sequence[str], request: str | None = None) -> list[str]:
-        """Keyed names of records given by id and by subject; none where a known request has deleted all of them.
+    def _names(
+        self, ids: Sequence[str], subjects: Sequence[str], request: str | None = None
+    ) -> tuple[list[str], str | None]:
+        """Keyed names of records given by id and by subject; with subjects also a digest of what was asked for.
 
-        Nobody can say any more which records a deleted subject had: such a request is taken for the one that is known.
+        Nobody can say any more which records a deleted subject had. A request that was asked for the same before says.
         """
         for name, given in (("ids", ids), ("subjects", subjects)):
             if isinstance(given, (str, bytes)):
                 raise ValueError(f"{name} must be a list, got the single {type(given).__name__} {given!r}")
-        known = bool(subjects) and request is not None and self._ledger.has_request(request)
         stripped = [_identifier(identifier) for identifier in ids]
         names = [record_name(self._ledger.key, identifier) for identifier in stripped]
-        deleted = all(record.request is not None for record in self._ledger.require_live(names, stripped, request))
+        people = [subject_name(self._ledger.key, _identifier(subject)) for subject in subjects]
+        asked = names_digest([*names, *{*people}]) if people else None
+        if request is not None and asked is not None:
+            repeated = self._ledger.names_asked(request, asked)
+            if repeated:
+                return repeated, asked
+        self._ledger.require_live(names, stripped, request)
         wanted = dict.fromkeys(names)
-        for subject in subjects:
-            found = self._ledger.names_of_subject(subject_name(self._ledger.key, _identifier(subject)))
-            if not found and not known:
+        for subject, name in zip(subjects, people, strict=True):
+            found = self._ledger.names_of_subject(name)
+            if not found:
                 raise ValueError(f"subjects must have records, got {subject!r} with none")
             wanted |= dict.fromkeys(found)
-        if known and deleted and len(wanted) == len(names):
-            return []
         if not wanted:
             raise ValueError("ids must name at least one record, got none")
-        return list(wanted)
+        return list(wanted), asked
 
 
 def _fields(record: Mapping[str, Any]) -> dict[str, Any]:
