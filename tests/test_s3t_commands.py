@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from session_tools import write_files
 
+import pymape.files
 from pymape.cli import main
+from pymape.prefix_cache import PrefixCache
 from pymape.s3t import S3T, S3TConfig
+from pymape.s3t.partition import record_name
 from pymape.s3t.tables import Columns, read_records
 
 
@@ -87,6 +93,47 @@ def test_what_is_wrong_is_named(tmp_path: Path, files: Path, capsys: pytest.Capt
     text = run(capsys, "verify", system, "--replay", code=1)
     assert "no stage can be trained again" in text
     assert "replayed: nothing" in text
+
+
+def test_a_receipt_is_printed_whatever_holds_up_requests(
+    tmp_path: Path, files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system, real = tmp_path / "system", pymape.files.overwrite
+    with S3T.create(system, S3TConfig(str(files / "model"), shards=1, slices=2)) as opened:
+        opened.ingest(read_records(files / "train.csv", opened.config, Columns(id="id")))
+        kept = opened._ledger.folder / "cache" / ("0" * 32)
+        for number in (1, 2, 3):
+            (tmp_path / f"{number}.txt").write_text(f"r{number}\n")
+            name = record_name(opened._ledger.key, f"r{number}")
+            PrefixCache(kept.parent).put("0" * 64, name, "inputs", torch.zeros(2))
+            if number == 1:
+                [first] = kept.iterdir()
+
+    def overwrite(path: str) -> int:
+        if Path(path) == first:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+        return real(path)
+
+    def delete(number: int) -> tuple[object, ...]:
+        return ("delete", system, "--request-id", f"q{number}", "--ids", tmp_path / f"{number}.txt")
+
+    problem = f"request 'q1' is not finished: [Errno 1] Operation not permitted: '{first}'"
+    with monkeypatch.context() as patch:
+        patch.setattr("pymape.prefix_cache.overwrite", overwrite)
+        text = run(capsys, *delete(1), code=1)
+        assert text.startswith(f"PROBLEM: {problem}\nrequest q1: switched\n")
+        assert run(capsys, *delete(2)).startswith(f"NOT FINISHED: {problem}\nrequest q2: verified\n")
+        found = result(capsys, *delete(2))
+        assert (found["ok"], found["problems"], found["unfinished"]) == (True, [], [problem])
+        assert run(capsys, "finish", system, code=1) == f"PROBLEM: {problem}\nrequests: 1 switched, 1 verified\n"
+        with S3T(system) as opened, pytest.warns(UserWarning, match="request 'q1' is not finished: .*not permitted"):
+            assert opened.delete(["r3"], "q3")["state"] == "verified"
+        with S3T(system) as opened, pytest.raises(PermissionError):
+            opened.delete(["r1"], "q1")
+    assert run(capsys, "receipt", system, "--request-id", "q1").startswith("request q1: switched\nrecords: 1\n")
+    assert "q9" in run(capsys, "receipt", system, "--request-id", "q9", code=2)
+    assert run(capsys, "finish", system) == "requests: 3 verified\n"
+    assert result(capsys, "receipt", system, "--request-id", "q1")["state"] == "verified"
 
 
 def test_verify_changes_nothing(tmp_path: Path, files: Path, capsys: pytest.CaptureFixture[str]) -> None:

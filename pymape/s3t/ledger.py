@@ -124,7 +124,7 @@ class Ledger(LedgerRequests):
         """A block in which what is read fits together: no request is accepted meanwhile."""
         return self._db.snapshot()
 
-    def finish(self) -> None:
+    def finish(self, *, check: bool = True) -> dict[str | None, Exception]:
         """Take every accepted request to "verified", each state durable before the next.
 
         Switched: every affected shard serves its deepest live chain. Erased: the files of tombstoned stages, the cached
@@ -132,13 +132,24 @@ class Ledger(LedgerRequests):
         Verified: what the affected shards still hold was made from the records that are left. All requests go together.
         Other threads may use the ledger meanwhile; requests that they make then are left to the next call.
 
+        Args:
+            check: raise the first problem. False returns all of them.
+
+        Returns:
+            What keeps each request from its end, by name; under None what keeps a damaged stage from being erased.
+
         Raises:
             ValueError: naming a stage that was not made from what is left, or another process has been reading the
                 database all the time.
             OSError: a file cannot be erased. Only the request that it belongs to waits. Calling again continues.
         """
-        for problem in self._finish().values():
-            raise problem
+        problems = self._finish()
+        if check:
+            for problem in problems.values():
+                raise problem
+        rows = self._db.rows_in("SELECT request, name FROM requests WHERE request IN ({})", [*problems])
+        names = {None: None, **dict(rows)}
+        return {names[request]: problem for request, problem in problems.items()}
 
     def repair(self) -> int:
         """Plan what deletions have ended anew, on the records that are left, as the next generation of each shard.

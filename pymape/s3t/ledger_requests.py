@@ -60,8 +60,8 @@ class LedgerRequests(LedgerStages):
             A receipt for each: "request", "received" (ISO time), "records" (how many), "shards" (for each affected one
             its generation, depth before and after, names of the stages tombstoned and cancelled), "stages" and
             "cancelled" (how many), "bytes" to erase (stage files and record contents), "exports" (paths) to revoke,
-            "state", and "audit" (number and MAC of the row in the audit log); "asked" where one was given. A request that is known with the same
-            records gives the stored receipt.
+            "state", and "audit" (number and MAC of the row in the audit log); "asked" where one was given. A request that
+            is known with the same records gives the stored receipt.
 
         Raises:
             ValueError: a record that is unknown, repeated or deleted already, or a known request with other records.

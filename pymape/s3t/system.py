@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from pymape.s3t.rows import RecordCheck
 from pymape.s3t.sequences import choose_sequences
 from pymape.s3t.theory import forecast
 
-__all__ = ["S3T"]
+__all__ = ["S3T", "not_finished"]
 
 
 class S3T:
@@ -199,8 +200,11 @@ class S3T:
 
         Raises:
             ValueError: an id that is unknown, repeated or deleted already, or a request id used for other records:
-                nothing changes then. Or what `finish` raises, once the request is accepted.
-            OSError: the disk is full and nothing has changed, or what `finish` raises. `receipt` tells which.
+                nothing changes then. Or what keeps the request from its end, once it is accepted (`finish`).
+            OSError: the disk is full and nothing has changed, or as before. `receipt` tells which.
+
+        Warns:
+            UserWarning: another request could not be finished.
         """
         names, asked = self._names(ids, subjects, request_id)
         return self._accept([(request_id, names)], finish, {request_id: asked} if asked else None)[0]
@@ -220,14 +224,20 @@ class S3T:
         """
         return self._accept([(name, self._names(ids, (), name)[0]) for name, ids in requests.items()], finish)
 
-    def finish(self) -> None:
-        """Take every accepted request through switching, erasure and verification.
+    def finish(self, *, check: bool = True) -> dict[str | None, Exception]:
+        """Take every accepted request through switching, erasure and verification; one that cannot holds up no other.
+
+        Args:
+            check: raise the first problem. False returns all of them.
+
+        Returns:
+            What keeps each request from its end, by name; under None what keeps a damaged stage from being erased.
 
         Raises:
             ValueError: a stage that was not made from what is left, or a database that another process keeps reading.
             OSError: a file, also one of an export, cannot be erased. Calling again continues.
         """
-        self._ledger.finish()
+        return self._ledger.finish(check=check)
 
     def receipt(self, request_id: str) -> dict[str, Any]:
         """The receipt of a request, in its present state.
@@ -359,7 +369,12 @@ class S3T:
         """The receipts of requests, each with the keyed names of its records; `asked` as `Ledger.tombstone`."""
         receipts = self._ledger.tombstone(requests, asked)
         if finish:
-            self.finish()
+            problems = self.finish(check=False)
+            own = [problems.pop(request) for request, _ in requests if request in problems]
+            for request, problem in problems.items():
+                warnings.warn(not_finished(request, problem), stacklevel=3)
+            if own:
+                raise own[0]
             receipts = [self._ledger.receipt(request) for request, _ in requests]
         return receipts
 
@@ -406,6 +421,12 @@ class S3T:
         if not wanted:
             raise ValueError("ids must name at least one record, got none")
         return list(wanted), asked
+
+
+def not_finished(request: str | None, problem: Exception) -> str:
+    """A sentence about a problem that `S3T.finish` returns."""
+    what = "a damaged stage is not erased" if request is None else f"request {request!r} is not finished"
+    return f"{what}: {problem}"
 
 
 def _fields(record: Mapping[str, Any]) -> dict[str, Any]:
