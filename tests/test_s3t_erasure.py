@@ -21,6 +21,7 @@ from s3t_ledger_tools import (
     make_stage,
     name_of,
     names_in,
+    record_export,
     trained_ledger,
 )
 
@@ -151,7 +152,7 @@ def test_a_file_of_an_export_is_renamed_on_disk_before_it_is_overwritten(
 def export(ledger: Ledger, folder: Path, shard: int) -> dict[str, str]:
     files = make_export(folder)
     stages = [row.key for row in ledger.serving()[shard]]
-    ledger.record_export(folder, [{"file": name, "sha256": digest} for name, digest in files.items()], stages)
+    record_export(ledger, folder, files, stages)
     return files
 
 
@@ -192,15 +193,15 @@ def test_an_export_of_an_ended_stage_is_refused(tmp_path: Path) -> None:
         stages = [row.key for row in ledger.serving()[0]]
         ledger.tombstone([("first", names_in(ledger, 0, 3)[:1])])
         with pytest.raises(ValueError, match=r"stages of an export must be live, got shard00-0\.1\.2\.3-g0"):
-            ledger.record_export(tmp_path / "export", [], stages)
+            record_export(ledger, tmp_path / "export", {}, stages)
         assert ledger.exports() == []
-        ledger.record_export(tmp_path / "export", [], stages[:-1])
+        record_export(ledger, tmp_path / "export", {}, stages[:-1])
 
 
 def test_a_second_export_replaces_the_first(tmp_path: Path) -> None:
     with trained_ledger(tmp_path / "system") as ledger:
         for shard in (0, 1):
-            ledger.record_export(tmp_path / "export", [], [row.key for row in ledger.serving()[shard]])
+            record_export(ledger, tmp_path / "export", {}, [row.key for row in ledger.serving()[shard]])
         assert len(ledger.exports()) == 1
         assert ledger.plan_deletion(names_in(ledger, 0, 0)[:1])["exports"] == []
 

@@ -57,6 +57,7 @@ class LedgerStages(LedgerRecords):
     def _start_stages(self) -> None:
         self._landing: set[int] = set()  # stages whose files are being written
         self._exporting: set[int] = set()  # exports that are being written
+        self._placing: set[int] = set()  # exports that are being moved to where they belong
         self._landed = threading.Condition(self._db.lock)  # notified when one of either is done
         self._cache: PrefixCache | None = None
 

@@ -359,8 +359,7 @@ class S3T:
             sha256=self._ledger.base,
             sizes=served.sizes,
             begin=lambda temporary: self._ledger.exporting(temporary, served.stages),
-            record=lambda files: self._ledger.record_export(target, files, served.stages),
-            check=lambda: self._ledger.check_export(target),
+            place=lambda files: self._ledger.placing(target, files, served.stages),
         )
 
     def _accept(
