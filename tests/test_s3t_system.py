@@ -340,6 +340,27 @@ def test_what_a_failed_stage_has_cached_of_deleted_records_is_erased(
         assert len(cache) == 1
 
 
+def test_what_an_engine_that_stays_open_goes_on_to_cache_is_erased(tmp_path: Path, bases: dict[str, str]) -> None:
+    with make_system(tmp_path / "system", bases["bert"]) as system:
+        cache, jobs = PrefixCache(tmp_path / "system" / "cache"), []
+
+        def work(job: Any) -> bytes:
+            jobs.append(job)
+            if len(jobs) == 2:  # one whose worker was busy when the landing of the first failed
+                gone = one_of(system, job.provenance.key.prefix[0])
+                system.delete([gone], "meanwhile")
+                cache.put("prefix", record_name(system._ledger.key, gone), "inputs", torch.zeros(2))
+            return b"no stage"
+
+        engine = InlineEngine(work)
+        engine.workers = 2
+        with pytest.raises(ValueError, match="must be a safetensors file"):
+            system.train(engine=engine)
+        assert engine.pending == 0
+        assert len(jobs) == 2
+        assert len(cache) == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

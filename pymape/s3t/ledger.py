@@ -358,6 +358,7 @@ class Ledger(LedgerRequests):
         """Verify requests; the first problem of each that stays erased."""
         if not requests:
             return {}
+        late = self._cached_again(requests)
         with self._db.transaction("verify"):
             found = [
                 (request, problem)
@@ -365,7 +366,7 @@ class Ledger(LedgerRequests):
                 for problem in self._provenance_problems(shard)[:1]
                 for request in self._requests_of(shard)
             ]
-            found += self._traces(requests)
+            found += self._traces(requests) + late
             problems = {request: ValueError(problem) for request, problem in reversed(found)}
             done = [request for request in requests if request not in problems]
             if done:

@@ -59,7 +59,7 @@ class LedgerStages(LedgerRecords):
         self._exporting: set[int] = set()  # exports that are being written
         self._placing: set[int] = set()  # exports that are being moved to where they belong
         self._landed = threading.Condition(self._db.lock)  # notified when one of either is done
-        self._cache: PrefixCache | None = None
+        self._cache = PrefixCache(self.folder / CACHE)
 
     def plan(self) -> int:
         """Plan the stages of all sequences that were never planned; a common prefix is one stage.
@@ -348,11 +348,13 @@ class LedgerStages(LedgerRecords):
         """Remove the cached states of records; the number of files."""
         if not names or not (self.folder / CACHE).is_dir():
             return 0
-        if self._cache is None:
-            self._cache = PrefixCache(self.folder / CACHE)
         erased = self._cache.erase(names)
         faults.checkpoint("erase: cache cleared")
         return erased
+
+    def _cached(self, names: Sequence[str]) -> list[str]:
+        """Those of some records that have cached states."""
+        return self._cache.holding(names) if names and (self.folder / CACHE).is_dir() else []
 
 
 def deepest(sequences: Sequence[tuple[int, ...]], live: set[tuple[int, ...]]) -> tuple[int, int]:
