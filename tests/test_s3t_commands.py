@@ -15,7 +15,7 @@ from session_tools import write_files
 import pymape.files
 from pymape.cli import main
 from pymape.prefix_cache import PrefixCache
-from pymape.s3t import S3T, S3TConfig
+from pymape.s3t import S3T, S3TConfig, StageConfig
 from pymape.s3t.partition import record_name
 from pymape.s3t.tables import Columns, read_records
 
@@ -58,13 +58,16 @@ def test_from_init_to_evaluate(tmp_path: Path, files: Path, capsys: pytest.Captu
     exported = result(capsys, "export", system, "--output", adapters)
     assert (adapters / "ensemble.json").is_file()
     assert len(exported["files"]) >= 5
+    assert f"export {adapters}: to be erased\n" in run(capsys, "plan", system, "--ids", files / "ids.txt")
 
     delete = ("delete", system, "--request-id", "2026-001", "--ids", files / "ids.txt")
     receipt = result(capsys, *delete)
     assert (receipt["state"], receipt["stages"]) == ("verified", planned["stages"])
     assert result(capsys, *delete) == receipt
     assert not list(adapters.rglob("*.safetensors"))
-    assert "2026-001: verified" in run(capsys, *delete)
+    text = run(capsys, *delete)
+    assert "2026-001: verified" in text
+    assert f"export {adapters}: {len(exported['files'])} files erased\n" in text
 
     scores = result(capsys, "evaluate", system, "--data", files / "test.csv")
     assert scores["records"] == 10
@@ -134,6 +137,28 @@ def test_a_receipt_is_printed_whatever_holds_up_requests(
     assert "q9" in run(capsys, "receipt", system, "--request-id", "q9", code=2)
     assert run(capsys, "finish", system) == "requests: 3 verified\n"
     assert result(capsys, "receipt", system, "--request-id", "q1")["state"] == "verified"
+
+
+def test_files_of_an_export_that_are_left_are_named(
+    tmp_path: Path, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    system, adapters = tmp_path / "system", tmp_path / "adapters"
+    config = S3TConfig(str(files / "model"), shards=1, slices=2, stage=StageConfig(epochs=1, max_length=8))
+    with S3T.create(system, config) as opened:
+        opened.ingest(read_records(files / "train.csv", opened.config, Columns(id="id")))
+        opened.train(engine="inline")
+        opened.export(adapters)
+    weights = adapters / "shard-00" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b"\n")
+    (adapters / "README.md").unlink()
+    text = run(capsys, "delete", system, "--request-id", "first", "--ids", files / "ids.txt", code=1)
+    left = "shard-00/adapter_model.safetensors"
+    problem = f"export '{adapters}' has files that were changed and are left there: {left}"
+    line = f"export {adapters}: 2 files erased; changed since and left there: {left}; not there any more: README.md"
+    assert text.startswith(f"PROBLEM: {problem}\nrequest first: verified\n")
+    assert f"\n{line}\n" in text
+    assert line in run(capsys, "receipt", system, "--request-id", "first")
+    assert weights.exists()
 
 
 def test_verify_changes_nothing(tmp_path: Path, files: Path, capsys: pytest.CaptureFixture[str]) -> None:

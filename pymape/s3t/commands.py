@@ -136,7 +136,12 @@ def delete(folder: str, request_id: str, ids: str | None = None, subjects: str |
         found = system.finish(check=False)
         problems = [not_finished(request_id, found.pop(request_id))] if request_id in found else []
         others = [not_finished(request, problem) for request, problem in found.items()]
-        return {**system.receipt(request_id), "ok": not problems, "problems": problems, "unfinished": others}
+        state = system.receipt(request_id)
+        for outcome in state["revoked"]:
+            if outcome["changed"]:
+                names = ", ".join(outcome["changed"])
+                problems.append(f"export {outcome['path']!r} has files that were changed and are left there: {names}")
+        return {**state, "ok": not problems, "problems": problems, "unfinished": others}
 
 
 def receipt(folder: str, request_id: str) -> dict[str, Any]:
@@ -250,7 +255,8 @@ def run_command(name: str, options: dict[str, Any], *, as_json: bool = False) ->
         as_json: print JSON instead of text.
 
     Returns:
-        False where it found something wrong (`verify`) or could not finish what was accepted (`delete`, `finish`).
+        False where it found something wrong (`verify`), could not finish what was accepted (`delete`, `finish`), or
+        left changed files of an export (`delete`).
     """
     found = COMMANDS[name](**options)
     if as_json:

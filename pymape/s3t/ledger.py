@@ -270,10 +270,10 @@ class Ledger(LedgerRequests):
         with self._finishing:
             last = self._db.value("SELECT max(request) FROM requests") or 0
             self._switch(self._waiting("switched IS NULL", last))
-            failed = self._erase(self._waiting("switched NOTNULL AND erased IS NULL", last))
-            problems = self._verify_requests(self._waiting("erased NOTNULL", last))
+            problems = self._erase(self._waiting("switched NOTNULL AND erased IS NULL", last))
+            problems.update(self._verify_requests(self._waiting("erased NOTNULL", last)))
             self._move_anchor()
-            return {**failed, **problems}
+            return problems
 
     def _waiting(self, condition: str, last: int) -> list[int]:
         rows = self._db.rows(
@@ -330,7 +330,9 @@ class Ledger(LedgerRequests):
         try:
             self._db.truncate_log()
         except ValueError as error:  # the log holds pages of all of them
-            return dict.fromkeys(requests, error) | failed if requests else {None: error} | failed
+            for owner in requests or [None]:
+                failed.setdefault(owner, error)
+            return failed
         done = {request for request in requests if request not in failed}
         if done:
             with self._db.transaction("erased"):

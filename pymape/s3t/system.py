@@ -196,7 +196,7 @@ class S3T:
                 service; `finish` or the next opening does the rest.
 
         Returns:
-            The receipt.
+            The receipt. Its "revoked" names files of exports that were "changed" and left, or are "missing".
 
         Raises:
             ValueError: an id that is unknown, repeated or deleted already, or a request id used for other records:

@@ -55,8 +55,21 @@ def _deletion(found: dict[str, Any]) -> str:
     return "\n".join([
         f"records: {found['records']}",
         f"stages switched off: {found['stages']}, {found['bytes']:,} bytes to erase",
+        *_exports(found),
         *aligned(rows),
     ])  # fmt: skip
+
+
+def _exports(found: dict[str, Any]) -> list[str]:
+    """What became of the exports of a request, and what will."""
+    lines, over = [], set()
+    for outcome in found.get("revoked", []):
+        parts = [f"{len(outcome['erased'])} files erased"]
+        for kind, what in (("changed", "changed since and left there"), ("missing", "not there any more")):
+            parts += [f"{what}: {', '.join(outcome[kind])}"] if outcome[kind] else []
+        lines.append(f"export {outcome['path']}: {'; '.join(parts)}")
+        over.add(outcome["path"])
+    return lines + [f"export {path}: to be erased" for path in found["exports"] if path not in over]
 
 
 def _receipt(found: dict[str, Any]) -> str:
