@@ -271,7 +271,8 @@ class Ledger(LedgerRequests):
             last = self._db.value("SELECT max(request) FROM requests") or 0
             self._switch(self._waiting("switched IS NULL", last))
             problems = self._erase(self._waiting("switched NOTNULL AND erased IS NULL", last))
-            problems.update(self._verify_requests(self._waiting("erased NOTNULL", last)))
+            for request, problem in self._verify_requests(self._waiting("erased NOTNULL", last)).items():
+                problems[request] = problem
             self._move_anchor()
             return problems
 
@@ -330,7 +331,8 @@ class Ledger(LedgerRequests):
         try:
             self._db.truncate_log()
         except ValueError as error:  # the log holds pages of all of them
-            for owner in requests or [None]:
+            waiting: Sequence[int | None] = requests or [None]
+            for owner in waiting:
                 failed.setdefault(owner, error)
             return failed
         done = {request for request in requests if request not in failed}
@@ -356,7 +358,7 @@ class Ledger(LedgerRequests):
         with self._landed:
             self._landed.wait_for(written)
 
-    def _verify_requests(self, requests: Sequence[int]) -> dict[int, ValueError]:
+    def _verify_requests(self, requests: Sequence[int]) -> dict[int, Exception]:
         """Verify requests; the first problem of each that stays erased."""
         if not requests:
             return {}
@@ -369,7 +371,7 @@ class Ledger(LedgerRequests):
                 for request in self._requests_of(shard)
             ]
             found += self._traces(requests) + late
-            problems = {request: ValueError(problem) for request, problem in reversed(found)}
+            problems: dict[int, Exception] = {request: ValueError(problem) for request, problem in reversed(found)}
             done = [request for request in requests if request not in problems]
             if done:
                 self._advance(done, "verified")
