@@ -143,6 +143,11 @@ class PrefixCache:
                     sync_tree(folder, deep=False)
         return erased
 
+    def holding(self, records: Iterable[str]) -> list[str]:
+        """Those of some records of which anything is stored, under any prefix."""
+        stored = {entry.name.partition(".")[0] for folder in self._folders() for entry in _entries(folder)}
+        return [record for record in records if _name(record) in stored]
+
     def clear(self) -> None:
         """Remove everything that is stored."""
         for folder in self._folders():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,12 @@ def trained_ledger(folder: Path, **options: Any) -> Ledger:
     ledger = make_ledger(folder, **options)
     land_all(ledger)
     return ledger
+
+
+def record_export(ledger: Ledger, folder: Path, files: Mapping[str, str], stages: Iterable[StageKey]) -> None:
+    """Note an export that is there, or is not: path inside the folder -> sha256."""
+    with ledger.placing(folder, [{"file": name, "sha256": digest} for name, digest in files.items()], stages):
+        pass
 
 
 def keys(chain: Sequence[StageRow]) -> list[StageKey]:

@@ -92,7 +92,7 @@ def landing(book: Ledger) -> Iterator[None]:
 
 
 def write_export(book: Ledger, export: Path) -> None:
-    """As `export_ensemble` does, in the order of its steps: begin, write, record, move."""
+    """As `export_ensemble` does, in the order of its steps: begin, write, place."""
     chain = book.serving()[1]
     keys, partial = [row.key for row in chain], export.with_suffix(PARTIAL)
     with book.exporting(partial, keys):
@@ -100,9 +100,9 @@ def write_export(book: Ledger, export: Path) -> None:
         for row in chain:
             (partial / f"{row.key.name}.safetensors").write_bytes(book.read_stage(row))
         files = [{"file": path.name, "sha256": file_hash(path)} for path in sorted(partial.iterdir())]
-        book.record_export(export, files, keys)
-        shutil.rmtree(export, ignore_errors=True)  # of a life that was interrupted after this
-        partial.rename(export)
+        with book.placing(export, files, keys):
+            shutil.rmtree(export, ignore_errors=True)  # of a life that was interrupted after this
+            partial.rename(export)
 
 
 def state_of(book: Ledger) -> dict[str, Any]:

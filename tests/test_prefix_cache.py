@@ -331,7 +331,9 @@ def test_erase_leaves_no_bytes_of_a_record(tmp_path: Path) -> None:
     assert len(cache) == 6
     for number, file in enumerate(files(tmp_path)):
         (tmp_path / str(number)).hardlink_to(file)  # a second name of every file shows what became of its bytes
+    assert cache.holding([*ids(3), "never stored"]) == ids(3)
     assert cache.erase(ids(2)) == 8
+    assert cache.holding(ids(3)) == ids(3)[2:]
     assert cache.erase([*ids(2), "never stored"]) == 0
     for kept in states.values():
         for row, gone in enumerate((True, True, False)):

@@ -13,9 +13,11 @@ import pytest
 import torch
 from s3t_ledger_tools import make_content, make_rows, make_stage, name_of, names_in, trained_ledger
 
+from pymape.prefix_cache import PrefixCache
 from pymape.s3t.audit import AuditLog, first_entry
 from pymape.s3t.database import Database, create_database
 from pymape.s3t.ledger import Ledger, StageRow
+from pymape.s3t.partition import subject_name
 from pymape.s3t.stages import Provenance, StageKey, pack_stage, row_digest, unpack_stage
 
 KEY = bytes(range(32))
@@ -220,6 +222,22 @@ def restore_record(folder: Path) -> list[str]:
     return [f"record {name} is erased, and its content is there"]
 
 
+def restore_subject(folder: Path) -> list[str]:
+    with Ledger(folder) as ledger:
+        name = name_of(ledger, 3)
+        subject = bytes.fromhex(subject_name(ledger.key, "s1"))
+        ledger._db._connection.execute("UPDATE records SET subject = ? WHERE name = ?", (subject, bytes.fromhex(name)))
+    return [f"record {name} is erased, and its subject is there"]
+
+
+def restore_states(folder: Path) -> list[str]:
+    with Ledger(folder) as ledger:
+        name = name_of(ledger, 3)
+        for put in (name, name_of(ledger, 0)):
+            PrefixCache(folder / "cache").put("prefix", put, "inputs", torch.zeros(2))
+    return [f"record {name} is erased, and its states are cached"]
+
+
 def leave_file(folder: Path) -> list[str]:
     path = folder / "stages" / "shard00-1-g0.safetensors"  # a stage that was erased
     path.write_bytes(b"weights")
@@ -272,6 +290,12 @@ DAMAGES: dict[str, Callable[[Path], list[str]]] = {
     "swap": damage_stage(swap),
     "record": tamper_record,
     "erased record": restore_record,
+    "erased subject": restore_subject,
+    "erased states": restore_states,
+    "erased provenance": tamper(
+        "UPDATE files SET provenance = '{}' WHERE stage = (SELECT stage FROM stages WHERE prefix = '1' AND shard = 0)",
+        "stage shard00-1-g0 is erased, and what it was made from is there",
+    ),
     "file": leave_file,
     "forged stage": forge_stage,
     "revived stage": revive_stage,

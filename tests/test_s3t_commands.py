@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from session_tools import write_files
 
+import pymape.files
 from pymape.cli import main
-from pymape.s3t import S3T
+from pymape.prefix_cache import PrefixCache
+from pymape.s3t import S3T, S3TConfig, StageConfig
+from pymape.s3t.partition import record_name
 from pymape.s3t.tables import Columns, read_records
 
 
@@ -52,13 +58,16 @@ def test_from_init_to_evaluate(tmp_path: Path, files: Path, capsys: pytest.Captu
     exported = result(capsys, "export", system, "--output", adapters)
     assert (adapters / "ensemble.json").is_file()
     assert len(exported["files"]) >= 5
+    assert f"export {adapters}: to be erased\n" in run(capsys, "plan", system, "--ids", files / "ids.txt")
 
     delete = ("delete", system, "--request-id", "2026-001", "--ids", files / "ids.txt")
     receipt = result(capsys, *delete)
     assert (receipt["state"], receipt["stages"]) == ("verified", planned["stages"])
     assert result(capsys, *delete) == receipt
     assert not list(adapters.rglob("*.safetensors"))
-    assert "2026-001: verified" in run(capsys, *delete)
+    text = run(capsys, *delete)
+    assert "2026-001: verified" in text
+    assert f"export {adapters}: {len(exported['files'])} files erased\n" in text
 
     scores = result(capsys, "evaluate", system, "--data", files / "test.csv")
     assert scores["records"] == 10
@@ -84,6 +93,95 @@ def test_what_is_wrong_is_named(tmp_path: Path, files: Path, capsys: pytest.Capt
     text = run(capsys, "verify", system, code=1)
     assert damaged.name in text
     assert "not in order" in text
+    text = run(capsys, "verify", system, "--replay", code=1)
+    assert "no stage can be trained again" in text
+    assert "replayed: nothing" in text
+
+
+def test_a_receipt_is_printed_whatever_holds_up_requests(
+    tmp_path: Path, files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system, real = tmp_path / "system", pymape.files.overwrite
+    with S3T.create(system, S3TConfig(str(files / "model"), shards=1, slices=2)) as opened:
+        opened.ingest(read_records(files / "train.csv", opened.config, Columns(id="id")))
+        kept = opened._ledger.folder / "cache" / ("0" * 32)
+        for number in (1, 2, 3):
+            (tmp_path / f"{number}.txt").write_text(f"r{number}\n")
+            name = record_name(opened._ledger.key, f"r{number}")
+            PrefixCache(kept.parent).put("0" * 64, name, "inputs", torch.zeros(2))
+            if number == 1:
+                [first] = kept.iterdir()
+
+    def overwrite(path: str) -> int:
+        if Path(path) == first:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+        return real(path)
+
+    def delete(number: int) -> tuple[object, ...]:
+        return ("delete", system, "--request-id", f"q{number}", "--ids", tmp_path / f"{number}.txt")
+
+    problem = f"request 'q1' is not finished: [Errno 1] Operation not permitted: '{first}'"
+    with monkeypatch.context() as patch:
+        patch.setattr("pymape.prefix_cache.overwrite", overwrite)
+        text = run(capsys, *delete(1), code=1)
+        assert text.startswith(f"PROBLEM: {problem}\nrequest q1: switched\n")
+        assert run(capsys, *delete(2)).startswith(f"NOT FINISHED: {problem}\nrequest q2: verified\n")
+        found = result(capsys, *delete(2))
+        assert (found["ok"], found["problems"], found["unfinished"]) == (True, [], [problem])
+        assert run(capsys, "finish", system, code=1) == f"PROBLEM: {problem}\nrequests: 1 switched, 1 verified\n"
+        with S3T(system) as opened, pytest.warns(UserWarning, match="request 'q1' is not finished: .*not permitted"):
+            assert opened.delete(["r3"], "q3")["state"] == "verified"
+        with S3T(system) as opened, pytest.raises(PermissionError):
+            opened.delete(["r1"], "q1")
+    assert run(capsys, "receipt", system, "--request-id", "q1").startswith("request q1: switched\nrecords: 1\n")
+    assert "q9" in run(capsys, "receipt", system, "--request-id", "q9", code=2)
+    assert run(capsys, "finish", system) == "requests: 3 verified\n"
+    assert result(capsys, "receipt", system, "--request-id", "q1")["state"] == "verified"
+
+
+def test_files_of_an_export_that_are_left_are_named(
+    tmp_path: Path, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    system, adapters = tmp_path / "system", tmp_path / "adapters"
+    config = S3TConfig(str(files / "model"), shards=1, slices=2, stage=StageConfig(epochs=1, max_length=8))
+    with S3T.create(system, config) as opened:
+        opened.ingest(read_records(files / "train.csv", opened.config, Columns(id="id")))
+        opened.train(engine="inline")
+        opened.export(adapters)
+    weights = adapters / "shard-00" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b"\n")
+    (adapters / "README.md").unlink()
+    text = run(capsys, "delete", system, "--request-id", "first", "--ids", files / "ids.txt", code=1)
+    left = "shard-00/adapter_model.safetensors"
+    problem = f"export '{adapters}' has files that were changed and are left there: {left}"
+    line = f"export {adapters}: 2 files erased; changed since and left there: {left}; not there any more: README.md"
+    assert text.startswith(f"PROBLEM: {problem}\nrequest first: verified\n")
+    assert f"\n{line}\n" in text
+    assert line in run(capsys, "receipt", system, "--request-id", "first")
+    assert weights.exists()
+
+
+def test_verify_changes_nothing(tmp_path: Path, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    system = tmp_path / "system"
+    with S3T.create(system, S3TConfig(str(files / "model"), shards=1, slices=2)) as opened:
+        opened.ingest(read_records(files / "train.csv", opened.config, Columns(id="id")))
+        opened.delete(["r1"], "first", finish=False)
+        text = run(capsys, "verify", system)  # beside a process that writes
+        assert "NOT FINISHED: request 'first' is tombstoned\n" in text
+        assert text.endswith("everything else is in order\n")
+        old = {name: (system / name).read_bytes() for name in ("ledger.sqlite", "ledger.sqlite-wal")}
+    left = system / "stages" / "shard00-0-g7.safetensors"
+    left.write_bytes(b"weights put back")
+    assert f"PROBLEM: file '{left}' belongs to nothing" in run(capsys, "verify", system, code=1)
+    assert left.read_bytes() == b"weights put back"
+    assert S3T(system, read_only=True).receipt("first")["state"] == "tombstoned"
+    S3T(system).close()
+    assert "is in order" in run(capsys, "verify", system)
+    for name, content in old.items():
+        (system / name).write_bytes(content)
+    text = run(capsys, "verify", system, code=1)
+    assert "is an older one put back" in text
+    assert "checked database pages" in text
 
 
 @pytest.mark.parametrize(

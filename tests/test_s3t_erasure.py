@@ -21,6 +21,7 @@ from s3t_ledger_tools import (
     make_stage,
     name_of,
     names_in,
+    record_export,
     trained_ledger,
 )
 
@@ -151,7 +152,7 @@ def test_a_file_of_an_export_is_renamed_on_disk_before_it_is_overwritten(
 def export(ledger: Ledger, folder: Path, shard: int) -> dict[str, str]:
     files = make_export(folder)
     stages = [row.key for row in ledger.serving()[shard]]
-    ledger.record_export(folder, [{"file": name, "sha256": digest} for name, digest in files.items()], stages)
+    record_export(ledger, folder, files, stages)
     return files
 
 
@@ -192,15 +193,15 @@ def test_an_export_of_an_ended_stage_is_refused(tmp_path: Path) -> None:
         stages = [row.key for row in ledger.serving()[0]]
         ledger.tombstone([("first", names_in(ledger, 0, 3)[:1])])
         with pytest.raises(ValueError, match=r"stages of an export must be live, got shard00-0\.1\.2\.3-g0"):
-            ledger.record_export(tmp_path / "export", [], stages)
+            record_export(ledger, tmp_path / "export", {}, stages)
         assert ledger.exports() == []
-        ledger.record_export(tmp_path / "export", [], stages[:-1])
+        record_export(ledger, tmp_path / "export", {}, stages[:-1])
 
 
 def test_a_second_export_replaces_the_first(tmp_path: Path) -> None:
     with trained_ledger(tmp_path / "system") as ledger:
         for shard in (0, 1):
-            ledger.record_export(tmp_path / "export", [], [row.key for row in ledger.serving()[shard]])
+            record_export(ledger, tmp_path / "export", {}, [row.key for row in ledger.serving()[shard]])
         assert len(ledger.exports()) == 1
         assert ledger.plan_deletion(names_in(ledger, 0, 0)[:1])["exports"] == []
 
@@ -311,6 +312,69 @@ def test_erased_rows_leave_no_copies_in_the_database(tmp_path: Path) -> None:
     assert words_in(content, kept) == kept
     assert subjects
     assert not words_in(content, set.union(*map(traces, order)) | {bytes.fromhex(subject)[:8] for subject in subjects})
+
+
+@pytest.mark.parametrize(
+    ("leave", "erase", "trace"),
+    [
+        (
+            "UPDATE records SET subject = x'01' WHERE record = 1",
+            "UPDATE records SET subject = zeroblob(32) WHERE record = 1",
+            "record [0-9a-f]{64} must be erased, got one with a content or a subject",
+        ),
+        (
+            "UPDATE files SET provenance = 'x' WHERE stage = (SELECT min(stage) FROM stages WHERE request = 1)",
+            "UPDATE files SET provenance = zeroblob(1) WHERE provenance = 'x'",
+            "stage shard00-0-g0 must be erased, got one with a provenance",
+        ),
+    ],
+)
+def test_a_request_is_not_verified_while_a_trace_is_left(
+    tmp_path: Path, leave: str, erase: str, trace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with trained_ledger(tmp_path) as ledger:
+        connection = ledger._db._connection
+        ledger.tombstone([(str(shard), names_in(ledger, shard, 0)[:1]) for shard in (0, 1)])
+        with monkeypatch.context() as patch:
+            patch.setattr(faults, "checkpoint", lambda name: name == "erased: committed" and connection.execute(leave))
+            with pytest.raises(ValueError, match=trace):
+                ledger.finish()
+        assert [receipt["state"] for receipt in ledger.requests()] == ["erased", "verified"]
+        connection.execute(erase)
+        ledger.finish()
+        assert ledger.receipt("0")["state"] == "verified"
+
+
+def test_a_request_is_not_verified_while_its_states_are_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with trained_ledger(tmp_path) as ledger:
+        name, cache = names_in(ledger, 0, 0)[0], PrefixCache(tmp_path / "cache")
+        ledger.tombstone([("first", [name])])
+        cache.put("prefix", name, "inputs", torch.zeros(2))
+        with monkeypatch.context() as patch:
+            patch.setattr(PrefixCache, "erase", lambda self, names: 0)
+            with pytest.raises(ValueError, match=f"record {name} must be erased, got one with cached states"):
+                ledger.finish()
+        assert ledger.receipt("first")["state"] == "erased"
+        ledger.finish()
+        assert ledger.receipt("first")["state"] == "verified"
+        assert len(cache) == 0
+
+
+def test_states_that_are_cached_right_after_erasure_are_erased_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with trained_ledger(tmp_path) as ledger:
+        name, cache = names_in(ledger, 0, 0)[0], PrefixCache(tmp_path / "cache")
+
+        def put(checkpoint: str) -> None:
+            if checkpoint == "erased: committed":
+                cache.put("prefix", name, "inputs", torch.zeros(2))
+
+        monkeypatch.setattr(faults, "checkpoint", put)
+        ledger.tombstone([("first", [name])])
+        ledger.finish()
+        assert ledger.receipt("first")["state"] == "verified"
+        assert len(cache) == 0
 
 
 def test_states_that_a_late_worker_caches_are_erased(tmp_path: Path) -> None:

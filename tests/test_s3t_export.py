@@ -124,13 +124,13 @@ def test_an_error_leaves_nothing(bert: str, tmp_path: Path, monkeypatch: pytest.
     chains = make_chains(config, [1, 2])
     seen: list[Any] = []
 
-    def refuse(written: list[dict[str, str]]) -> None:
+    def refuse(written: list[dict[str, str]]) -> contextlib.AbstractContextManager[None]:
         seen.append(written)
         assert not (tmp_path / "export").exists()
         raise ValueError("stages of an export must be live, got shard00-0-g0")
 
     with pytest.raises(ValueError, match="stages of an export must be live"):
-        export_ensemble(tmp_path / "export", config, chains, record=refuse)
+        export_ensemble(tmp_path / "export", config, chains, place=refuse)
     assert len(seen[0]) == 6
     bad = {**chains, 1: chains[1][1:]}
     with pytest.raises(ValueError, match="stage 1 must hold the tensors of its group and the head"):
@@ -151,7 +151,7 @@ def test_an_error_leaves_nothing(bert: str, tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("step", ["record", "check"])
+@pytest.mark.parametrize("step", ["before", "after"])
 def test_a_refused_export_is_overwritten(bert: str, tmp_path: Path, step: str) -> None:
     places: list[Path] = []
 
@@ -162,14 +162,17 @@ def test_a_refused_export_is_overwritten(bert: str, tmp_path: Path, step: str) -
         yield
         assert not folder.exists()
 
-    def refuse(*_: Any) -> None:
-        written = {"record": places[0], "check": tmp_path / "export"}[step]
+    @contextlib.contextmanager
+    def refuse(*_: Any) -> Iterator[None]:
+        if step == "after":
+            yield
+        written = {"before": places[0], "after": tmp_path / "export"}[step]
         os.link(written / "shard-00" / "adapter_model.safetensors", tmp_path / "link")
         raise ValueError("stages of an export must be live")
 
-    config, steps = options(bert), {step: refuse}
+    config = options(bert)
     with pytest.raises(ValueError, match="must be live"):
-        export_ensemble(tmp_path / "export", config, make_chains(config, [1]), begin=begin, **steps)
+        export_ensemble(tmp_path / "export", config, make_chains(config, [1]), begin=begin, place=refuse)
     assert list(tmp_path.iterdir()) == [tmp_path / "link"]
     assert not any((tmp_path / "link").read_bytes())
 
@@ -186,6 +189,26 @@ def test_a_folder_with_files_is_left_alone(bert: str, content: Mapping[str, str]
     with pytest.raises(ValueError, match="folder must be new or without files, got"):
         export_ensemble(target / next(iter(content)), config, make_chains(config, [1]))
     assert files(target) == before
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_place_that_is_taken_meanwhile_is_left_alone(bert: str, tmp_path: Path) -> None:
+    config, target, failed = options(bert), tmp_path / "export", []
+
+    @contextlib.contextmanager
+    def place(*_: Any) -> Iterator[None]:
+        target.mkdir()
+        (target / "adapter").write_bytes(b"another export")
+        try:
+            yield
+        except ValueError as error:
+            failed.append(error)
+            raise
+
+    with pytest.raises(ValueError, match=r"folder must be new or without files, got .* with 'adapter'"):
+        export_ensemble(target, config, make_chains(config, [1]), place=place)
+    assert len(failed) == 1  # so that what was noted is forgotten
+    assert [path.read_bytes() for path in target.iterdir()] == [b"another export"]
     assert list(tmp_path.iterdir()) == [target]
 
 

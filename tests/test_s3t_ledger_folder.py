@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import sqlite3
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from s3t_ledger_tools import (
     BASE,
     CYCLIC,
@@ -24,12 +26,15 @@ from s3t_ledger_tools import (
     make_stage,
     name_of,
     names_in,
+    record_export,
     trained_ledger,
 )
 
+import pymape.files
+from pymape.prefix_cache import PrefixCache
 from pymape.s3t import faults, ledger_stages
 from pymape.s3t.ledger import Ledger, RecordRow
-from pymape.s3t.stages import Provenance
+from pymape.s3t.stages import Provenance, StageKey
 
 
 @pytest.fixture
@@ -108,9 +113,12 @@ def test_a_reader_that_never_ends_stops_erasure_with_a_clear_message(
     with pytest.raises(ValueError, match=r"ledger must be free of long reads to be erased, got .*ledger\.sqlite"):
         ledger.finish()
     assert ledger.receipt("first")["state"] == "switched"
+    ledger.close()
+    ledger = Ledger(ledger.folder)  # which may be needed to tombstone the next request
     reader.close()
     ledger.finish()
     assert ledger.receipt("first")["state"] == "verified"
+    ledger.close()
 
 
 def test_folders_that_hold_no_ledger_are_refused(tmp_path: Path) -> None:
@@ -192,6 +200,78 @@ def test_a_stage_that_cannot_be_read_now_is_not_damaged(
     assert ledger.repair() == 0
     ledger.path(row.key).unlink()
     assert ledger.repair() > 0
+
+
+# Files that cannot be erased
+
+
+def refuse(patch: pytest.MonkeyPatch, place: str, *paths: Path) -> None:
+    """Some files can be read, and not written, as those of another user or immutable ones."""
+    real = pymape.files.overwrite
+
+    def overwrite(path: str | os.PathLike[str]) -> int:
+        if Path(path) in paths:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+        return real(path)
+
+    patch.setattr(f"{place}.overwrite", overwrite)
+
+
+@pytest.mark.parametrize("place", ["pymape.s3t.erasure", "pymape.prefix_cache"])
+def test_a_file_that_cannot_be_erased_holds_up_its_request_alone(
+    ledger: Ledger, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = (names_in(ledger, shard, part)[0] for shard, part in ((0, 1), (1, 2), (1, 3)))
+    cache = PrefixCache(ledger.folder / "cache")
+    for name in (first, second):
+        cache.put("prefix", name, "inputs", torch.zeros(2))
+    ended = [ledger.path(row.key) for row in ledger.stages(0) if 1 in row.key.prefix]
+    kept = ended[0] if place == "pymape.s3t.erasure" else cache._file("prefix", first)
+    ledger.tombstone([("first", [first]), ("second", [second])])
+    with monkeypatch.context() as patch:
+        refuse(patch, place, kept)
+        with pytest.raises(PermissionError, match=kept.name):
+            ledger.finish()
+        assert [receipt["state"] for receipt in ledger.requests()] == ["switched", "verified"]
+        left = [path for path in (*ended, *cache.path.rglob("*.safetensors")) if path.exists()]
+        assert left == [kept]
+        entry = next(entry for entry in ledger.audit_log() if entry.event == "requests erased")
+        assert json.loads(entry.detail) == {"exports": [], "records": 1, "requests": ["second"], "stages": 10}
+        ledger.close()
+        with Ledger(ledger.folder) as again:  # whose opening does what it can
+            again.tombstone([("third", [third])])
+            with pytest.raises(PermissionError, match=kept.name):
+                again.finish()
+            assert [receipt["state"] for receipt in again.requests()] == ["switched", "verified", "verified"]
+            assert again.verify()["problems"] == []
+    with Ledger(ledger.folder) as again:
+        assert not kept.exists()
+        assert {receipt["state"] for receipt in again.requests()} == {"verified"}
+        assert again.stage_counts().keys() == {"trained", "erased"}
+        assert again.verify()["problems"] == []
+
+
+def test_what_a_crash_left_and_cannot_be_erased_is_named(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = ledger.folder / "stages" / "shard00-1-g1.safetensors"
+    left.write_bytes(b"weights")
+    ledger.close()
+    refuse(monkeypatch, "pymape.s3t.erasure", left)
+    with Ledger(ledger.folder) as again:
+        assert again.verify()["problems"] == [f"file '{left}' belongs to nothing"]
+
+
+def test_a_damaged_stage_that_cannot_be_erased_is_replaced(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = ledger.path(StageKey(1, (3, 0)))
+    path.write_bytes(path.read_bytes()[:-1])
+    with monkeypatch.context() as patch:
+        refuse(patch, "pymape.s3t.erasure", path)
+        assert ledger.repair() == 3
+        assert land_all(ledger) == 3
+        with pytest.raises(PermissionError, match=path.name):
+            ledger.finish()
+    ledger.finish()
+    assert not path.exists()
+    assert ledger.verify()["problems"] == []
 
 
 # A full disk
@@ -304,7 +384,7 @@ def test_the_anchor_may_lag_behind_the_log(ledger: Ledger, monkeypatch: pytest.M
     before = (ledger.folder / "audit.head").read_bytes()
     with monkeypatch.context() as patch:
         full_files(ledger, patch)
-        ledger.record_export("somewhere", [], [])
+        record_export(ledger, Path("somewhere"), {}, [])
     assert len(ledger.exports()) == 1
     assert (ledger.folder / "audit.head").read_bytes() == before
     assert ledger.verify()["problems"] == []

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from s3t_ledger_tools import land_all, names_in, trained_ledger
+from s3t_ledger_tools import land_all, names_in, record_export, trained_ledger
 
 from pymape.s3t.erasure import erase_files
 from pymape.s3t.ledger import Ledger
@@ -24,7 +24,7 @@ def write_export(ledger: Ledger, folder: Path, shard: int = 0) -> None:
     folder.mkdir(parents=True)
     (folder / "adapter").write_bytes(CONTENT)
     stages = [row.key for row in ledger.serving()[shard]]
-    ledger.record_export(folder, [{"file": "adapter", "sha256": row_digest(CONTENT)}], stages)
+    record_export(ledger, folder, {"adapter": row_digest(CONTENT)}, stages)
 
 
 def test_an_export_that_cannot_be_erased_holds_up_its_request_alone(
@@ -123,7 +123,7 @@ def test_a_request_waits_for_an_export_that_is_being_written(tmp_path: Path) -> 
             finisher.join(0.3)
             states += [receipt["state"] for receipt in ledger.requests()]
             with pytest.raises(ValueError, match="stages of an export must be live, got shard00-0-g0"):
-                ledger.record_export(tmp_path / "export", [], stages)
+                record_export(ledger, tmp_path / "export", {}, stages)
             partial.rmdir()
         finisher.join()
         assert states == ["switched", "switched"]
@@ -147,8 +147,58 @@ def test_an_export_without_a_request_holds_up_nothing(tmp_path: Path) -> None:
 
 def test_an_export_that_was_revoked_before_it_was_there_is_noticed(tmp_path: Path) -> None:
     with trained_ledger(tmp_path / "system") as ledger:
-        ledger.record_export(tmp_path / "export", [], [row.key for row in ledger.serving()[0]])
-        ledger.check_export(tmp_path / "export")
-        ledger.tombstone([("first", names_in(ledger, 0, 0)[:1])])
-        with pytest.raises(ValueError, match="stages of an export must be live, got some that request 'first' has"):
-            ledger.check_export(tmp_path / "export")
+        one, other = ([row.key for row in chain] for chain in ledger.serving())
+
+        def delete() -> None:
+            ledger.tombstone([("first", names_in(ledger, 0, 0)[:1])])
+            record_export(ledger, tmp_path / "export", {}, other)
+
+        with (
+            pytest.raises(ValueError, match="stages of an export must be live, got some that request 'first' has"),
+            ledger.placing(tmp_path / "export", [], one),
+        ):
+            delete()
+
+
+@pytest.mark.parametrize("request_too", [False, True])
+def test_an_export_that_fails_leaves_the_one_that_is_there_to_be_revoked(tmp_path: Path, request_too: bool) -> None:
+    folder = tmp_path / "export"
+    with trained_ledger(tmp_path / "system") as ledger:
+        write_export(ledger, folder)
+        stages, names = [row.key for row in ledger.serving()[0]], names_in(ledger, 0, 3)[:1]
+
+        def fail() -> None:
+            if request_too:
+                ledger.tombstone([("first", names)])
+            raise ValueError("folder must be new")
+
+        with (
+            pytest.raises(ValueError, match="folder must be new"),
+            ledger.placing(folder, [{"file": "adapter", "sha256": row_digest(b"other weights")}], stages),
+        ):
+            fail()
+        if not request_too:
+            ledger.tombstone([("first", names)])
+        assert ledger.receipt("first")["exports"] == [str(folder)] * (1 + request_too)
+        ledger.finish()
+        assert not folder.exists()
+        assert [outcome["erased"] for outcome in ledger.receipt("first")["revoked"]] == [["adapter"], []][
+            : 1 + request_too
+        ]
+        assert ledger.receipt("first")["state"] == "verified"
+
+
+def test_of_two_exports_into_one_folder_the_one_that_is_there_is_known(tmp_path: Path) -> None:
+    """The one that began first is the later one to move; the other one is revoked and makes room in between."""
+    folder = tmp_path / "export"
+    with trained_ledger(tmp_path / "system") as ledger:
+        stages = [row.key for row in ledger.serving()[0]]
+        with ledger.placing(folder, [{"file": "adapter", "sha256": row_digest(CONTENT)}], stages):
+            write_export(ledger, folder, 1)
+            ledger.tombstone([("first", names_in(ledger, 1, 0)[:1])])
+            ledger.finish()
+            folder.mkdir()
+            (folder / "adapter").write_bytes(CONTENT)
+        ledger.tombstone([("second", names_in(ledger, 0, 0)[:1])])
+        ledger.finish()
+        assert not folder.exists()

@@ -176,6 +176,19 @@ def test_subjects_are_deleted_together_and_share_a_slice(tmp_path: Path, bases: 
         assert system.delete(subjects=["person-3"], request_id="person") == receipt
         with pytest.raises(ValueError, match="subjects must have records, got 'person-3' with none"):
             system.delete(subjects=["person-3"], request_id="again")
+        for subjects in (["nobody"], ["person-3", "nobody"], ["person-4"]):
+            with pytest.raises(ValueError, match="must be new for other records, got 'person', which is known"):
+                system.delete(subjects=subjects, request_id="person")
+        assert system.delete(["r3", "r23"], "person") == receipt  # the same records
+        system.delete(["r12"], "by id")
+        for subjects in (["nobody"], ["person-3"]):
+            with pytest.raises(ValueError, match=f"subjects must have records, got '{subjects[0]}' with none"):
+                system.delete(subjects=subjects, request_id="by id")
+        with pytest.raises(ValueError, match="must be new for other records, got 'by id', which is known"):
+            system.delete(["r12"], "by id", subjects=["person-12"])
+        system.delete(subjects=["person-15"], request_id="later", finish=False)
+        assert system.delete(subjects=["person-15", "person-15"], request_id="later")["state"] == "verified"
+        assert system.verify()["problems"] == []
         both = system.delete(["r6"], "both", subjects=["person-7"])
         assert both["records"] == 3
         assert system.delete(["r6"], "both", subjects=["person-7"]) == both
@@ -468,6 +481,27 @@ def test_what_a_failed_stage_has_cached_of_deleted_records_is_erased(
         with pytest.raises(type(error)):
             system.train(engine=InlineEngine(work))
         assert len(cache) == 1
+
+
+def test_what_an_engine_that_stays_open_goes_on_to_cache_is_erased(tmp_path: Path, bases: dict[str, str]) -> None:
+    with make_system(tmp_path / "system", bases["bert"]) as system:
+        cache, jobs = PrefixCache(tmp_path / "system" / "cache"), []
+
+        def work(job: Any) -> bytes:
+            jobs.append(job)
+            if len(jobs) == 2:  # one whose worker was busy when the landing of the first failed
+                gone = one_of(system, job.provenance.key.prefix[0])
+                system.delete([gone], "meanwhile")
+                cache.put("prefix", record_name(system._ledger.key, gone), "inputs", torch.zeros(2))
+            return b"no stage"
+
+        engine = InlineEngine(work)
+        engine.workers = 2
+        with pytest.raises(ValueError, match="must be a safetensors file"):
+            system.train(engine=engine)
+        assert engine.pending == 0
+        assert len(jobs) == 2
+        assert len(cache) == 0
 
 
 @pytest.mark.parametrize(

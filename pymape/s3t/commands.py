@@ -129,14 +129,49 @@ def delete(folder: str, request_id: str, ids: str | None = None, subjects: str |
         ids: file of the ids of records, one a line.
         subjects: file of the ids of subjects, one a line: all records of these people.
     """
-    from pymape.s3t.system import S3T
+    from pymape.s3t.system import S3T, not_finished
 
     with S3T(folder) as system:
-        return system.delete(_listed(ids, "ids"), request_id, subjects=_listed(subjects, "subjects"))
+        system.delete(_listed(ids, "ids"), request_id, subjects=_listed(subjects, "subjects"), finish=False)
+        found = system.finish(check=False)
+        problems = [not_finished(request_id, found.pop(request_id))] if request_id in found else []
+        others = [not_finished(request, problem) for request, problem in found.items()]
+        state = system.receipt(request_id)
+        for outcome in state["revoked"]:
+            if outcome["changed"]:
+                names = ", ".join(outcome["changed"])
+                problems.append(f"export {outcome['path']!r} has files that were changed and are left there: {names}")
+        return {**state, "ok": not problems, "problems": problems, "unfinished": others}
+
+
+def receipt(folder: str, request_id: str) -> dict[str, Any]:
+    """Show the receipt of a request, in its present state.
+
+    Args:
+        folder: the system's folder.
+        request_id: your name of the request.
+    """
+    from pymape.s3t.system import S3T
+
+    with S3T(folder, read_only=True) as system:
+        return system.receipt(request_id)
+
+
+def finish(folder: str) -> dict[str, Any]:
+    """Go on with the requests that are not finished: erase and verify what could not be erased before.
+
+    Args:
+        folder: the system's folder.
+    """
+    from pymape.s3t.system import S3T, not_finished
+
+    with S3T(folder) as system:
+        problems = [not_finished(request, problem) for request, problem in system.finish(check=False).items()]
+        return {"requests": system.status()["requests"], "ok": not problems, "problems": problems}
 
 
 def verify(folder: str, replay: bool = False) -> dict[str, Any]:
-    """Check audit chain, files and provenance.
+    """Check audit chain, files and provenance; changes nothing, also while another process trains or deletes.
 
     Args:
         folder: the system's folder.
@@ -144,7 +179,7 @@ def verify(folder: str, replay: bool = False) -> dict[str, Any]:
     """
     from pymape.s3t.system import S3T
 
-    with S3T(folder) as system:
+    with S3T(folder, read_only=True) as system:
         return system.verify(replay=replay)
 
 
@@ -205,8 +240,10 @@ def evaluate(
 
 COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     function.__name__: function
-    for function in (init, ingest, train, status, plan, delete, repair, verify, forecast, export, evaluate)
-}
+    for function in (
+        init, ingest, train, status, plan, delete, receipt, finish, repair, verify, forecast, export, evaluate
+    )
+}  # fmt: skip
 
 
 def run_command(name: str, options: dict[str, Any], *, as_json: bool = False) -> bool:
@@ -218,7 +255,8 @@ def run_command(name: str, options: dict[str, Any], *, as_json: bool = False) ->
         as_json: print JSON instead of text.
 
     Returns:
-        False where it found something wrong (`verify`).
+        False where it found something wrong (`verify`), could not finish what was accepted (`delete`, `finish`), or
+        left changed files of an export (`delete`).
     """
     found = COMMANDS[name](**options)
     if as_json:

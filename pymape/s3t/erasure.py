@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pymape.files import overwrite, sync_tree
 from pymape.s3t import faults
 from pymape.store import file_hash
 
-__all__ = ["erase_files", "erase_folder", "revoke_export"]
+__all__ = ["erase_files", "erase_folder", "revoke_export", "try_each"]
+
+Item = TypeVar("Item", bound=Hashable)
 
 
 def erase_files(paths: Iterable[Path]) -> int:
@@ -46,6 +48,28 @@ def erase_files(paths: Iterable[Path]) -> int:
         sync_tree(folder, deep=False)
     faults.checkpoint("erase: folders synced")
     return erased
+
+
+def try_each(step: Callable[[Sequence[Item]], object], items: Sequence[Item]) -> dict[Item, OSError]:
+    """Do a step for all items together, and after an error for each alone, so that one holds up no other.
+
+    Args:
+        step: what can be repeated.
+        items: what it is given.
+
+    Returns:
+        The items that it fails for, with the errors.
+    """
+    failed: dict[Item, OSError] = {}
+    try:
+        step(items)
+    except OSError:
+        for item in items:
+            try:
+                step([item])
+            except OSError as error:
+                failed[item] = error
+    return failed
 
 
 def erase_folder(folder: Path) -> None:

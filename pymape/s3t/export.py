@@ -71,8 +71,7 @@ def export_ensemble(
     combination: Combination = "mean",
     sizes: Mapping[int, int] | None = None,
     begin: Callable[[Path], AbstractContextManager[object]] | None = None,
-    record: Callable[[list[dict[str, str]]], object] | None = None,
-    check: Callable[[], object] | None = None,
+    place: Callable[[list[dict[str, str]]], AbstractContextManager[object]] | None = None,
 ) -> list[dict[str, str]]:
     """Write the live shards as PEFT adapters, whole or not at all.
 
@@ -89,9 +88,8 @@ def export_ensemble(
         combination: as `Ensemble`.
         sizes: as `Ensemble`.
         begin: makes a context, entered with the temporary folder before anything is in it, left when it is gone.
-        record: called with the result once all is written, right before it appears in `folder`. An error leaves
-            nothing there.
-        check: called once it is there. An error erases it.
+        place: makes a context from the result, entered once all is written, in which it is moved to `folder`. An error
+            on the way in or out leaves nothing there.
 
     Returns:
         {"file": path inside the folder, "sha256": of the file} of each.
@@ -131,21 +129,30 @@ def export_ensemble(
         files = [{"file": path.relative_to(stage).as_posix(), "sha256": file_hash(path)} for path in paths]
         stage.chmod(0o777 & ~umask())
         sync_tree(stage)
-        if record is not None:
-            record(files)
-        _check_free(target)
-        for left in sorted(target.rglob("*"), reverse=True):  # an erased export leaves folders without files
-            left.rmdir()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        stage.rename(target)
-        sync_tree(target.parent, deep=False)
-        if check is not None:
-            try:
-                check()
-            except BaseException:
+        moved = False
+        try:
+            with contextlib.nullcontext() if place is None else place(files):
+                _move(stage, target)
+                moved = True
+        except BaseException:
+            if moved:
                 _erase(target)
-                raise
+            raise
     return files
+
+
+def _move(stage: Path, target: Path) -> None:
+    """Move an export to where it belongs; an error leaves nothing of it there, and what others have put there."""
+    _check_free(target)
+    for left in sorted(target.rglob("*"), reverse=True):  # an erased export leaves folders without files
+        left.rmdir()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage.rename(target)
+    try:
+        sync_tree(target.parent, deep=False)
+    except BaseException:
+        _erase(target)
+        raise
 
 
 def _erase(folder: Path) -> None:

@@ -16,7 +16,7 @@ from pymape.files import atomic_write, sync_tree, take_lock
 from pymape.s3t import faults
 from pymape.s3t.audit import AuditEntry, AuditLog, first_entry
 from pymape.s3t.database import Database, create_database, now
-from pymape.s3t.erasure import erase_files
+from pymape.s3t.erasure import erase_files, try_each
 from pymape.s3t.ledger_records import FoundRecord, RecordRow
 from pymape.s3t.ledger_requests import LedgerRequests
 from pymape.s3t.ledger_stages import STAGES, StageRow
@@ -124,7 +124,7 @@ class Ledger(LedgerRequests):
         """A block in which what is read fits together: no request is accepted meanwhile."""
         return self._db.snapshot()
 
-    def finish(self) -> None:
+    def finish(self, *, check: bool = True) -> dict[str | None, Exception]:
         """Take every accepted request to "verified", each state durable before the next.
 
         Switched: every affected shard serves its deepest live chain. Erased: the files of tombstoned stages, the cached
@@ -132,14 +132,24 @@ class Ledger(LedgerRequests):
         Verified: what the affected shards still hold was made from the records that are left. All requests go together.
         Other threads may use the ledger meanwhile; requests that they make then are left to the next call.
 
+        Args:
+            check: raise the first problem. False returns all of them.
+
+        Returns:
+            What keeps each request from its end, by name; under None what keeps a damaged stage from being erased.
+
         Raises:
             ValueError: naming a stage that was not made from what is left, or another process has been reading the
                 database all the time.
-            OSError: a file cannot be erased. Calling again continues. Where it is an export's, only its request waits.
+            OSError: a file cannot be erased. Only the request that it belongs to waits. Calling again continues.
         """
         problems = self._finish()
-        if problems:
-            raise problems[0]
+        if check:
+            for problem in problems.values():
+                raise problem
+        rows = self._db.rows_in("SELECT request, name FROM requests WHERE request IN ({})", [*problems])
+        names = {None: None, **dict(rows)}
+        return {names[request]: problem for request, problem in problems.items()}
 
     def repair(self) -> int:
         """Plan what deletions have ended anew, on the records that are left, as the next generation of each shard.
@@ -169,7 +179,7 @@ class Ledger(LedgerRequests):
                 names, others = (sorted(row.key.name for row in rows) for rows in (damaged, ended))
                 self._audit.append("repair planned", shards=shards, stages=planned, damaged=names, ended=others)
         with self._finishing:
-            self._erase([])
+            self._erase([])  # `finish` says what cannot be erased, and tries again
             self._move_anchor()
         return planned
 
@@ -177,7 +187,8 @@ class Ledger(LedgerRequests):
         """Check everything that can be checked without training.
 
         Returns:
-            {"ok": bool, "problems": [sentences that name what is wrong], "checked": {what: how many}}.
+            {"ok": bool, "problems": [sentences that name what is wrong], "checked": {what: how many}, "unfinished":
+            [sentences that name what `finish` has still to do, which is no problem]}.
         """
         from pymape.s3t.ledger_verify import verify
 
@@ -214,10 +225,10 @@ class Ledger(LedgerRequests):
     def _recover(self) -> None:
         """Remove what a crash left and finish all requests. What is wrong then is for `finish` and `verify` to say."""
         (self.folder / STAGES).mkdir(exist_ok=True)
-        erase_files([self.folder / name for name in self._orphans()])
+        try_each(erase_files, [self.folder / name for name in self._orphans()])
         if self.deleted:
             names = self._db.rows("SELECT name FROM records JOIN tombstones USING (record)")
-            self._erase_cached([name.hex() for (name,) in names])
+            try_each(self._erase_cached, [name.hex() for (name,) in names])
         self._sweep_exports()
         self._finish()
 
@@ -258,15 +269,16 @@ class Ledger(LedgerRequests):
             found += ended
         return found
 
-    def _finish(self) -> list[Exception]:
-        """Do what is left to do; what is wrong afterwards."""
+    def _finish(self) -> dict[int | None, Exception]:
+        """Do what is left to do; what keeps each request from its end, and under None what `repair` has ended."""
         with self._finishing:
             last = self._db.value("SELECT max(request) FROM requests") or 0
             self._switch(self._waiting("switched IS NULL", last))
-            failed = self._erase(self._waiting("switched NOTNULL AND erased IS NULL", last))
-            problems = self._verify_requests(self._waiting("erased NOTNULL", last))
+            problems = self._erase(self._waiting("switched NOTNULL AND erased IS NULL", last))
+            for request, problem in self._verify_requests(self._waiting("erased NOTNULL", last)).items():
+                problems[request] = problem
             self._move_anchor()
-            return [*failed, *map(ValueError, problems)]
+            return problems
 
     def _waiting(self, condition: str, last: int) -> list[int]:
         rows = self._db.rows(
@@ -280,24 +292,40 @@ class Ledger(LedgerRequests):
                 depths = self._serve_deepest(self._shards_of(requests))
                 self._advance(requests, "switched", depths=depths)
 
-    def _erase(self, requests: Sequence[int]) -> list[OSError]:
-        """Erase what requests have ended, and damaged stages; why exports could not be revoked."""
+    def _erase(self, requests: Sequence[int]) -> dict[int | None, Exception]:
+        """Erase what requests have ended, and damaged stages; the first error of each request, which is tried again.
+
+        Under None is an error of the damaged stages.
+        """
         places = list(
             self._db.rows_in(
-                "SELECT record, name FROM records JOIN tombstones USING (record) WHERE request IN ({})", requests
+                "SELECT record, name, request FROM records JOIN tombstones USING (record) WHERE request IN ({})",
+                requests,
             )
         )
-        stages = self._stage_rows("s.state = 'tombstoned' AND s.request IS NULL")
-        repaired = [row.key.name for row in stages]
+        stages: dict[StageRow, int | None] = dict.fromkeys(
+            self._stage_rows("s.state = 'tombstoned' AND s.request IS NULL")
+        )
         # Those that an interrupted attempt has erased already are looked for again: it may not have reached the disk.
-        stages += self._stages_of(requests, "tombstoned", "erased")
+        stages |= self._stages_of(requests, "tombstoned", "erased")
         if not requests and not stages:
-            return []
+            return {}
         self._await_landings()
-        erase_files(self.path(row.key) for row in stages)
-        self._erase_cached([name.hex() for _, name in places])
-        failed = self._revoke(requests)
-        records, ended = [(record,) for record, _ in places], [(row.stage,) for row in stages]
+        by_path = {self.path(row.key): request for row, request in stages.items()}
+        by_name = {name.hex(): request for _, name, request in places}
+        left = try_each(erase_files, [*by_path])
+        failed: dict[int | None, Exception] = {}
+        for owner, error in [
+            *((by_path[path], error) for path, error in left.items()),
+            *((by_name[name], error) for name, error in try_each(self._erase_cached, [*by_name]).items()),
+            *self._revoke(requests).items(),
+        ]:
+            failed.setdefault(owner, error)
+        records = [(record,) for record, *_ in places]
+        ended = [(row.stage,) for row in stages if self.path(row.key) not in left]
+        repaired = [
+            row.key.name for row, request in stages.items() if request is None and self.path(row.key) not in left
+        ]
         with self._db.transaction("erase"):
             for statement, rows in (
                 ("UPDATE contents SET content = zeroblob(length(content)) WHERE record = ?", records),
@@ -309,13 +337,24 @@ class Ledger(LedgerRequests):
                 self._db.run_all(statement, rows)
             if repaired:  # the others are in the rows of their requests
                 self._audit.append("stages erased", stages=repaired)
-        self._db.truncate_log()
-        done = [request for request in requests if request not in failed]
+        try:
+            self._db.truncate_log()
+        except ValueError as error:  # the log holds pages of all of them
+            waiting: Sequence[int | None] = requests or [None]
+            for owner in waiting:
+                failed.setdefault(owner, error)
+            return failed
+        done = {request for request in requests if request not in failed}
         if done:
             with self._db.transaction("erased"):
-                exports = self._outcomes(done)
-                self._advance(done, "erased", records=len(records), stages=len(stages), exports=exports)
-        return list(failed.values())
+                self._advance(
+                    sorted(done),
+                    "erased",
+                    records=sum(request in done for *_, request in places),
+                    stages=sum(request in done for request in stages.values()),
+                    exports=self._outcomes(sorted(done)),
+                )
+        return failed
 
     def _await_landings(self) -> None:
         """Wait until no file of a stage that has ended is being written, nor an export that holds one."""
@@ -328,15 +367,24 @@ class Ledger(LedgerRequests):
         with self._landed:
             self._landed.wait_for(written)
 
-    def _verify_requests(self, requests: Sequence[int]) -> list[str]:
+    def _verify_requests(self, requests: Sequence[int]) -> dict[int, Exception]:
+        """Verify requests; the first problem of each that stays erased."""
         if not requests:
-            return []
+            return {}
+        late = self._cached_again(requests)
         with self._db.transaction("verify"):
-            problems = [problem for shard in self._shards_of(requests) for problem in self._provenance_problems(shard)]
-            problems += self._traces(requests)
-            if not problems:
-                self._advance(requests, "verified")
-        return problems
+            found = [
+                (request, problem)
+                for shard in self._shards_of(requests)
+                for problem in self._provenance_problems(shard)[:1]
+                for request in self._requests_of(shard)
+            ]
+            found += self._traces(requests) + late
+            problems: dict[int, Exception] = {request: ValueError(problem) for request, problem in reversed(found)}
+            done = [request for request in requests if request not in problems]
+            if done:
+                self._advance(done, "verified")
+        return {request: problems[request] for request in requests if request in problems}
 
     def _advance(self, requests: Sequence[int], state: str, **detail: Any) -> None:
         """Note a state of requests inside a transaction."""
@@ -352,6 +400,15 @@ class Ledger(LedgerRequests):
             "SELECT DISTINCT shard FROM tombstones JOIN records USING (record) WHERE request IN ({})", requests
         )
         return sorted({shard for (shard,) in rows})
+
+    def _requests_of(self, shard: int) -> list[int]:
+        """Requests, not verified yet, that have deleted records of a shard."""
+        rows = self._db.rows(
+            "SELECT DISTINCT request FROM requests JOIN tombstones USING (request) JOIN records USING (record) "
+            "WHERE verified IS NULL AND shard = ?",
+            (shard,),
+        )
+        return [request for (request,) in rows]
 
 
 def _check_sequences(orders: Sequence[Sequence[tuple[int, ...]]]) -> None:

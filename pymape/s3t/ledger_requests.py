@@ -1,32 +1,28 @@
-"""The requests of a ledger, accepted durably and at once, and the exports that they revoke."""
+"""The requests of a ledger, accepted durably and at once."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from pymape.s3t.database import now
-from pymape.s3t.erasure import erase_folder, revoke_export
+from pymape.s3t.erasure import try_each
+from pymape.s3t.ledger_exports import LedgerExports
 from pymape.s3t.ledger_records import FoundRecord
-from pymape.s3t.ledger_stages import LedgerStages, StageRow, deepest
-from pymape.s3t.stages import StageKey
+from pymape.s3t.ledger_stages import StageRow, deepest
 
 __all__ = ["STATES", "LedgerRequests", "names_digest"]
 
 FORMAT = "pymape.deletion.1"
-_PARTIAL = ".partial"  # how the folder of an export is called while it is written
+_KNOWN = "request_id must be new for other records, got {!r}, which is known"
 STATES = ("received", "switched", "erased", "verified")  # columns with the times; "received" is the state "tombstoned"
 
 
-class LedgerRequests(LedgerStages):
-    """The part of `Ledger` that holds requests and exports."""
+class LedgerRequests(LedgerExports):
+    """The part of `Ledger` that holds requests."""
 
     def plan_deletion(self, names: Sequence[str]) -> dict[str, Any]:
         """What `tombstone` would do, without doing it.
@@ -43,7 +39,9 @@ class LedgerRequests(LedgerStages):
         with self._db.snapshot():
             return self._impact([self._checked(names)])[0][0]
 
-    def tombstone(self, requests: Sequence[tuple[str, Sequence[str]]]) -> list[dict[str, Any]]:
+    def tombstone(
+        self, requests: Sequence[tuple[str, Sequence[str]]], asked: Mapping[str, str] | None = None
+    ) -> list[dict[str, Any]]:
         """Accept requests to delete records: when this returns they are durable, whatever happens next.
 
         From here on no stage that was trained on the records is served, read or built upon. All requests of a call are
@@ -51,13 +49,14 @@ class LedgerRequests(LedgerStages):
 
         Args:
             requests: (name of the request, names of the records).
+            asked: name of a new request -> digest of what it was asked for in other words, for `names_asked`.
 
         Returns:
             A receipt for each: "request", "received" (ISO time), "records" (how many), "shards" (for each affected one
             its generation, depth before and after, names of the stages tombstoned and cancelled), "stages" and
             "cancelled" (how many), "bytes" to erase (stage files and record contents), "exports" (paths) to revoke,
-            "state", and "audit" (number and MAC of the row in the audit log). A request that is known with the same
-            records gives the stored receipt.
+            "state", and "audit" (number and MAC of the row in the audit log); "asked" where one was given. A request
+            that is known with the same records gives the stored receipt.
 
         Raises:
             ValueError: a record that is unknown, repeated or deleted already, or a known request with other records.
@@ -72,7 +71,7 @@ class LedgerRequests(LedgerStages):
             _check_apart(new)
             if new:
                 with self._db.transaction("tombstone"):  # and no anchor: the answer waits for one commit, no more
-                    self._commit_tombstones(new)
+                    self._commit_tombstones(new, asked or {})
         return [self.receipt(request) for request, _ in requests]
 
     def receipt(self, request: str) -> dict[str, Any]:
@@ -86,13 +85,30 @@ class LedgerRequests(LedgerStages):
             raise ValueError(f"request_id must be that of a request, got {request!r}, which is unknown")
         return found[0]
 
-    def has_request(self, request: str) -> bool:
-        """Whether a request of this name was accepted."""
-        return self._db.value("SELECT 1 FROM requests WHERE name = ?", (request,)) is not None
+    def names_asked(self, request: str, asked: str) -> list[str]:
+        """Names of the records of a known request that was asked for the same; none where no request says so.
+
+        Args:
+            request: its name.
+            asked: as it was given to `tombstone`.
+
+        Raises:
+            ValueError: it was asked for something else.
+        """
+        for row, receipt in self._db.rows("SELECT request, receipt FROM requests WHERE name = ?", (request,)):
+            before = json.loads(receipt).get("asked")
+            if before is not None and before != asked:
+                raise ValueError(_KNOWN.format(request))
+            return [] if before is None else self._names_of(row)
+        return []
 
     def requests(self) -> list[dict[str, Any]]:
         """Receipts of all requests, in the order in which they were received."""
         return self._receipts()
+
+    def unfinished(self) -> list[dict[str, Any]]:
+        """Receipts of the requests that are not verified."""
+        return self._receipts("WHERE q.verified IS NULL")
 
     def request_rate(self) -> float | None:
         """Records deleted a day, from the first request to the last; None before there are two moments."""
@@ -103,78 +119,6 @@ class LedgerRequests(LedgerStages):
             "SELECT count(*) FROM tombstones JOIN requests USING (request) WHERE received > ?", (first,)
         )
         return 86400 * later / (datetime.fromisoformat(last) - datetime.fromisoformat(first)).total_seconds()
-
-    def record_export(
-        self, folder: str | os.PathLike[str], files: Iterable[Mapping[str, str]], stages: Iterable[StageKey]
-    ) -> None:
-        """Remember files that were written elsewhere, so that a deletion revokes them.
-
-        Args:
-            folder: of the export; an earlier one in the same place is forgotten.
-            files: {"file": path inside the folder, "sha256": of the file} for each.
-            stages: that the files hold.
-
-        Raises:
-            ValueError: a stage that a request has tombstoned meanwhile: the files must be removed again.
-        """
-        path, contents = os.path.realpath(folder), {entry["file"]: entry["sha256"] for entry in files}
-        with self._change("export"):
-            for (old,) in self._db.rows("SELECT export FROM exports WHERE path = ? AND request IS NULL", (path,)):
-                self._forget_export(old)
-            keys = list(stages)
-            self._insert_export(path, contents, keys)
-            self._audit.append("exported", stages=len(keys), files=len(contents))
-
-    @contextmanager
-    def exporting(self, folder: str | os.PathLike[str], stages: Iterable[StageKey]) -> Iterator[None]:
-        """A block that writes an export in a temporary folder: what a crash leaves of it is erased at the next opening.
-
-        A request that ends one of the stages meanwhile is not erased before the block has ended.
-
-        Args:
-            folder: named *.partial; the block moves it to where the export belongs, or removes it.
-            stages: that the files hold.
-
-        Raises:
-            ValueError: a stage that a request has tombstoned.
-        """
-        path = os.path.realpath(folder)
-        with self._db.lock:
-            with self._change("begin export"):
-                export = self._insert_export(path, None, stages)
-            self._exporting.add(export)
-        try:
-            yield
-        finally:
-            with self._landed:
-                self._exporting.discard(export)
-                self._landed.notify_all()
-                with contextlib.suppress(OSError):  # a full disk; the next opening forgets it
-                    self._sweep_exports()
-
-    def check_export(self, folder: str | os.PathLike[str]) -> None:
-        """Refuse an export that a request has revoked since it was recorded.
-
-        Raises:
-            ValueError: naming the request.
-        """
-        found = self._db.rows(
-            "SELECT name FROM exports LEFT JOIN requests USING (request) WHERE path = ? ORDER BY export DESC LIMIT 1",
-            (os.path.realpath(folder),),
-        )
-        if found and found[0][0] is not None:
-            raise ValueError(f"stages of an export must be live, got some that request {found[0][0]!r} has ended")
-
-    def exports(self) -> list[dict[str, Any]]:
-        """{"path", "created", "request": that revoked it or None, "outcome": see `erasure.revoke_export`} of each."""
-        rows = self._db.rows(
-            "SELECT path, created, q.name, outcome FROM exports e LEFT JOIN requests q USING (request) "
-            "WHERE files != 'null' ORDER BY export"
-        )
-        return [
-            {"path": path, "created": created, "request": request, "outcome": outcome and json.loads(outcome)}
-            for path, created, request, outcome in rows
-        ]
 
     def _checked(self, names: Sequence[str]) -> list[FoundRecord]:
         if not names:
@@ -194,7 +138,7 @@ class LedgerRequests(LedgerStages):
         }
         for request, names in requests:
             if request in known and names_digest(names) != names_digest(self._names_of(known[request])):
-                raise ValueError(f"request_id must be new for other records, got {request!r}, which is known")
+                raise ValueError(_KNOWN.format(request))
         return set(known)
 
     def _names_of(self, request: int) -> list[str]:
@@ -254,11 +198,12 @@ class LedgerRequests(LedgerStages):
         trained = {prefix for prefix, row in live.items() if row.state == "trained"}
         return deepest(self.sequences[shard], trained)[1]
 
-    def _commit_tombstones(self, requests: Sequence[tuple[str, list[FoundRecord]]]) -> None:
+    def _commit_tombstones(self, requests: Sequence[tuple[str, list[FoundRecord]]], asked: Mapping[str, str]) -> None:
         received = now()
         impacts = self._impact([records for _, records in requests])
         for (request, records), (figures, ended, exports) in zip(requests, impacts, strict=True):
-            receipt = json.dumps({"format": FORMAT, "request": request, "received": received, **figures})
+            words = {"asked": asked[request]} if request in asked else {}
+            receipt = json.dumps({"format": FORMAT, "request": request, "received": received, **words, **figures})
             entry = self._audit.append(
                 "records deleted",
                 request=request,
@@ -280,77 +225,40 @@ class LedgerRequests(LedgerStages):
             )
             self._db.run_all("UPDATE exports SET request = ? WHERE export = ?", [(row, export) for export in exports])
 
-    def _insert_export(self, path: str, files: Mapping[str, str] | None, stages: Iterable[StageKey]) -> int:
-        """Note an export inside a transaction; without `files` it is being written, and all in the folder is its."""
-        trained = {row.key: row.stage for row in self.stages() if row.state == "trained"}
-        keys = list(stages)
-        for key in keys:
-            if key not in trained:
-                raise ValueError(f"stages of an export must be live, got {key.name}")
-        export = self._db.insert(
-            "INSERT INTO exports (path, created, files) VALUES (?, ?, ?)", (path, now(), json.dumps(files))
-        )
-        self._db.run_all("INSERT INTO export_stages VALUES (?, ?)", [(trained[key], export) for key in keys])
-        return export
-
-    def _forget_export(self, export: int) -> None:
-        self._db.run("DELETE FROM export_stages WHERE export = ?", (export,))
-        self._db.run("DELETE FROM exports WHERE export = ?", (export,))
-
-    def _sweep_exports(self) -> None:
-        """Erase and forget what is left of exports that were being written and are not any more."""
-        rows = self._db.rows("SELECT export, path, request FROM exports WHERE files = 'null'")
-        for export, path, request in rows:
-            if export in self._exporting or not path.endswith(_PARTIAL):  # no other folder is all ours
-                continue
-            try:
-                erase_folder(Path(path))
-            except OSError:  # its disk may come back
-                continue
-            with self._change("forget export"):
-                if request is None:
-                    self._forget_export(export)
-                else:
-                    self._db.run("UPDATE exports SET files = '{}' WHERE export = ?", (export,))
-
-    def _revoke(self, requests: Sequence[int]) -> dict[int, OSError]:
-        """Erase the exports that requests revoke; the first error of each request, whose export is tried again."""
-        failed: dict[int, OSError] = {}
-        for export, request, path, files in list(
-            self._db.rows_in(
-                "SELECT export, request, path, files FROM exports WHERE outcome IS NULL AND request IN ({})", requests
-            )
-        ):
-            contents = json.loads(files)
-            try:
-                if contents is None and path.endswith(_PARTIAL):
-                    erase_folder(Path(path))
-                outcome = revoke_export(Path(path), contents or {})
-            except OSError as error:
-                failed.setdefault(request, error)
-                continue
-            with self._db.transaction("revoke"):
-                self._db.run("UPDATE exports SET outcome = ? WHERE export = ?", (json.dumps(outcome), export))
-        return failed
-
-    def _outcomes(self, requests: Sequence[int]) -> list[dict[str, Any]]:
-        """What became of the exports that requests revoked."""
-        rows = self._db.rows_in("SELECT outcome FROM exports WHERE request IN ({}) ORDER BY export", requests)
-        return [json.loads(outcome) for (outcome,) in rows]
-
-    def _traces(self, requests: Sequence[int]) -> list[str]:
-        """What is left of the records of erased requests."""
+    def _traces(self, requests: Sequence[int]) -> list[tuple[int, str]]:
+        """What is left of the records of erased requests, each with its request."""
         found = []
-        for row in self._stages_of(requests, "tombstoned", "erased"):
+        for row, request in self._stages_of(requests, "tombstoned", "erased").items():
             if row.state != "erased" or self.path(row.key).exists():
-                found.append(f"stage {row.key.name} must be erased, got one that is {row.state} or has a file")
-        for (name,) in self._db.rows_in(
-            "SELECT name FROM tombstones JOIN records USING (record) JOIN contents USING (record) "
-            "WHERE request IN ({}) AND (content != zeroblob(length(content)) OR digest != zeroblob(32))",
+                problem = f"stage {row.key.name} must be erased, got one that is {row.state} or has a file"
+                found.append((request, problem))
+        for request, stage in self._db.rows_in(
+            "SELECT request, stage FROM stages JOIN files USING (stage) "
+            "WHERE provenance != zeroblob(length(provenance)) AND request IN ({})",
             requests,
         ):
-            found.append(f"record {name.hex()} must be erased, got one with a content")
+            [row] = self._stage_rows("s.stage = ?", (stage,))
+            found.append((request, f"stage {row.key.name} must be erased, got one with a provenance"))
+        for request, name in self._db.rows_in(
+            "SELECT request, name FROM tombstones JOIN records USING (record) JOIN contents USING (record) "
+            "WHERE request IN ({}) AND (content != zeroblob(length(content)) OR digest != zeroblob(32) "
+            "OR subject != zeroblob(32))",
+            requests,
+        ):
+            found.append((request, f"record {name.hex()} must be erased, got one with a content or a subject"))
         return found
+
+    def _cached_again(self, requests: Sequence[int]) -> list[tuple[int, str]]:
+        """Records that are cached even after what a worker has cached late was erased, each with its request."""
+        by = {
+            name.hex(): request
+            for request, name in self._db.rows_in(
+                "SELECT request, name FROM tombstones JOIN records USING (record) WHERE request IN ({})", requests
+            )
+        }
+        late = self._cached([*by])
+        try_each(self._erase_cached, late)
+        return [(by[name], f"record {name} must be erased, got one with cached states") for name in self._cached(late)]
 
     def _receipts(self, where: str = "", values: Sequence[Any] = ()) -> list[dict[str, Any]]:
         outcomes: dict[int, list[Any]] = {}

@@ -57,8 +57,9 @@ class LedgerStages(LedgerRecords):
     def _start_stages(self) -> None:
         self._landing: set[int] = set()  # stages whose files are being written
         self._exporting: set[int] = set()  # exports that are being written
+        self._placing: set[int] = set()  # exports that are being moved to where they belong
         self._landed = threading.Condition(self._db.lock)  # notified when one of either is done
-        self._cache: PrefixCache | None = None
+        self._cache = PrefixCache(self.folder / CACHE)
 
     def plan(self) -> int:
         """Plan the stages of all sequences that were never planned; a common prefix is one stage.
@@ -337,20 +338,27 @@ class LedgerStages(LedgerRecords):
             )
         ]
 
-    def _stages_of(self, requests: Sequence[int], *states: str) -> list[StageRow]:
-        """The stages that requests have ended, those in some states."""
-        found = self._db.rows_in("SELECT stage, state FROM stages WHERE request IN ({})", requests)
-        return [row for stage, state in found if state in states for row in self._stage_rows("s.stage = ?", (stage,))]
+    def _stages_of(self, requests: Sequence[int], *states: str) -> dict[StageRow, int]:
+        """The stages in some states that requests have ended, each with its request."""
+        found = list(self._db.rows_in("SELECT stage, state, request FROM stages WHERE request IN ({})", requests))
+        return {
+            row: request
+            for stage, state, request in found
+            if state in states
+            for row in self._stage_rows("s.stage = ?", (stage,))
+        }
 
     def _erase_cached(self, names: Sequence[str]) -> int:
         """Remove the cached states of records; the number of files."""
         if not names or not (self.folder / CACHE).is_dir():
             return 0
-        if self._cache is None:
-            self._cache = PrefixCache(self.folder / CACHE)
         erased = self._cache.erase(names)
         faults.checkpoint("erase: cache cleared")
         return erased
+
+    def _cached(self, names: Sequence[str]) -> list[str]:
+        """Those of some records that have cached states."""
+        return self._cache.holding(names) if names and (self.folder / CACHE).is_dir() else []
 
 
 def deepest(sequences: Sequence[tuple[int, ...]], live: set[tuple[int, ...]]) -> tuple[int, int]:

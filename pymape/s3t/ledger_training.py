@@ -153,7 +153,8 @@ def train_planned(
     Args:
         ledger: open for writing.
         config: of the system.
-        engine: the name of one, which is closed afterwards, or an engine that stays open.
+        engine: the name of one, which is closed afterwards, or an engine that stays open. After an interruption what
+            such an engine has begun is waited for, and dropped.
         workers: as `make_engine`.
         address: as `make_engine`.
         cache: keep hidden states in the ledger's folder, where the engine's workers reach it.
@@ -199,10 +200,14 @@ def train_planned(
             open_jobs.discard(job.provenance.key)
     finally:
         bar.close()
-        if chosen is not engine:
-            chosen.close()
-        for key in open_jobs:  # after an interruption
-            ledger.erase_late(key)
+        try:  # after an interruption; no worker may go on, which could cache what is erased
+            if chosen is not engine:
+                chosen.close()
+            while chosen is engine and chosen.pending:
+                chosen.wait()
+        finally:
+            for key in open_jobs:
+                ledger.erase_late(key)
     if failure is not None:
         raise failure
     return done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -30,7 +31,8 @@ def verify(ledger: Ledger) -> dict[str, Any]:
         ledger: open in either mode.
 
     Returns:
-        {"ok": bool, "problems": [sentences that name what is wrong], "checked": {what: how many}}.
+        {"ok": bool, "problems": [sentences that name what is wrong], "checked": {what: how many}, "unfinished":
+        [sentences that name what `Ledger.finish` has still to do, which is no problem]}.
     """
     checks: dict[str, Callable[[Ledger], tuple[int, list[str]]]] = {
         "database_pages": _database,
@@ -49,7 +51,17 @@ def verify(ledger: Ledger) -> dict[str, Any]:
             found = [str(error)]
         problems += found
     problems = list(dict.fromkeys(problems))
-    return {"ok": not problems, "problems": problems, "checked": checked}
+    unfinished: list[str] = []
+    with contextlib.suppress(ValueError, OSError):  # of a damaged database, which is among the problems
+        unfinished = _unfinished(ledger)
+    return {"ok": not problems, "problems": problems, "checked": checked, "unfinished": unfinished}
+
+
+def _unfinished(ledger: Ledger) -> list[str]:
+    with ledger.snapshot():
+        found = [f"request {receipt['request']!r} is {receipt['state']}" for receipt in ledger.unfinished()]
+        damaged = ledger._stage_rows("s.state = 'tombstoned' AND s.request IS NULL")
+    return found + [f"stage {row.key.name} was damaged, and is not erased" for row in damaged]
 
 
 def _database(ledger: Ledger) -> tuple[int, list[str]]:
@@ -67,16 +79,18 @@ def _records(ledger: Ledger) -> tuple[int, list[str]]:
     """Live records hold what was added, erased ones nothing."""
     count, last, problems = 0, 0, []
     while rows := ledger._db.rows(
-        "SELECT record, r.name, digest, content, q.request, q.erased FROM records r LEFT JOIN contents USING (record) "
-        "LEFT JOIN tombstones USING (record) LEFT JOIN requests q USING (request) "
+        "SELECT record, r.name, digest, content, subject, q.request, q.erased FROM records r "
+        "LEFT JOIN contents USING (record) LEFT JOIN tombstones USING (record) LEFT JOIN requests q USING (request) "
         "WHERE record > ? ORDER BY record LIMIT ?",
         (last, _PAGE),
     ):
-        for _, name, digest, content, request, erased in rows:
+        for _, name, digest, content, subject, request, erased in rows:
             if content is None or (request is None and row_digest(content) != digest.hex()):
                 problems.append(f"record {name.hex()} has another content than the one that was added")
             elif erased and (any(content) or any(digest)):
                 problems.append(f"record {name.hex()} is erased, and its content is there")
+            elif erased and subject and any(subject):
+                problems.append(f"record {name.hex()} is erased, and its subject is there")
         count, last = count + len(rows), rows[-1][0]
     return count, problems
 
@@ -115,7 +129,10 @@ def _requests(ledger: Ledger) -> tuple[int, list[str]]:
 
 
 def _stages(ledger: Ledger) -> tuple[int, list[str]]:
-    """Every live stage has an intact file, made from live records, and a live parent; what is served is the deepest."""
+    """Every live stage has an intact file, made from live records, and a live parent; what is served is the deepest.
+
+    Of erased stages the ledger does not say what they were made from.
+    """
     ledger._forget_digests()  # what is compared is what the database holds now
     problems, rows = [], ledger.stages()
     logged = _log_of_stages(ledger)
@@ -137,6 +154,8 @@ def _stages(ledger: Ledger) -> tuple[int, list[str]]:
             problem = f"stage {row.key.name} must have live parents, got none"
         if problem and ledger._state(row) == row.state:  # no request has ended it meanwhile
             problems.append(problem)
+    for row in ledger._stage_rows("s.state = 'erased' AND f.provenance != zeroblob(length(f.provenance))"):
+        problems.append(f"stage {row.key.name} is erased, and what it was made from is there")
     with ledger.snapshot():
         waiting = ledger._db.value("SELECT count(*) FROM requests WHERE switched IS NULL")
         for shard, chain in enumerate(ledger.serving()):
@@ -181,10 +200,19 @@ def _logged_problem(row: StageRow, landed: Mapping[str, str], ended: Container[s
 
 
 def _files(ledger: Ledger) -> tuple[int, list[str]]:
-    """No file is left over, and no stage of a met request has one."""
-    found = ledger._orphans()
-    if found:
+    """No file is left over, no stage of a met request has one, and no erased record has cached states."""
+    erased = [
+        name.hex()
+        for (name,) in ledger._db.rows(
+            "SELECT r.name FROM records r JOIN tombstones USING (record) JOIN requests USING (request) "
+            "WHERE erased NOTNULL"
+        )
+    ]
+    found, cached = ledger._orphans(), ledger._cached(erased)
+    if found or cached:
         time.sleep(_SETTLE_SECONDS)
         found = [name for name in ledger._orphans() if name in found]
+        cached = ledger._cached(cached)
     count = sum(row.state == "trained" for row in ledger.stages())
-    return count, [f"file {str(ledger.folder / name)!r} belongs to nothing" for name in found]
+    problems = [f"file {str(ledger.folder / name)!r} belongs to nothing" for name in found]
+    return count, problems + [f"record {name} is erased, and its states are cached" for name in cached]

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from pymape.s3t.engine import Engine
 from pymape.s3t.ensemble import Combination, Ensemble
 from pymape.s3t.export import export_ensemble
 from pymape.s3t.ledger import Ledger, RecordRow
+from pymape.s3t.ledger_requests import names_digest
 from pymape.s3t.ledger_training import (
     ServedStages,
     other_options,
@@ -33,7 +35,7 @@ from pymape.s3t.rows import RecordCheck
 from pymape.s3t.sequences import choose_sequences
 from pymape.s3t.theory import forecast
 
-__all__ = ["S3T"]
+__all__ = ["S3T", "not_finished"]
 
 _IDS, _NORMAL = "ids", "NFC"  # noted in the folder: what ids are hashed, those that `read_identifier` makes normal
 
@@ -196,7 +198,7 @@ class S3T:
         Raises:
             ValueError: as `delete`.
         """
-        return self._ledger.plan_deletion(self._names(ids, subjects))
+        return self._ledger.plan_deletion(self._names(ids, subjects)[0])
 
     def delete(
         self, ids: Sequence[str] = (), request_id: str = "", *, subjects: Sequence[str] = (), finish: bool = True
@@ -205,23 +207,25 @@ class S3T:
 
         Args:
             ids: of the records.
-            request_id: the caller's name of the request; the same name with the same records gives the same receipt.
+            request_id: the caller's name of the request; the same name with the same records, or with the same ids and
+                subjects, gives the same receipt.
             subjects: people (or other subjects) all of whose records are deleted too.
             finish: erase before returning. False returns as soon as the request is durable and the stages are out of
                 service; `finish` or the next opening does the rest.
 
         Returns:
-            The receipt.
+            The receipt. Its "revoked" names files of exports that were "changed" and left, or are "missing".
 
         Raises:
             ValueError: an id that is unknown, repeated or deleted already, or a request id used for other records:
-                nothing changes then. Or what `finish` raises, once the request is accepted.
-            OSError: the disk is full and nothing has changed, or what `finish` raises. `receipt` tells which.
+                nothing changes then. Or what keeps the request from its end, once it is accepted (`finish`).
+            OSError: the disk is full and nothing has changed, or as before. `receipt` tells which.
+
+        Warns:
+            UserWarning: another request could not be finished.
         """
-        names = self._names(ids, subjects, request_id)
-        if not names:  # a request that is known: everybody's records are gone already
-            return self._ledger.receipt(request_id)
-        return self._accept([(request_id, names)], finish)[0]
+        names, asked = self._names(ids, subjects, request_id)
+        return self._accept([(request_id, names)], finish, {request_id: asked} if asked else None)[0]
 
     def delete_batch(self, requests: Mapping[str, Sequence[str]], *, finish: bool = True) -> list[dict[str, Any]]:
         """Accept several requests in one durable step: all of them or none.
@@ -236,16 +240,22 @@ class S3T:
         Raises:
             ValueError: as `delete`.
         """
-        return self._accept([(name, self._names(ids, (), name)) for name, ids in requests.items()], finish)
+        return self._accept([(name, self._names(ids, (), name)[0]) for name, ids in requests.items()], finish)
 
-    def finish(self) -> None:
-        """Take every accepted request through switching, erasure and verification.
+    def finish(self, *, check: bool = True) -> dict[str | None, Exception]:
+        """Take every accepted request through switching, erasure and verification; one that cannot holds up no other.
+
+        Args:
+            check: raise the first problem. False returns all of them.
+
+        Returns:
+            What keeps each request from its end, by name; under None what keeps a damaged stage from being erased.
 
         Raises:
             ValueError: a stage that was not made from what is left, or a database that another process keeps reading.
             OSError: a file, also one of an export, cannot be erased. Calling again continues.
         """
-        self._ledger.finish()
+        return self._ledger.finish(check=check)
 
     def receipt(self, request_id: str) -> dict[str, Any]:
         """The receipt of a request, in its present state.
@@ -294,17 +304,21 @@ class S3T:
 
         Audit chain, database, checksum and provenance of every stage file, agreement of provenance with the records
         that are left and with the system's options, absence of deleted records and of files that nothing refers to.
+        A system that is open for writing has removed what a crash left: to see it too, open the folder read-only.
 
         Args:
             replay: also train one served stage again and compare bit by bit.
 
         Returns:
-            {"ok": bool, "problems": [sentences], "checked": {...}}.
+            {"ok": bool, "problems": [sentences], "checked": {...}, "unfinished": [sentences: what `finish` has to do]}.
         """
         report = self._ledger.verify()
         report["problems"] += other_options(self._ledger, self.config)
         if replay:
-            report["checked"]["replayed"], problem = replay_stage(self._ledger, self.config)
+            try:
+                report["checked"]["replayed"], problem = replay_stage(self._ledger, self.config)
+            except (ValueError, OSError) as error:
+                report["checked"]["replayed"], problem = None, f"no stage can be trained again: {error}"
             report["problems"] += [problem] if problem else []
         report["ok"] = not report["problems"]
         return report
@@ -367,15 +381,21 @@ class S3T:
             sha256=self._ledger.base,
             sizes=served.sizes,
             begin=lambda temporary: self._ledger.exporting(temporary, served.stages),
-            record=lambda files: self._ledger.record_export(target, files, served.stages),
-            check=lambda: self._ledger.check_export(target),
+            place=lambda files: self._ledger.placing(target, files, served.stages),
         )
 
-    def _accept(self, requests: Sequence[tuple[str, list[str]]], finish: bool) -> list[dict[str, Any]]:
-        """The receipts of requests, each with the keyed names of its records."""
-        receipts = self._ledger.tombstone(requests)
+    def _accept(
+        self, requests: Sequence[tuple[str, list[str]]], finish: bool, asked: Mapping[str, str] | None = None
+    ) -> list[dict[str, Any]]:
+        """The receipts of requests, each with the keyed names of its records; `asked` as `Ledger.tombstone`."""
+        receipts = self._ledger.tombstone(requests, asked)
         if finish:
-            self.finish()
+            problems = self.finish(check=False)
+            own = [problems.pop(request) for request, _ in requests if request in problems]
+            for request, problem in problems.items():
+                warnings.warn(not_finished(request, problem), stacklevel=3)
+            if own:
+                raise own[0]
             receipts = [self._ledger.receipt(request) for request, _ in requests]
         return receipts
 
@@ -396,29 +416,34 @@ class S3T:
             shard, part = place(self._ledger.key, subject or identifier, self.config.shards, self.config.slices)
             yield RecordRow.of(name, about, shard, part, content, identifier)
 
-    def _names(self, ids: Sequence[str], subjects: Sequence[str], request: str | None = None) -> list[str]:
-        """Keyed names of records given by id and by subject; none where a known request has deleted all of them.
+    def _names(
+        self, ids: Sequence[str], subjects: Sequence[str], request: str | None = None
+    ) -> tuple[list[str], str | None]:
+        """Keyed names of records given by id and by subject; with subjects also a digest of what was asked for.
 
-        Nobody can say any more which records a deleted subject had: such a request is taken for the one that is known.
+        Nobody can say any more which records a deleted subject had. A request that was asked for the same before says.
         """
         for name, given in (("ids", ids), ("subjects", subjects)):
             if isinstance(given, (str, bytes)):
                 raise ValueError(f"{name} must be a list, got the single {type(given).__name__} {given!r}")
-        known = bool(subjects) and request is not None and self._ledger.has_request(request)
         stripped = [self._identifier(identifier, "ids") for identifier in ids]
         names = [record_name(self._ledger.key, identifier) for identifier in stripped]
-        deleted = all(record.request is not None for record in self._ledger.require_live(names, stripped, request))
+        people = [subject_name(self._ledger.key, self._identifier(subject, "subjects")) for subject in subjects]
+        asked = names_digest([*names, *{*people}]) if people else None
+        if request is not None and asked is not None:
+            repeated = self._ledger.names_asked(request, asked)
+            if repeated:
+                return repeated, asked
+        self._ledger.require_live(names, stripped, request)
         wanted = dict.fromkeys(names)
         for subject in subjects:
             found = self._names_of_subject(self._identifier(subject, "subjects"))
-            if not found and not known:
+            if not found:
                 raise ValueError(f"subjects must have records, got {subject!r} with none")
             wanted |= dict.fromkeys(found)
-        if known and deleted and len(wanted) == len(names):
-            return []
         if not wanted:
             raise ValueError("ids must name at least one record, got none")
-        return list(wanted)
+        return list(wanted), asked
 
     def _identifier(self, value: Any, argument: str) -> str:
         return read_identifier(value, argument, normal=self._normal_ids)
@@ -428,6 +453,12 @@ class S3T:
         forms = [] if self._normal_ids else [unicodedata.normalize(form, subject) for form in ("NFC", "NFD")]
         names = [subject_name(self._ledger.key, form) for form in dict.fromkeys([subject, *forms])]
         return [found for name in names for found in self._ledger.names_of_subject(name)]
+
+
+def not_finished(request: str | None, problem: Exception) -> str:
+    """A sentence about a problem that `S3T.finish` returns."""
+    what = "a damaged stage is not erased" if request is None else f"request {request!r} is not finished"
+    return f"{what}: {problem}"
 
 
 def _fields(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,14 +28,13 @@ def _status(found: dict[str, Any]) -> str:
         depth = f"{shard['depth']} of {found['slices']}"
         rows.append([str(shard["shard"]), str(shard["records"]), depth, prefix, str(shard["generation"])])
     stages = ", ".join(f"{count} {state}" for state, count in found["stages"].items()) or "none yet"
-    requests = ", ".join(f"{count} {state}" for state, count in found["requests"].items()) or "none"
     orders = " ".join("".join(map(str, order)) if found["slices"] <= 10 else str(order) for order in found["sequences"])
     return "\n".join([
         f"S3T system in {found['folder']}",
         f"base model: {found['model']}, {found['layers_per_slice']} layers a slice",
         f"sequences: {orders}",
         f"stages: {stages}",
-        f"requests: {requests}",
+        f"requests: {_counts(found['requests'])}",
         "",
         *aligned(rows),
     ])  # fmt: skip
@@ -56,19 +55,46 @@ def _deletion(found: dict[str, Any]) -> str:
     return "\n".join([
         f"records: {found['records']}",
         f"stages switched off: {found['stages']}, {found['bytes']:,} bytes to erase",
+        *_exports(found),
         *aligned(rows),
     ])  # fmt: skip
 
 
-def _delete(found: dict[str, Any]) -> str:
-    return f"request {found['request']}: {found['state']}\n{_deletion(found)}"
+def _exports(found: dict[str, Any]) -> list[str]:
+    """What became of the exports of a request, and what will."""
+    lines, over = [], set()
+    for outcome in found.get("revoked", []):
+        parts = [f"{len(outcome['erased'])} files erased"]
+        for kind, what in (("changed", "changed since and left there"), ("missing", "not there any more")):
+            parts += [f"{what}: {', '.join(outcome[kind])}"] if outcome[kind] else []
+        lines.append(f"export {outcome['path']}: {'; '.join(parts)}")
+        over.add(outcome["path"])
+    return lines + [f"export {path}: to be erased" for path in found["exports"] if path not in over]
+
+
+def _receipt(found: dict[str, Any]) -> str:
+    return "\n".join([*_remarks(found), f"request {found['request']}: {found['state']}", _deletion(found)])
+
+
+def _finish(found: dict[str, Any]) -> str:
+    return "\n".join([*_remarks(found), f"requests: {_counts(found['requests'])}"])
+
+
+def _remarks(found: dict[str, Any]) -> list[str]:
+    """What is wrong, and what is still to be done."""
+    problems = [f"PROBLEM: {problem}" for problem in found.get("problems", [])]
+    return problems + [f"NOT FINISHED: {line}" for line in found.get("unfinished", [])]
+
+
+def _counts(found: dict[str, int]) -> str:
+    return ", ".join(f"{count} {state}" for state, count in found.items()) or "none"
 
 
 def _verify(found: dict[str, Any]) -> str:
     counts = {name.replace("_", " "): "nothing" if value is None else value for name, value in found["checked"].items()}
     checked = ", ".join(f"{name}: {value}" for name, value in counts.items())
-    problems = [f"PROBLEM: {problem}" for problem in found["problems"]]
-    return "\n".join([*problems, f"checked {checked}", "everything is in order" if found["ok"] else "not in order"])
+    order = f"everything {'else ' if found['unfinished'] else ''}is in order" if found["ok"] else "not in order"
+    return "\n".join([*_remarks(found), f"checked {checked}", order])
 
 
 def _figures(found: dict[str, Any]) -> str:
@@ -98,7 +124,9 @@ _WRITERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "repair": _train,
     "status": _status,
     "plan": _deletion,
-    "delete": _delete,
+    "delete": _receipt,
+    "receipt": _receipt,
+    "finish": _finish,
     "verify": _verify,
     "forecast": _figures,
     "export": _export,

@@ -1,0 +1,166 @@
+"""The exports of a ledger: known before they are there, revoked by requests, forgotten where they failed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pymape.s3t.database import now
+from pymape.s3t.erasure import erase_folder, revoke_export
+from pymape.s3t.ledger_stages import LedgerStages
+from pymape.s3t.stages import StageKey
+
+__all__ = ["LedgerExports"]
+
+_PARTIAL = ".partial"  # how the folder of an export is called while it is written
+
+
+class LedgerExports(LedgerStages):
+    """The part of `Ledger` that holds exports."""
+
+    @contextmanager
+    def placing(
+        self, folder: str | os.PathLike[str], files: Iterable[Mapping[str, str]], stages: Iterable[StageKey]
+    ) -> Iterator[None]:
+        """A block that moves an export to where it belongs. It is known from before, so that a deletion revokes it.
+
+        After an error in the block it is forgotten again, otherwise an earlier one in the same place is.
+
+        Args:
+            folder: where it belongs.
+            files: {"file": path inside the folder, "sha256": of the file} for each.
+            stages: that the files hold.
+
+        Raises:
+            ValueError: a request has tombstoned a stage. Raised after the block, it means that the files must be
+                removed again.
+        """
+        path, contents = os.path.realpath(folder), {entry["file"]: entry["sha256"] for entry in files}
+        keys = list(stages)
+        with self._db.lock:
+            with self._change("export"):
+                export = self._insert_export(path, contents, keys)
+                self._audit.append("exported", stages=len(keys), files=len(contents))
+            self._placing.add(export)
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError), self._change("forget export"):  # a full disk; it will be missing
+                self._drop_export(export)
+            raise
+        else:
+            with self._change("export placed"):
+                for (old,) in self._db.rows(
+                    "SELECT export FROM exports WHERE path = ? AND export != ? AND request IS NULL", (path, export)
+                ):
+                    if old not in self._placing:  # else it is about to find the place taken
+                        self._forget_export(old)
+            by = self._db.value("SELECT name FROM exports JOIN requests USING (request) WHERE export = ?", (export,))
+            if by is not None:
+                raise ValueError(f"stages of an export must be live, got some that request {by!r} has ended")
+        finally:
+            self._placing.discard(export)
+
+    @contextmanager
+    def exporting(self, folder: str | os.PathLike[str], stages: Iterable[StageKey]) -> Iterator[None]:
+        """A block that writes an export in a temporary folder: what a crash leaves of it is erased at the next opening.
+
+        A request that ends one of the stages meanwhile is not erased before the block has ended.
+
+        Args:
+            folder: named *.partial; the block moves it to where the export belongs, or removes it.
+            stages: that the files hold.
+
+        Raises:
+            ValueError: a stage that a request has tombstoned.
+        """
+        path = os.path.realpath(folder)
+        with self._db.lock:
+            with self._change("begin export"):
+                export = self._insert_export(path, None, stages)
+            self._exporting.add(export)
+        try:
+            yield
+        finally:
+            with self._landed:
+                self._exporting.discard(export)
+                self._landed.notify_all()
+                with contextlib.suppress(OSError):  # a full disk; the next opening forgets it
+                    self._sweep_exports()
+
+    def exports(self) -> list[dict[str, Any]]:
+        """{"path", "created", "request": that revoked it or None, "outcome": see `erasure.revoke_export`} of each."""
+        rows = self._db.rows(
+            "SELECT path, created, q.name, outcome FROM exports e LEFT JOIN requests q USING (request) "
+            "WHERE files != 'null' ORDER BY export"
+        )
+        return [
+            {"path": path, "created": created, "request": request, "outcome": outcome and json.loads(outcome)}
+            for path, created, request, outcome in rows
+        ]
+
+    def _insert_export(self, path: str, files: Mapping[str, str] | None, stages: Iterable[StageKey]) -> int:
+        """Note an export inside a transaction; without `files` it is being written, and all in the folder is its."""
+        trained = {row.key: row.stage for row in self.stages() if row.state == "trained"}
+        keys = list(stages)
+        for key in keys:
+            if key not in trained:
+                raise ValueError(f"stages of an export must be live, got {key.name}")
+        export = self._db.insert(
+            "INSERT INTO exports (path, created, files) VALUES (?, ?, ?)", (path, now(), json.dumps(files))
+        )
+        self._db.run_all("INSERT INTO export_stages VALUES (?, ?)", [(trained[key], export) for key in keys])
+        return export
+
+    def _drop_export(self, export: int) -> None:
+        """Note inside a transaction that there are no files of an export: forget it, or leave its request nothing."""
+        if self._db.value("SELECT request FROM exports WHERE export = ?", (export,)) is None:
+            self._forget_export(export)
+        else:
+            self._db.run("UPDATE exports SET files = '{}' WHERE export = ?", (export,))
+
+    def _forget_export(self, export: int) -> None:
+        self._db.run("DELETE FROM export_stages WHERE export = ?", (export,))
+        self._db.run("DELETE FROM exports WHERE export = ?", (export,))
+
+    def _sweep_exports(self) -> None:
+        """Erase and forget what is left of exports that were being written and are not any more."""
+        for export, path in self._db.rows("SELECT export, path FROM exports WHERE files = 'null'"):
+            if export in self._exporting or not path.endswith(_PARTIAL):  # no other folder is all ours
+                continue
+            try:
+                erase_folder(Path(path))
+            except OSError:  # its disk may come back
+                continue
+            with self._change("forget export"):
+                self._drop_export(export)
+
+    def _revoke(self, requests: Sequence[int]) -> dict[int, OSError]:
+        """Erase the exports that requests revoke; the first error of each request, whose export is tried again."""
+        failed: dict[int, OSError] = {}
+        for export, request, path, files in list(
+            self._db.rows_in(
+                "SELECT export, request, path, files FROM exports WHERE outcome IS NULL AND request IN ({})", requests
+            )
+        ):
+            contents = json.loads(files)
+            try:
+                if contents is None and path.endswith(_PARTIAL):
+                    erase_folder(Path(path))
+                outcome = revoke_export(Path(path), contents or {})
+            except OSError as error:
+                failed.setdefault(request, error)
+                continue
+            with self._db.transaction("revoke"):
+                self._db.run("UPDATE exports SET outcome = ? WHERE export = ?", (json.dumps(outcome), export))
+        return failed
+
+    def _outcomes(self, requests: Sequence[int]) -> list[dict[str, Any]]:
+        """What became of the exports that requests revoked."""
+        rows = self._db.rows_in("SELECT outcome FROM exports WHERE request IN ({}) ORDER BY export", requests)
+        return [json.loads(outcome) for (outcome,) in rows]
