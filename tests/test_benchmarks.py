@@ -299,7 +299,7 @@ def test_the_worst_figure_of_a_target_counts() -> None:
 
     def report(**shares: float | None) -> dict:
         cases = [
-            Case(f"{layer.replace('_', '-')} filters", "pymape", 1, 1, 1, {} if x is None else {"% of copy": x})
+            Case(f"{layer.replace('_', '-')} filters 2x3", "pymape", 1, 1, 1, {} if x is None else {"% of copy": x})
             for layer, x in shares.items()
         ]
         return {"module_scores": asdict(Report("module_scores", "cuda", cases=cases))}
@@ -313,6 +313,17 @@ def test_the_worst_figure_of_a_target_counts() -> None:
     seconds = next(target for target in targets.TARGETS if target.operator == "`greedy_swap`")
     case = asdict(Case("swap 32x14336, 256 + 256 samples", "pymape", 0.75, 0.7, 0.8))
     assert seconds.measured({"greedy_swap": {"cases": [case]}}) == "0.75, **missed**"
+
+
+def test_a_target_takes_the_shape_that_it_names_and_no_longer_one() -> None:
+    faster, smaller = (target for target in targets.TARGETS if target.parts == ("partial_llama",))
+    cases = [
+        Case("llama 22 layers", "partial", 1, 1, 1, {"speed-up": 1.6}),
+        Case("llama 22 layers, memory", "partial", 1, 1, 1, {"x peak": 0.45}),
+    ]
+    reports = {"partial_llama": asdict(Report("partial", "cuda", cases=cases))}
+    assert faster.measured(reports) == "1.6, reached"
+    assert smaller.measured(reports) == "0.45, reached"
 
 
 def test_the_compile_table_shows_the_largest_need_of_the_variants() -> None:
