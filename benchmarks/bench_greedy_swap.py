@@ -20,17 +20,15 @@ from pymape.ops import greedy_swap, greedy_swap_reference
 KEPT = 0.1
 
 
-def run(device: str, options: argparse.Namespace) -> Report:
-    report = Report(
-        "greedy_swap", device, notes=["synthetic gradients: rank 8 + noise, log-normal sizes, seeds 0 to 2"]
-    )
+def run(report: Report, options: argparse.Namespace) -> None:
+    device = report.device
+    report.notes.append("synthetic gradients: rank 8 + noise, log-normal sizes, seeds 0 to 2")
     for samples in (64, 512):
-        report.cases += rearrangement(layers=12, modules=3072, samples=samples, device=device)
-    report.cases += against_a_loop(layers=2, modules=3072, samples=128, device=device)
-    report.cases.append(swaps(layers=32, modules=11008, samples=128, device=device))
+        report.add(rearrangement(layers=12, modules=3072, samples=samples, device=device))
+    report.add(against_a_loop(layers=2, modules=3072, samples=128, device=device))
+    report.add([swaps(layers=32, modules=11008, samples=128, device=device)])
     if device != "cpu":  # Llama-3-8B; on two cores it takes too long for a benchmark
-        report.cases.append(swaps(layers=32, modules=14336, samples=256, device=device))
-    return report
+        report.add([swaps(layers=32, modules=14336, samples=256, device=device)])
 
 
 def rearrangement(*, layers: int, modules: int, samples: int, device: str) -> list[Case]:

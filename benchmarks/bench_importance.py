@@ -44,8 +44,13 @@ def add_options(parser: argparse.ArgumentParser, device: str) -> None:
     parser.add_argument("--rounds", type=int, default=5)
 
 
-def run(device: str, options: argparse.Namespace) -> Report:
-    report = Report("importance", device)
+def run(report: Report, options: argparse.Namespace) -> None:
+    device = report.device
+    report.notes += [
+        f"BERT-base layer shapes, {options.layers} layers; medians of {options.rounds} alternating rounds",
+        "plain: a forward, and a backward of the summed loss to the inputs or to the first gate; it gives no scores",
+        "x inputs, x first gate: pymape's time over that of the fastest plain pass of the kind",
+    ]
     model = bert_base(options.layers).to(device)
     _check(model, fixed_length(4, 128))  # what is measured below is held against pymape, and loosely so in bf16
     if device != "cpu":
@@ -54,12 +59,6 @@ def run(device: str, options: argparse.Namespace) -> Report:
         compare_with_plain(report, model, fixed_length(count * batch, 128), batch, options.rounds)
     records = sentences(options.data, options.records) if options.data else drawn_lengths(options.records or 1024)
     compare_with_file_order(report, model, records, options.data.name if options.data else "drawn", options.rounds)
-    report.notes += [
-        f"BERT-base layer shapes, {options.layers} layers; medians of {options.rounds} alternating rounds",
-        "plain: a forward, and a backward of the summed loss to the inputs or to the first gate; it gives no scores",
-        "x inputs, x first gate: pymape's time over that of the fastest plain pass of the kind",
-    ]
-    return report
 
 
 def bert_base(layers: int) -> nn.Module:
@@ -93,7 +92,7 @@ def compare_with_plain(
     for name in ("inputs", "first gate"):
         times = [case.median_s for case in cases if f"the {name}" in case.provider and case.median_s is not None]
         cases[0].figures[f"x {name}"] = cases[0].median_s / min(times)
-    report.cases += cases
+    report.add(cases)
 
 
 def compare_with_file_order(
@@ -112,7 +111,7 @@ def compare_with_file_order(
         least=rounds,
     )
     cases[0].figures["speed-up"] = cases[1].median_s / cases[0].median_s
-    report.cases += cases
+    report.add(cases)
 
 
 def _scores(model: nn.Module, records: list[dict[str, Any]], **options: Any) -> tuple[Tensor, Tensor]:

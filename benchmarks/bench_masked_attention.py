@@ -38,35 +38,34 @@ def add_options(parser: argparse.ArgumentParser, device: str) -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 1024, 2048, 8192], help="of the part `long`")
 
 
-def run(device: str, options: argparse.Namespace) -> Report:
-    report = Report("masked_attention", device)
+def run(report: Report, options: argparse.Namespace) -> None:
+    device = report.device
+    report.notes += [
+        "a step: forward and backward with gradients of queries, keys, values and per-sample gates",
+        "operations: 4 B H T^2 D forward and 10 backward, half of it when causal",
+    ]
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     if "gates" in options.parts:
         for name in ("BERT-base", "Llama-3-8B"):
-            report.cases += _gates(name, dtype, device)
+            report.add(_gates(name, dtype, device))
     if "layers" in options.parts:
         for name in options.layers:
             layer = LAYERS[name]
             batch, tokens = layer.samples_and_tokens(device)
             shape = (batch, layer.heads, layer.kv_heads, tokens, layer.head_size)
             everything = device != "cpu" or layer.compiled_on_cpu
-            report.cases += _attention(name, shape, layer.causal, dtype, device, everything)
+            report.add(_attention(name, shape, layer.causal, dtype, device, everything))
             if layer.compiled_on_cpu:
-                report.cases += _forward(name, shape, layer.causal, dtype, device)
+                report.add(_forward(name, shape, layer.causal, dtype, device))
     if "long" in options.parts:
         for size in (64, 128):
             for tokens in options.tokens:
                 heads = 2048 // size
                 shape = (max(1, 16384 // tokens), heads, heads, tokens, size)
-                report.cases += _attention("width 2048", shape, True, dtype, device)
+                report.add(_attention("width 2048", shape, True, dtype, device))
     if "closed" in options.parts:
         for size in (64, 128):
-            report.cases += _closed((4, 2048 // size, 2048 // size, 2048, size), dtype, device)
-    report.notes += [
-        "a step: forward and backward with gradients of queries, keys, values and per-sample gates",
-        "operations: 4 B H T^2 D forward and 10 backward, half of it when causal",
-    ]
-    return report
+            report.add(_closed((4, 2048 // size, 2048 // size, 2048, size), dtype, device))
 
 
 def _gates(name: str, dtype: torch.dtype, device: str) -> list[Case]:

@@ -42,14 +42,9 @@ def add_options(parser: argparse.ArgumentParser, device: str) -> None:
     parser.add_argument("--threads", type=int, default=2)
 
 
-def run(device: str, options: argparse.Namespace) -> Report:
+def run(report: Report, options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
-    report = Report("partial", device)
-    for name in options.models:
-        layers = options.layers or LAYERS[device][name]
-        _check(name, min(layers, 2), device)
-        compare_steps(report, name, layers, options.rounds, device)
-        compare_memory(report, name, layers, options.threads, device)
+    device = report.device
     report.notes += [
         f"{BATCH} x {TOKENS[device]} tokens, budget {BUDGET:.0%}, {str(DTYPE[device])[6:]}, fused AdamW, train mode; "
         f"{options.rounds} rounds",
@@ -57,7 +52,11 @@ def run(device: str, options: argparse.Namespace) -> Report:
         "memory: highest resident size of a process of two steps (on a GPU: allocated by torch), less that before the "
         "model was made",
     ]
-    return report
+    for name in options.models:
+        layers = options.layers or LAYERS[device][name]
+        _check(name, min(layers, 2), device)
+        compare_steps(report, name, layers, options.rounds, device)
+        compare_memory(report, name, layers, options.threads, device)
 
 
 def make_model(name: str, layers: int, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
@@ -198,7 +197,7 @@ def compare_steps(report: Report, name: str, layers: int, rounds: int, device: s
     needed = passes.median_s + gradients.median_s
     ours.figures |= {"possible": dense.median_s / needed, "of possible": needed / ours.median_s}
     cached.figures["x uncached"] = upper.median_s / cached.median_s
-    report.cases += cases
+    report.add(cases)
 
 
 def compare_memory(report: Report, name: str, layers: int, threads: int, device: str) -> None:
@@ -218,7 +217,7 @@ def compare_memory(report: Report, name: str, layers: int, threads: int, device:
         figures = {"gradients + state MB": values["state"] / 1e6, "peak MB": values["peak"] / 1e6}
         if values is ours:
             figures |= {"x state": ours["state"] / dense["state"], "x peak": ours["peak"] / dense["peak"]}
-        report.cases.append(Case(f"{name} {layers} layers, memory", kind, *[values["seconds"]] * 3, figures))
+        report.add([Case(f"{name} {layers} layers, memory", kind, *[values["seconds"]] * 3, figures)])
 
 
 def measure_memory(name: str, kind: str, layers: int, device: str) -> dict[str, float]:

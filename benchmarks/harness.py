@@ -30,6 +30,7 @@ __all__ = [
     "compare",
     "compiled",
     "doubled",
+    "finished",
     "keep_freed_memory",
     "limits",
     "machine",
@@ -58,12 +59,27 @@ class Case:
 
 @dataclass
 class Report:
-    """All lines of one benchmark, with what is needed to read them later."""
+    """All lines of one benchmark, with what is needed to read them later.
+
+    Args:
+        name, device: what is measured and where.
+        notes: what a reader must know.
+        cases: the lines so far.
+        finished: whether these are all that there will be.
+        path: file that is written whenever lines are added, so that a benchmark that is cut off leaves what it has.
+    """
 
     name: str
     device: str
     notes: list[str] = field(default_factory=list)
     cases: list[Case] = field(default_factory=list)
+    finished: bool = True
+    path: Path | None = None
+
+    def add(self, cases: Sequence[Case]) -> None:
+        self.cases += cases
+        if self.path is not None:
+            self.write(self.path)
 
     def show(self) -> None:
         threads, version = torch.get_num_threads(), torch.__version__
@@ -80,7 +96,8 @@ class Report:
 
     def write(self, path: str | Path) -> None:
         with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps({**asdict(self), "machine": machine()}, indent=1) + "\n")
+            found = {name: value for name, value in asdict(self).items() if name != "path"}
+            temporary.write_text(json.dumps({**found, "machine": machine()}, indent=1) + "\n")
 
 
 def _table(cases: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -103,9 +120,16 @@ def markdown(report: Mapping[str, Any]) -> str:
     where = report["machine"]
     header, *rows = _table(report["cases"])
     lines = [f"## {report['name']} on {report['device']}", ""]
+    if not finished(report):
+        lines += ["Not finished: the benchmark was cut off, and more was to be measured.", ""]
     lines += [f"{where['gpu'] or where['processor']}, torch {where['torch']}, commit {where['commit']}.", ""]
     lines += [f"| {' | '.join(row)} |" for row in (header, ["---"] * 2 + ["---:"] * (len(header) - 2), *rows)]
     return "\n".join([*lines, "", *(f"- {note}" for note in report["notes"])]).rstrip() + "\n"
+
+
+def finished(report: Mapping[str, Any]) -> bool:
+    """Whether a written report has all its lines; those written before this was kept have."""
+    return bool(report.get("finished", True))
 
 
 def plot(report: Mapping[str, Any], path: str | Path) -> None:

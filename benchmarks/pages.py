@@ -74,8 +74,9 @@ _GPU = """
 
 On a machine with an NVIDIA GPU, `make gpu` builds the core for that GPU, runs the checks and the benchmarks, and writes
 `benchmarks/results/GPU.json` and `GPU.md`, which begins with this table filled in. `make gpu PARTS="build operators"`
-runs some parts; parts that passed for the same sources are skipped, so that the same command goes on after a break. It
-needs torch, triton, transformers, numpy, pytest, pybind11, cmake and ninja, and no network. Then
+runs some parts; parts that passed for the same sources are skipped, so that the same command goes on after a break, and
+results are written after every comparison. `python -m benchmarks.gpu --seconds 540` ends after so long. The run needs
+torch, triton, transformers, numpy, pytest, pybind11, cmake and ninja, and no network. Then
 `python -m benchmarks.pages --gpu benchmarks/results/GPU.json` puts the figures below.
 
 What can be checked without a GPU is: the Triton kernels run in Triton's interpreter, the CUDA kernels in an emulator
@@ -163,8 +164,9 @@ def gpu_page(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the page on the GPU targets, from the reports of the parts of `make gpu`; none: nothing was measured."""
     where = "None has been measured, and the GPU checks have not been run."
     if reports:
-        machine = next(iter(reports.values()))["machine"]
-        where = f"Measured on {machine['gpu']}, torch {machine['torch']}, commit {machine['commit']}."
+        machines = [report["machine"] for report in reports.values()]
+        gpus, torches, commits = (", ".join(dict.fromkeys(m[n] for m in machines)) for n in ("gpu", "torch", "commit"))
+        where = f"Measured on {gpus}, torch {torches}, commit {commits}."
     return f"{_GPU}\n{where}\n\n{targets.table(reports)}"
 
 

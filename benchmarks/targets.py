@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from benchmarks.harness import finished
+
 __all__ = ["TARGETS", "Target", "table"]
 
 Reports = Mapping[str, Mapping[str, Any]]  # part of `benchmarks.gpu` -> what its benchmark wrote
@@ -39,11 +41,14 @@ class Target:
             return "not yet measured"
         wanted = self.found([case for part in self.parts for case in reports[part]["cases"]])
         figures = [figure for figure in wanted if figure is not None]
+        whole = all(finished(reports[part]) for part in self.parts)
         if not figures:
-            return "not measured: no such case ran"
+            return "not measured: no such case ran" if whole else "not yet measured"
         worst = min(figures) if self.least is not None else max(figures)
         reached = worst >= self.least if self.least is not None else worst <= (self.most or 0.0)
         shown = f" in {len(figures)} of {len(wanted)} cases, the others did not run" if None in wanted else ""
+        if not whole:
+            shown += "; cut off, the rest is not yet measured"
         return f"{worst:.3g}, {'reached' if reached else '**missed**'}{shown}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import importlib
 import json
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the benchmarks are run from the repository, never installed
 
 from benchmarks import compile_report, gpu, instructions, pages, targets  # noqa: E402
+from benchmarks.__main__ import main as run_benchmark  # noqa: E402
 from benchmarks.__main__ import read_options  # noqa: E402
 from benchmarks.harness import Case, Report, add_rates, compare, compiled, limits, machine, markdown, measure, plot  # noqa: E402
 
@@ -48,6 +50,30 @@ def test_a_written_report_reads_back_as_a_table(report: dict) -> None:
     assert "| 2x3 | pymape | 1.000 | 0.900 | 1.200 | 12.5 | 1 |" in lines
     assert "| 2x3 | eager | 2.000 | 1.900 | 2.100 |  | 2 |" in lines
     assert lines[-1] == "- a note"
+
+
+def test_a_benchmark_that_is_cut_off_leaves_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_off(report: Report, options: argparse.Namespace) -> None:
+        report.add([Case("2x3", "pymape", 0.001, 0.001, 0.001)])
+        raise RuntimeError("pymape is wrong at 4x5")
+
+    path = tmp_path / "found.json"
+    monkeypatch.setattr("benchmarks.bench_module_scores.run", cut_off)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "module_scores", "--json", str(path)])
+    with pytest.raises(RuntimeError, match="wrong at 4x5"):
+        run_benchmark()
+    found = json.loads(path.read_text())
+    assert [case["shape"] for case in found["cases"]] == ["2x3"]
+    assert "path" not in found
+    assert "Not finished: the benchmark was cut off, and more was to be measured." in markdown(found)
+    monkeypatch.setattr("benchmarks.bench_module_scores.run", lambda report, options: report.add([]))
+    run_benchmark()
+    assert "Not finished" not in markdown(json.loads(path.read_text()))
+
+
+def test_results_of_the_time_before_the_mark_are_whole(report: dict) -> None:
+    del report["finished"]
+    assert "Not finished" not in markdown(report)
 
 
 def test_the_command_in_a_report_does_not_name_its_output(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +159,7 @@ def test_importance_is_checked_against_the_reference_on_a_cpu_too(monkeypatch: p
     monkeypatch.setattr(bench_importance, "_scores", wrong)
     monkeypatch.setattr(bench_importance, "bert_base", lambda layers: torch.nn.Identity())
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
-        bench_importance.run("cpu", argparse.Namespace(layers=1, rounds=1, records=1, data=None))
+        bench_importance.run(Report("importance", "cpu"), argparse.Namespace(layers=1, rounds=1, records=1, data=None))
 
 
 def test_rates_are_shares_of_the_measured_limits() -> None:
@@ -164,6 +190,7 @@ def test_limits_are_measured_once() -> None:
 def test_every_part_names_files_that_exist(tmp_path: Path) -> None:
     parts = {part.name: part for part in gpu.parts("90", tmp_path)}
     assert next(iter(parts)) == "build"
+    assert [name for name, part in parts.items() if part.again] == ["build"]
     assert "-DCMAKE_CUDA_ARCHITECTURES=90" in parts["build"].environment["CMAKE_ARGS"]
     for part in parts.values():
         for word in part.command:
@@ -171,7 +198,7 @@ def test_every_part_names_files_that_exist(tmp_path: Path) -> None:
                 assert (ROOT / word).exists(), word
     for name, (op, *_) in gpu.BENCHMARKS.items():
         assert (ROOT / "benchmarks" / f"bench_{op}.py").exists()
-        assert str(tmp_path / f"{name}.json") in parts[name].command
+        assert str(parts[name].folder / f"{name}.json") in parts[name].command
     assert {part for target in targets.TARGETS for part in target.parts} <= set(gpu.BENCHMARKS)
 
 
@@ -194,12 +221,14 @@ for name in {sorted(modules)}:
 def test_a_part_runs_until_it_has_passed_and_never_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     counter, wanted = tmp_path / "counter", tmp_path / "wanted"
     code = f"import os, sys; open({str(counter)!r}, 'a').write('x'); sys.exit(not os.path.exists({str(wanted)!r}))"
-    part = gpu.Part("part", (sys.executable, "-c", code))
-    assert not gpu.run(part, tmp_path / "done")
+    part = gpu.Part("part", (sys.executable, "-c", code), tmp_path / "done")
+    assert not gpu.run(part)
     wanted.touch()
-    assert gpu.run(part, tmp_path / "done")
-    assert gpu.run(part, tmp_path / "done")
+    assert gpu.run(part)
+    assert gpu.run(part)
     assert counter.read_text() == "xx"
+    assert gpu.run(dataclasses.replace(part, again=True))
+    assert counter.read_text() == "xxx"
     output = capfd.readouterr().out
     assert "part: failed with status 1" in output
     assert "part: passed before, skipped" in output
@@ -210,8 +239,8 @@ def test_a_part_that_hangs_is_stopped_with_all_that_it_started(
 ) -> None:
     sleep = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleep!r}])"
-    part = gpu.Part("slow", (sys.executable, "-c", code))
-    assert not gpu.run(part, tmp_path, limit=5)
+    part = gpu.Part("slow", (sys.executable, "-c", code), tmp_path)
+    assert not gpu.run(part, limit=5)
     assert not (tmp_path / "slow.done.json").exists()
     assert "slow: stopped after 5 s" in capfd.readouterr().out
     started = (tmp_path / "pid").read_text()
@@ -229,24 +258,65 @@ def _runs(process: str) -> bool:
 
 
 def test_a_tool_that_is_not_installed_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert gpu.run(gpu.Part("check", ("no-such-tool",), needs="no-such-tool"), tmp_path)
+    assert gpu.run(gpu.Part("check", ("no-such-tool",), tmp_path, needs="no-such-tool"))
     assert "check: skipped, no-such-tool is not installed" in capfd.readouterr().out
     assert not list(tmp_path.iterdir())  # it runs once the tool is there
 
 
+def test_no_part_starts_when_the_time_is_up_and_none_runs_beyond_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    now, limits = 1000.0, []
+
+    def run(part: gpu.Part, limit: float) -> bool:
+        nonlocal now
+        limits.append(limit)
+        now += 300
+        return part.name != "b"
+
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now)
+    chosen = [gpu.Part(name, (), tmp_path) for name in "abc"]
+    assert gpu.run_all(chosen, 1540) == ["b", "c"]
+    assert limits == [480, 240]  # the most that a part may take, and what is left of the time
+    assert "c: not started, the time is up" in capfd.readouterr().out
+    assert gpu.run_all([gpu.Part("build", (), tmp_path), *chosen]) == ["b"]
+    monkeypatch.setattr(gpu, "run", lambda part, limit: False)
+    assert gpu.run_all([gpu.Part("build", (), tmp_path), *chosen[:1]]) == ["build", "a"]
+
+
 def test_the_digest_follows_the_sources_only(tmp_path: Path) -> None:
-    for name in ("CMakeLists.txt", "setup.py", "csrc/a.cu", "pymape/a.py"):
+    for name in ("CMakeLists.txt", "setup.py", "csrc/a.cu", "pymape/a.py", "benchmarks/one.py", "benchmarks/two.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    before = gpu.source_digest(tmp_path)
+
+    def digests() -> list[str]:
+        scripts = ((), ("benchmarks/one.py",), ("benchmarks/two.py",), ("benchmarks",))
+        return [gpu.source_digest(*names, root=tmp_path) for names in scripts]
+
+    before = digests()
+    assert len(set(before)) == 4
     (tmp_path / "pymape" / "_C.so").write_text("built")
-    assert gpu.source_digest(tmp_path) == before
+    assert digests() == before
+    (tmp_path / "benchmarks" / "one.py").write_text("other")
+    assert [new == old for new, old in zip(digests(), before, strict=True)] == [True, False, True, False]
+    before = digests()
     (tmp_path / "csrc" / "a.cu").write_text("other")
-    assert gpu.source_digest(tmp_path) != before
+    assert not set(digests()) & set(before)
+
+
+def test_every_benchmark_has_the_digest_of_its_own_script(tmp_path: Path) -> None:
+    parts = {part.name: part for part in gpu.parts("90", tmp_path)}
+    for name, (op, *_) in gpu.BENCHMARKS.items():
+        assert parts[name].folder == tmp_path / gpu.source_digest(f"benchmarks/bench_{op}.py")
+    assert parts["tiles"].folder != parts["search"].folder
 
 
 def test_results_are_gathered_under_the_name_of_the_gpu(report: dict, tmp_path: Path) -> None:
     assert gpu.gather(tmp_path / "empty", "NVIDIA H100 80GB HBM3", tmp_path / "results") is None
+    folder = next(part.folder for part in gpu.parts("90", tmp_path) if part.name == "module_scores")
+    folder.mkdir()
+    (folder / "module_scores.json").write_text(json.dumps(report))
     path = gpu.gather(tmp_path, "NVIDIA H100 80GB HBM3", tmp_path / "results")
     assert path == tmp_path / "results" / "nvidia-h100-80gb-hbm3.json"
     assert json.loads(path.read_text()) == {"module_scores": report}
@@ -310,6 +380,11 @@ def test_the_worst_figure_of_a_target_counts() -> None:
     assert copy.measured(report(RoBERTa_large=91.0)) == part
     assert copy.measured(report(RoBERTa_large=91.0, Llama_3_8B=None)) == part
     assert copy.measured(report()) == "not measured: no such case ran"
+    cut_off = report(RoBERTa_large=91.0)
+    cut_off["module_scores"]["finished"] = False
+    assert copy.measured(cut_off) == f"{part}; cut off, the rest is not yet measured"
+    cut_off["module_scores"]["cases"] = []
+    assert copy.measured(cut_off) == "not yet measured"
     seconds = next(target for target in targets.TARGETS if target.operator == "`greedy_swap`")
     case = asdict(Case("swap 32x14336, 256 + 256 samples", "pymape", 0.75, 0.7, 0.8))
     assert seconds.measured({"greedy_swap": {"cases": [case]}}) == "0.75, **missed**"
