@@ -40,31 +40,24 @@ LIMIT = 480  # seconds a part may take
 # Part -> arguments of `python -m benchmarks`. What compiles much is divided, so that each part stays within the limit.
 BENCHMARKS = {
     "module_scores": ("module_scores",),
-    "attention_encoders": ("masked_attention", "--parts", "gates", "layers", "--layers", *ENCODERS),
-    "attention_decoders": ("masked_attention", "--parts", "layers", "--layers", *DECODERS),
     "attention_short": ("masked_attention", "--parts", "long", "--tokens", "512", "1024"),
     "attention_long": ("masked_attention", "--parts", "long", "--tokens", "2048", "8192"),
+    "attention_encoders": ("masked_attention", "--parts", "gates", "layers", "--layers", *ENCODERS),
+    "attention_decoders": ("masked_attention", "--parts", "layers", "--layers", *DECODERS),
     "attention_closed": ("masked_attention", "--parts", "closed"),
-    "tiles": ("tiles",),
-    "ffn_activation": ("masked_ffn", "--parts", "activation"),
     "ffn_block": ("masked_ffn", "--parts", "block"),
     "greedy_swap": ("greedy_swap",),
+    "importance": ("importance",),
+    "partial_llama": ("partial", "--models", "llama"),
+    "tiles": ("tiles",),
+    "ffn_activation": ("masked_ffn", "--parts", "activation"),
     "selected_weight_grad": ("selected_weight_grad",),
     "segmented_lora": ("segmented_lora",),
-    "importance": ("importance",),
     "search": ("search",),
-    "partial_bert": ("partial", "--models", "bert"),
-    "partial_llama": ("partial", "--models", "llama"),
     "s3t_ensemble": ("s3t_ensemble",),
+    "partial_bert": ("partial", "--models", "bert"),
 }
-_TESTS = (
-    "tests/test_module_scores.py",
-    "tests/test_masked_attention.py",
-    "tests/test_masked_ffn.py",
-    "tests/test_greedy_swap.py",
-    "tests/test_selected_weight_grad.py",
-    "tests/test_segmented_lora.py",
-)
+_OPERATORS = "benchmarks/gpu_operators.py"
 _MODEL_TESTS = ("tests/test_instrumented_models.py", "tests/test_importance.py")
 
 
@@ -85,36 +78,38 @@ class Part:
 
 
 def parts(arch: str, place: Path) -> list[Part]:
-    """Return all parts in order.
+    """Return all parts in order: first what must work, then what the targets need, as a run may be cut off.
 
     Args:
         arch: CUDA architecture to build for, such as `"90"`.
         place: holds the folders of all parts.
     """
     python, pytest = sys.executable, (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q")
-    operators = "benchmarks/gpu_operators.py"
-    sanitizer = ("compute-sanitizer", "--error-exitcode", "1", "--target-processes", "all")
+    # Most of the time goes into compiling Triton kernels, one after the other in each process.
+    workers = ("-n", str(min(8, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
     search = {"PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     build = {"CMAKE_ARGS": f"-DPYMAPE_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES={arch}"}
-    checks = place / source_digest(operators, "tests/conftest.py")
+    aimed_at = {name for target in targets.TARGETS for name in target.parts}
     return [
         Part("build", (python, "setup.py", "build_ext", "--inplace"), place / source_digest(), build, again=True),
-        Part("operators", (*pytest, operators), checks, search),
-        Part("tests", (*pytest, *_TESTS), place / source_digest("tests"), search),
-        Part("models", (*pytest, *_MODEL_TESTS, "-k", "gpu"), place / source_digest("tests"), search),
-        *(
-            Part(
-                tool,
-                (*sanitizer, "--tool", tool, *pytest, operators, "-k", "tiny"),
-                checks,
-                # The caching allocator would hide an access past the end of a tensor inside its own larger block.
-                {**search, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-                needs="compute-sanitizer",
-            )
-            for tool in ("memcheck", "racecheck")
-        ),
-        *(_benchmark(name, place) for name in BENCHMARKS),
+        Part("operators", (*pytest, *workers, _OPERATORS), _checks(place), search),
+        *(_benchmark(name, place) for name in BENCHMARKS if name in aimed_at),
+        _sanitizer("memcheck", (*pytest, _OPERATORS, "-k", "tiny"), place, search),
+        Part("models", (*pytest, *workers, *_MODEL_TESTS, "-k", "gpu"), place / source_digest("tests"), search),
+        *(_benchmark(name, place) for name in BENCHMARKS if name not in aimed_at),
+        _sanitizer("racecheck", (*pytest, _OPERATORS, "-k", "tiny"), place, search),
     ]
+
+
+def _checks(place: Path) -> Path:
+    return place / source_digest(_OPERATORS, "tests/conftest.py")
+
+
+def _sanitizer(tool: str, command: Sequence[str], place: Path, environment: Mapping[str, str]) -> Part:
+    sanitizer = ("compute-sanitizer", "--error-exitcode", "1", "--target-processes", "all", "--tool", tool)
+    # The caching allocator would hide an access past the end of a tensor inside its own larger block.
+    environment = {**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Part(tool, (*sanitizer, *command), _checks(place), environment, needs="compute-sanitizer")
 
 
 def _benchmark(name: str, place: Path) -> Part:

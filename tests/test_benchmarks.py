@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,26 @@ def test_every_part_names_files_that_exist(tmp_path: Path) -> None:
         assert (ROOT / "benchmarks" / f"bench_{op}.py").exists()
         assert str(parts[name].folder / f"{name}.json") in parts[name].command
     assert {part for target in targets.TARGETS for part in target.parts} <= set(gpu.BENCHMARKS)
+
+
+def test_what_the_targets_need_comes_first(tmp_path: Path) -> None:
+    names = [part.name for part in gpu.parts("90", tmp_path)]
+    needed = {part for target in targets.TARGETS for part in target.parts}
+    assert names[:2] == ["build", "operators"]
+    assert set(names[2 : 2 + len(needed)]) == needed
+    assert names[2 + len(needed)] == "memcheck"
+    assert names[-1] == "racecheck"
+    assert len(names) == len(set(names)) == len(gpu.BENCHMARKS) + 5
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_what_compiles_much_is_divided_among_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: 16)
+    divided = {part.name for part in gpu.parts("90", tmp_path) if ("-n", "8") in pairwise(part.command)}
+    assert divided == ({"operators", "models"} if installed else set())
 
 
 def test_the_parts_need_no_package_beyond_the_stated_ones(tmp_path: Path) -> None:
