@@ -213,6 +213,31 @@ def test_what_the_targets_need_comes_first(tmp_path: Path) -> None:
     assert len(names) == len(set(names)) == len(gpu.BENCHMARKS) + 5
 
 
+def test_the_sanitizers_look_at_all_kernels_of_this_project_alone(tmp_path: Path) -> None:
+    triton = [
+        name
+        for path in (ROOT / "kernels").glob("*.py")
+        for name in re.findall(r"def (_\w+_kernel)\(", path.read_text())
+    ]
+    cuda = [
+        name
+        for path in (ROOT / "csrc").glob("*.cu")
+        for name in re.findall(r"^namespace (\w+) \{", path.read_text(), re.M)
+    ]
+    assert len(triton) == 9
+    assert set(cuda) == {"pymape"}  # every kernel lies in it
+    own = re.compile(gpu.OWN_KERNELS)
+    assert all(own.search(name) for name in (*triton, "_ZN6pymape47_GLOBAL__N__1_14forward_kernelE"))
+    assert not own.search("_ZN2at6native29vectorized_elementwise_kernelILi4E")
+    for part in gpu.parts("90", tmp_path):
+        if part.needs == "compute-sanitizer":
+            options = dict(pairwise(part.command))
+            assert options["--kernel-regex"] == f"kns={gpu.OWN_KERNELS}"
+            assert options["--report-api-errors"] == "no"
+            assert options["--target-processes"] == "application-only"
+            assert options["--tool"] == part.name
+
+
 @pytest.mark.parametrize("installed", [True, False])
 def test_what_compiles_much_is_divided_among_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
