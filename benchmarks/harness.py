@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 import pymape
+from benchmarks.timing import measure, measure_on_device
 from pymape.files import atomic_write
 
 __all__ = [
@@ -35,13 +35,10 @@ __all__ = [
     "limits",
     "machine",
     "markdown",
-    "measure",
     "peak_memory",
     "plot",
     "step",
 ]
-
-_SHORT = 0.05  # seconds
 
 
 @dataclass
@@ -55,6 +52,7 @@ class Case:
     p80_s: float | None = None
     figures: dict[str, float] = field(default_factory=dict)  # e.g. {"GB/s": 21.3, "x pymape": 2.1}
     reason: str = ""
+    clock: str = "wall"  # of the times: "device" for a GPU's own
 
 
 @dataclass
@@ -103,7 +101,8 @@ class Report:
 def _table(cases: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     figures = list(dict.fromkeys(name for case in cases for name in case["figures"]))
     reasons = ["not measured"] if any(case.get("reason") for case in cases) else []
-    rows = [["shape", "provider", "median ms", "p20", "p80", *figures, *reasons]]
+    median = "device ms" if any(case.get("clock") == "device" for case in cases) else "median ms"
+    rows = [["shape", "provider", median, "p20", "p80", *figures, *reasons]]
     for case in cases:
         times = ["" if case[name] is None else f"{1e3 * case[name]:.3f}" for name in ("median_s", "p20_s", "p80_s")]
         values = [f"{case['figures'][name]:.3g}" if name in case["figures"] else "" for name in figures]
@@ -213,39 +212,30 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
-def measure(
-    contenders: Mapping[str, Callable[[], Any]], *, seconds: float = 2.0, least: int = 5
-) -> dict[str, np.ndarray]:
-    """Time the contenders in alternation, so that drift of the machine hits all alike.
-
-    A short call is timed right after an untimed one of its own, and finds its own data in the caches.
+def alternate(
+    shape: str, contenders: Mapping[str, Callable[[], Any]], *, on_device: bool = False, **options: Any
+) -> list[Case]:
+    """Measure the contenders and return a `Case` for each.
 
     Args:
-        contenders: name -> call to time.
-        seconds: about how long each contender is measured, after two warm-up calls.
-        least: the least number of rounds.
-
-    Returns:
-        name -> seconds of every round, in order.
+        shape, contenders: of `measure`.
+        on_device: the times are those of the GPU's own clock, with "wall ms" beside them, the median from outside, and
+            "% queued" where less than all was queued before the GPU began.
+        options: of `measure` or `measure_on_device`.
     """
-    warm = {name: min(_once(call), _once(call)) for name, call in contenders.items()}
-    rounds = max(least, int(seconds / max(max(warm.values()), 1e-6)))
-    rounds = min(rounds, 2000)
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, call in contenders.items():
-            if warm[name] < _SHORT:
-                call()
-            times[name].append(_once(call))
-    return {name: np.array(values) for name, values in times.items()}
+    if not on_device:
+        return [Case(shape, name, *_spread(times)) for name, times in measure(contenders, **options).items()]
+    cases = []
+    for name, times in measure_on_device(contenders, **options).items():
+        figures = {"wall ms": 1e3 * _spread(times.wall)[0]}
+        if times.gapless < 1:
+            figures["% queued"] = 100 * times.gapless
+        cases.append(Case(shape, name, *_spread(times.device), figures, clock="device"))
+    return cases
 
 
-def alternate(shape: str, contenders: Mapping[str, Callable[[], Any]], **options: Any) -> list[Case]:
-    """Measure the contenders and return a `Case` for each."""
-    return [
-        Case(shape, name, *(float(np.percentile(times, q)) for q in (50, 20, 80)))
-        for name, times in measure(contenders, **options).items()
-    ]
+def _spread(times: np.ndarray) -> list[float]:
+    return [float(np.percentile(times, q)) for q in (50, 20, 80)]
 
 
 def compare(
@@ -259,13 +249,15 @@ def compare(
 ) -> list[Case]:
     """Check what every provider computes, then measure those that are right, all in alternation.
 
+    Calls whose results lie on a GPU are timed by its own clock, all others from outside.
+
     Args:
         shape: what the cases are of.
         providers: name -> call that returns a tensor, or tensors; the first is pymape's.
         exact: what they must agree with; default the first provider, which must then be checked elsewhere.
         tolerance: largest error allowed, as a share of the largest magnitude of each tensor.
         unchecked: further calls, which compute something else by their nature: a copy, a part of the work.
-        options: of `measure`.
+        options: of `measure`, or of `measure_on_device`.
 
     Returns:
         A case for each, in order. One that cannot run has the reason in place of times; measured ones have "x pymape",
@@ -290,7 +282,8 @@ def compare(
             reasons[name] = f"differs by {error:.2g} of the largest value, more than {tolerance:g}"
             if name == first:
                 raise RuntimeError(f"{first} at {shape} {reasons[name]}")
-    measured = alternate(shape, {name: call for name, call in calls.items() if name not in reasons}, **options)
+    right = {name: call for name, call in calls.items() if name not in reasons}
+    measured = alternate(shape, right, on_device=_on_gpu(expected), **options)
     for case in measured:
         case.figures["x pymape"] = case.median_s / measured[0].median_s
         if torch.cuda.is_available():
@@ -329,6 +322,10 @@ def doubled(inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 
 def _tensors(result: Any) -> list[torch.Tensor]:
     return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+def _on_gpu(tensors: Sequence[torch.Tensor]) -> bool:
+    return all(tensor.is_cuda for tensor in tensors)
 
 
 def _largest_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
@@ -370,9 +367,9 @@ def limits(device: str, dtype: torch.dtype) -> dict[str, float]:
     target, side = torch.empty_like(source), 8192 if on_gpu else 1024
     left, right = torch.randn(2, side, side, device=device).to(dtype)
     calls = {"copy": lambda: target.copy_(source), "product": lambda: left @ right}
-    copy, product = (np.median(times) for times in measure(calls, seconds=0.5).values())
+    copy, product = alternate("limits", calls, on_device=on_gpu, seconds=0.5)
     moved = 2 * source.numel() * source.element_size()
-    return {"GB/s": moved / float(copy) / 1e9, "TFLOP/s": 2 * side**3 / float(product) / 1e12}
+    return {"GB/s": moved / copy.median_s / 1e9, "TFLOP/s": 2 * side**3 / product.median_s / 1e12}
 
 
 def peak_memory(call: Callable[[], Any]) -> float:
@@ -383,13 +380,3 @@ def peak_memory(call: Callable[[], Any]) -> float:
     call()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def _once(call: Callable[[], Any]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start

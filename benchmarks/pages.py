@@ -83,6 +83,12 @@ What can be checked without a GPU is: the Triton kernels run in Triton's interpr
 (`tests/cuda_emulator`), both against fp64 references; and all of them are compiled for sm_80 and sm_90
 ([compile.md](compile.md)).
 
+Times of single operators are the GPU's own: events around the call, with the caches flushed before and the work queued
+while the GPU waits, so that neither Python nor the launches are in them. The column is called `device ms`; `wall ms`
+beside it is the time from outside, from the call until the GPU is done, with the caches as the call before left them.
+`% queued` stands where a call waits for the GPU itself, so that some of the host's time is in `device ms`. Whole passes
+and steps (importance, search, partial, greedy swaps, the S3T ensemble) are timed from outside.
+
 ## Targets
 
 All ratios are to be taken in one run on an H100 or H200; of several shapes, the worst counts.
