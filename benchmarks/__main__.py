@@ -11,7 +11,8 @@ from pathlib import Path
 from types import ModuleType
 
 import benchmarks
-from benchmarks.harness import Report, keep_freed_memory, plot
+from benchmarks.harness import Report, plot
+from benchmarks.timing import keep_freed_memory
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Case, Report, add_rates, compare, compiled, doubled, step
+from benchmarks.harness import Case, Report, add_rates, compare, compiled, doubled, other_backends, step
 from benchmarks.shapes import LAYERS, LayerShape
 from pymape.ops import masked_activation, masked_activation_reference, masked_ffn, masked_ffn_reference
 
@@ -110,7 +110,7 @@ def _block_providers(
     weight: Tensor, bias: Tensor | None, block: dict[str, Any], device: str, compiles: bool
 ) -> Iterator[tuple[str, Callable[..., Tensor]]]:
     yield "pymape", lambda x, gate: masked_ffn(x, weight, bias, gate, **block)
-    for backend in ("triton", "cuda") if device != "cpu" else ():
+    for backend in other_backends("masked_ffn", device):
         yield f"pymape, {backend}", lambda x, gate, b=backend: masked_ffn(x, weight, bias, gate, **block, backend=b)
 
     def eager(x: Tensor, gate: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import json
 import platform
@@ -10,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 
 import pymape
 from benchmarks.timing import measure, measure_on_device
+from pymape.backends import resolve_backend
 from pymape.files import atomic_write
 
 __all__ = [
@@ -31,10 +31,10 @@ __all__ = [
     "compiled",
     "doubled",
     "finished",
-    "keep_freed_memory",
     "limits",
     "machine",
     "markdown",
+    "other_backends",
     "peak_memory",
     "plot",
     "step",
@@ -199,19 +199,6 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def keep_freed_memory() -> None:
-    """Make the C library keep what is freed, and not give it back to the system and fetch it again page by page.
-
-    Otherwise calls that allocate tens of megabytes take one of two times, as chance will have it, and the larger is the
-    system's. It does nothing where the C library is not glibc.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        trim_threshold, most_mappings = -1, -4
-        libc.mallopt(most_mappings, 0)
-        libc.mallopt(trim_threshold, (1 << 31) - 1)
-
-
 def alternate(
     shape: str, contenders: Mapping[str, Callable[[], Any]], *, on_device: bool = False, **options: Any
 ) -> list[Case]:
@@ -245,6 +232,7 @@ def compare(
     exact: Callable[[], Any] | None = None,
     tolerance: float,
     unchecked: Mapping[str, Callable[[], Any]] | None = None,
+    apart: Collection[str] = (),
     **options: Any,
 ) -> list[Case]:
     """Check what every provider computes, then measure those that are right, all in alternation.
@@ -257,6 +245,8 @@ def compare(
         exact: what they must agree with; default the first provider, which must then be checked elsewhere.
         tolerance: largest error allowed, as a share of the largest magnitude of each tensor.
         unchecked: further calls, which compute something else by their nature: a copy, a part of the work.
+        apart: names of those that are measured after the others and alone: so slow that in between they would change
+            the state in which a GPU does the rest.
         options: of `measure`, or of `measure_on_device`.
 
     Returns:
@@ -282,14 +272,30 @@ def compare(
             reasons[name] = f"differs by {error:.2g} of the largest value, more than {tolerance:g}"
             if name == first:
                 raise RuntimeError(f"{first} at {shape} {reasons[name]}")
-    right = {name: call for name, call in calls.items() if name not in reasons}
-    measured = alternate(shape, right, on_device=_on_gpu(expected), **options)
+    right = [name for name in calls if name not in reasons]
+    groups = [[name for name in right if name not in apart], *([name] for name in right if name in apart)]
+    measured = [
+        case
+        for names in groups
+        for case in alternate(shape, {name: calls[name] for name in names}, on_device=_on_gpu(expected), **options)
+    ]
     for case in measured:
         case.figures["x pymape"] = case.median_s / measured[0].median_s
         if torch.cuda.is_available():
             case.figures["peak MiB"] = peak_memory(calls[case.provider])
     found = {case.provider: case for case in measured}
     return [found.get(name) or Case(shape, name, reason=reasons[name]) for name in calls]
+
+
+def other_backends(op: str, device: str) -> tuple[str, ...]:
+    """The GPU backends of an operator that has both which `auto` does not choose there; on a CPU none.
+
+    Against its own choice `auto` could only lose, by noise.
+    """
+    if device == "cpu":
+        return ()
+    own = resolve_backend(op, "auto", torch.device(device), supported=("cuda", "triton", "reference"))
+    return tuple(backend for backend in ("triton", "cuda") if backend != own)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ __all__ = ["TARGETS", "Target", "table"]
 
 Reports = Mapping[str, Mapping[str, Any]]  # part of `benchmarks.gpu` -> what its benchmark wrote
 Figures = list[float | None]
-_NOISE = 0.98  # of two equally fast calls, either may come out this much behind
+_NOISE = 0.98  # of two equally fast calls, either median of fifty rounds or more may come out this much behind
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import time
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["DeviceTimer", "OnDevice", "measure", "measure_on_device"]
+__all__ = ["DeviceTimer", "OnDevice", "keep_freed_memory", "measure", "measure_on_device"]
 
 _SHORT = 0.05  # seconds
 _MOST_ROUNDS = 2000
@@ -19,6 +20,19 @@ _FLUSHED = 1 << 28  # bytes, several times the second-level cache of any GPU
 _CYCLES = 2e9  # a second, at the most: where the clock is slower, the GPU waits longer
 _FIRST_WAIT, _LONGEST_WAIT = 1e-3, 32e-3  # seconds
 Call = Callable[[], Any]
+
+
+def keep_freed_memory() -> None:
+    """Make the C library keep what is freed, and not give it back to the system and fetch it again page by page.
+
+    Otherwise calls that allocate tens of megabytes take one of two times, as chance will have it, and the larger is the
+    system's. It does nothing where the C library is not glibc.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        trim_threshold, most_mappings = -1, -4
+        libc.mallopt(most_mappings, 0)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def measure(contenders: Mapping[str, Call], *, seconds: float = 2.0, least: int = 5) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,18 @@ sys.path.insert(0, str(ROOT))  # the benchmarks are run from the repository, nev
 from benchmarks import compile_report, gpu, harness, instructions, pages, targets, timing  # noqa: E402
 from benchmarks.__main__ import main as run_benchmark  # noqa: E402
 from benchmarks.__main__ import read_options  # noqa: E402
-from benchmarks.harness import Case, Report, add_rates, compare, compiled, limits, machine, markdown, plot  # noqa: E402
+from benchmarks.harness import (  # noqa: E402
+    Case,
+    Report,
+    add_rates,
+    compare,
+    compiled,
+    limits,
+    machine,
+    markdown,
+    other_backends,
+    plot,
+)
 from benchmarks.timing import DeviceTimer, OnDevice, measure, measure_on_device  # noqa: E402
 
 
@@ -224,6 +235,34 @@ def test_a_provider_that_cannot_run_or_is_wrong_is_listed_with_the_reason() -> N
     report.show()
     lines = markdown({**asdict(report), "machine": {"gpu": None, "processor": "cpu", "torch": "2", "commit": "c"}})
     assert "| 2 | fails |  |  |  |  | NotImplementedError: not on this device |" in lines
+
+
+def test_what_is_slow_is_measured_after_the_others() -> None:
+    calls: list[str] = []
+
+    def call(name: str) -> Callable[[], torch.Tensor]:
+        return lambda: (calls.append(name), torch.ones(1))[1]
+
+    providers = {name: call(name) for name in "abc"}
+    cases = compare("1", providers, tolerance=0, apart=("b",), seconds=0, least=3)
+    assert [case.provider for case in cases] == ["a", "b", "c"]
+    measured = "".join(calls)[len("a" + "abc") :]  # after the expected result and the checks
+    assert "b" not in measured[: measured.rindex("c")]
+    assert measured.count("b") == measured.count("c")
+    assert cases[1].figures["x pymape"] == cases[1].median_s / cases[0].median_s
+
+
+def test_auto_is_not_held_against_its_own_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.bench_masked_attention import _providers
+
+    monkeypatch.setattr("pymape.backends._has_triton", lambda: True)
+    assert other_backends("masked_ffn", "cuda") == ("cuda",)
+    names = [name for name, _ in islice(_providers(False, 5, "cuda", everything=False), 3)]
+    assert names == ["pymape", "pymape, cuda", "SDPA flash, gate"]
+    monkeypatch.setattr("pymape.backends._has_triton", lambda: False)
+    monkeypatch.setattr("pymape.backends._why_not", lambda backend, device: None)
+    assert other_backends("masked_ffn", "cuda") == ("triton",)
+    assert other_backends("masked_ffn", "cpu") == ()
 
 
 def test_a_wrong_result_of_pymape_stops_the_benchmark() -> None:
