@@ -22,19 +22,20 @@ KEPT = 0.1
 def run(report: Report, options: argparse.Namespace) -> None:
     device = report.device
     report.notes.append("synthetic gradients: rank 8 + noise, log-normal sizes, seeds 0 to 2")
+    if device != "cpu":  # Llama-3-8B, which has a target; on two cores it takes too long for a benchmark
+        report.add([swaps(layers=32, modules=14336, samples=256, device=device)])
     for samples in (64, 512):
         report.add(rearrangement(layers=12, modules=3072, samples=samples, device=device))
     report.add(against_a_loop(layers=2, modules=3072, samples=128, device=device))
     report.add([swaps(layers=32, modules=11008, samples=128, device=device)])
-    if device != "cpu":  # Llama-3-8B; on two cores it takes too long for a benchmark
-        report.add([swaps(layers=32, modules=14336, samples=256, device=device)])
 
 
 def rearrangement(*, layers: int, modules: int, samples: int, device: str) -> list[Case]:
     forget = gradients(samples, layers, modules, seed=1).to(device)
     mask = largest(forget.square().sum(dim=0))
     result = greedy_swap(forget, None, mask, mode="rearrange")
-    assert torch.equal(result.mask, published_rearrangement(forget, mask))
+    # In fp64, as greedy_swap adds: in fp32 the loop's own rounding would decide what is almost equal.
+    assert torch.equal(result.mask, published_rearrangement(forget.double(), mask))
     cases = alternate(
         f"rearrange {layers}x{modules}, {samples} samples",
         {
@@ -73,6 +74,8 @@ def swaps(*, layers: int, modules: int, samples: int, device: str) -> Case:
     mask = largest((forget.square() - retain.square()).mean(dim=0))
     part = (forget[:, :2, :384], retain[:, :2, :384], mask[:2, :384])
     assert torch.equal(greedy_swap(*part).mask, greedy_swap_reference(*part).mask)
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()  # an earlier case may have held more
     result = greedy_swap(forget, retain, mask)
     assert (result.objective_after >= result.objective_before).all()
     shape = f"swap {layers}x{modules}, {samples} + {samples} samples"

@@ -114,7 +114,8 @@ def compare(
         return torch.stack([model(**inputs).logits for model in models])
 
     expected, found = separate(), ensemble(**inputs).shard_logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    near = 1e-5 if device == "cpu" else 1e-4  # on a GPU products of other shapes may take other kernels
+    torch.testing.assert_close(found, expected, rtol=near, atol=near)
     calls: dict[str, Callable[[], object]] = {"separate PEFT models": separate, "ensemble": lambda: ensemble(**inputs)}
     alone = device == "cpu" and torch.get_num_threads() == 1
     apart, ours = (processor_time if alone else alternate)(name, calls, seconds=seconds)

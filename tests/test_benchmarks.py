@@ -319,6 +319,43 @@ def test_importance_is_checked_against_the_reference_on_a_cpu_too(monkeypatch: p
         bench_importance.run(Report("importance", "cpu"), argparse.Namespace(layers=1, rounds=1, records=1, data=None))
 
 
+def test_the_case_with_a_target_is_the_first_of_greedy_swap(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import bench_greedy_swap
+
+    asked: list[tuple[str, int]] = []
+    case = Case("2", "pymape", 1, 1, 1)
+    monkeypatch.setattr(bench_greedy_swap, "swaps", lambda **sizes: asked.append(("swaps", sizes["modules"])) or case)
+    for name in ("rearrangement", "against_a_loop"):
+        monkeypatch.setattr(bench_greedy_swap, name, lambda name=name, **_: asked.append((name, 0)) or [case])
+    bench_greedy_swap.run(Report("greedy_swap", "cuda"), argparse.Namespace())
+    assert asked[0] == ("swaps", 14336)
+    assert len(asked) == 5
+
+
+def test_the_rearrangement_is_checked_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import bench_greedy_swap
+
+    almost_equal = 2**16 + torch.randn(16, 1, 40)
+    monkeypatch.setattr(bench_greedy_swap, "gradients", lambda *_, **__: almost_equal)
+    mask = bench_greedy_swap.largest(almost_equal.square().sum(dim=0))
+    in_single, in_double = (
+        bench_greedy_swap.published_rearrangement(x, mask) for x in (almost_equal, almost_equal.double())
+    )
+    assert not torch.equal(in_single, in_double)
+    monkeypatch.setattr(
+        bench_greedy_swap, "alternate", lambda *_, **__: [Case("2", "", 1, 1, 1), Case("2", "", 2, 2, 2)]
+    )
+    ours, _ = bench_greedy_swap.rearrangement(layers=1, modules=40, samples=16, device="cpu")
+    assert ours.figures["speed-up"] == 2
+
+
+def test_torchs_own_attention_is_allowed_other_sums() -> None:
+    from benchmarks.gpu_operators import cases
+
+    slacks = {(case.name.split()[1], backend): case.slack(backend) for case in cases() for backend in case.backends}
+    assert {name: slack for name, slack in slacks.items() if slack != 2.0} == {("attention", "cuda"): 4.0}
+
+
 def test_rates_are_shares_of_the_measured_limits() -> None:
     case, absent = Case("2", "pymape", 0.5, 0.5, 0.5), Case("2", "other", reason="not installed")
     add_rates([case, absent], "cpu", torch.float32, moved=2_000_000_000, operations=3_000_000_000_000)
