@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -356,6 +357,39 @@ def test_torchs_own_attention_is_allowed_other_sums() -> None:
     assert {name: slack for name, slack in slacks.items() if slack != 2.0} == {("attention", "cuda"): 4.0}
 
 
+def test_memory_is_measured_with_activations_kept_and_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    from benchmarks import bench_partial
+
+    config = transformers.BertConfig(
+        hidden_size=32, num_attention_heads=2, intermediate_size=64, num_hidden_layers=1, vocab_size=1000
+    )
+    monkeypatch.setattr(
+        bench_partial, "make_model", lambda *_: transformers.BertForSequenceClassification(config).train()
+    )
+    monkeypatch.setitem(bench_partial.TOKENS, "cpu", 4)
+    seen: list[tuple[str, bool]] = []
+    for name in ("dense_step", "partial_step"):
+        make_step = getattr(bench_partial, name)
+
+        def recorded(model: Any, batch: Any, name: str = name, make_step: Any = make_step) -> Any:
+            seen.append((name, any(getattr(part, "gradient_checkpointing", False) for part in model.modules())))
+            return make_step(model, batch)
+
+        monkeypatch.setattr(bench_partial, name, recorded)
+    kinds = ("masked gradients", "partial", "masked gradients, checkpointed", "partial, checkpointed")
+    found = [bench_partial.measure_memory("bert", kind, 1, "cpu") for kind in kinds]
+    warm_up = ("dense_step", False)
+    assert seen == [
+        *(warm_up, ("dense_step", False), warm_up, ("partial_step", False)),
+        *(warm_up, ("dense_step", True), warm_up, ("partial_step", True)),
+    ]
+    assert [values["state"] for values in found[:2]] == [values["state"] for values in found[2:]]
+    cases = bench_partial._memory_cases("bert", {"dense": {**found[0], "peak": 4e6}, "ours": {**found[1], "peak": 1e6}})
+    assert [case.figures.get("x peak") for case in cases] == [None, 0.25]
+    assert cases[0].figures["peak MB"] == 4
+
+
 def test_rates_are_shares_of_the_measured_limits() -> None:
     case, absent = Case("2", "pymape", 0.5, 0.5, 0.5), Case("2", "other", reason="not installed")
     add_rates([case, absent], "cpu", torch.float32, moved=2_000_000_000, operations=3_000_000_000_000)
@@ -630,14 +664,16 @@ def test_the_worst_figure_of_a_target_counts() -> None:
 
 
 def test_a_target_takes_the_shape_that_it_names_and_no_longer_one() -> None:
-    faster, smaller = (target for target in targets.TARGETS if target.parts == ("partial_llama",))
+    faster, smaller, smallest = (target for target in targets.TARGETS if target.parts == ("partial_llama",))
     cases = [
         Case("llama 22 layers", "partial", 1, 1, 1, {"speed-up": 1.6}),
-        Case("llama 22 layers, memory", "partial", 1, 1, 1, {"x peak": 0.45}),
+        Case("llama 22 layers, memory", "partial", 1, 1, 1, {"x peak": 0.65}),
+        Case("llama 22 layers, memory, checkpointed", "partial", 1, 1, 1, {"x peak": 0.45}),
     ]
     reports = {"partial_llama": asdict(Report("partial", "cuda", cases=cases))}
     assert faster.measured(reports) == "1.6, reached"
-    assert smaller.measured(reports) == "0.45, reached"
+    assert smaller.measured(reports) == "0.65, **missed**"
+    assert smallest.measured(reports) == "0.45, reached"
 
 
 def test_the_compile_table_shows_the_largest_need_of_the_variants() -> None:
