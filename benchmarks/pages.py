@@ -95,6 +95,21 @@ All ratios are to be taken in one run on an H100 or H200; of several shapes, the
 """.strip()
 
 
+_OPEN = """
+## What the first run has to decide
+
+- `masked_attention`: `auto` takes Triton at every length. `pymape, cuda` is the kernel that torch chooses (on an H100
+  cuDNN's, as a rule) with the fused gate, so that at 8192 tokens the target against cuDNN allows what the target
+  against the best composition forbids. If the rows `step, ...` show `pymape, cuda` ahead from some length on, `auto` is
+  to take it from there, unless a closed head can be skipped.
+- `masked_ffn`: `auto` takes Triton's own product at every width. The rows `block step, ...` of `pymape, cuda`, cuBLAS
+  with a fused activation, tell at which widths that is right.
+- `greedy_swap`: one block works on a layer; whether that is enough for its target.
+- The peak memory of a partial step: weights and kept activations are the same in both kinds of steps, and by estimate
+  more than half of the peak. `gradients + state MB` and `x state`, which a partial step does save, stand beside it.
+""".strip()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pages", description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", type=Path, help="a GPU.json of `make gpu`; default: nothing has been measured")
@@ -173,7 +188,7 @@ def gpu_page(reports: Mapping[str, Mapping[str, Any]]) -> str:
         machines = [report["machine"] for report in reports.values()]
         gpus, torches, commits = (", ".join(dict.fromkeys(m[n] for m in machines)) for n in ("gpu", "torch", "commit"))
         where = f"Measured on {gpus}, torch {torches}, commit {commits}."
-    return f"{_GPU}\n{where}\n\n{targets.table(reports)}"
+    return f"{_GPU}\n{where}\n\n{targets.table(reports)}\n{_OPEN}\n"
 
 
 if __name__ == "__main__":
