@@ -107,10 +107,13 @@ class GradientPass:
         finite = torch.stack([losses.detach().isfinite(), *(score.isfinite().flatten(1).all(1) for score in scores)])
         if self.loss_scale != 1.0:
             scores = scores[0] / self.loss_scale, scores[1] / self.loss_scale
-        on_gpu = self.device.type == "cuda"  # then the copies below are pinned, and come when the event has
-        here = [x.to("cpu", non_blocking=on_gpu) for x in (*(score.to(self.stored) for score in scores), finite)]
-        event = torch.cuda.current_stream(self.device).record_event() if on_gpu else None
-        return BatchScores(ids, *here, event)
+        by_head, by_filter, finite = (
+            # On a GPU the copies are queued into pinned memory, and are there when the event has come.
+            x.to("cpu", non_blocking=self.device.type == "cuda")
+            for x in (scores[0].to(self.stored), scores[1].to(self.stored), finite)
+        )
+        event = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+        return BatchScores(ids, by_head, by_filter, finite, event)
 
     def _placed(self, value: Tensor) -> Tensor:
         if self.device.type == "cuda" and value.device.type == "cpu":
