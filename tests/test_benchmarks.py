@@ -1,32 +1,27 @@
-"""The benchmark harness and the GPU run: what is timed and written, which parts run, and how a run goes on."""
+"""The benchmark harness, single benchmarks and the pages: what is checked, timed and written."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
-import importlib
 import json
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the benchmarks are run from the repository, never installed
 
-from benchmarks import compile_report, gpu, harness, instructions, pages, targets, timing  # noqa: E402
+from benchmarks import compile_report, instructions, pages, targets  # noqa: E402
 from benchmarks.__main__ import main as run_benchmark  # noqa: E402
-from benchmarks.__main__ import read_options  # noqa: E402
 from benchmarks.harness import (  # noqa: E402
     Case,
     Report,
@@ -39,7 +34,6 @@ from benchmarks.harness import (  # noqa: E402
     other_backends,
     plot,
 )
-from benchmarks.timing import DeviceTimer, OnDevice, measure, measure_on_device  # noqa: E402
 
 
 @pytest.fixture
@@ -50,127 +44,6 @@ def report(tmp_path: Path) -> dict:
     ]
     Report("module_scores", "cpu", ["a note"], cases).write(tmp_path / "module_scores.json")
     return json.loads((tmp_path / "module_scores.json").read_text())
-
-
-def test_contenders_alternate_and_every_round_is_timed() -> None:
-    calls: list[str] = []
-    times = measure({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, seconds=0, least=3)
-    assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
-    assert "".join(calls) == "aabb" + "aabb" * 3  # two calls to warm up; a short one is timed after one of its own
-
-
-def test_every_contender_has_its_own_number_of_rounds_spread_over_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-
-    def lasting(name: str, seconds: float) -> Callable[[], float]:
-        return lambda: calls.append(name) or seconds
-
-    monkeypatch.setattr(timing, "_once", lambda call: call())
-    times = measure({"slow": lasting("s", 1.0), "fast": lasting("f", 0.1)}, seconds=2, least=5)
-    assert {name: len(values) for name, values in times.items()} == {"slow": 5, "fast": 20}
-    assert re.findall("f+", "".join(calls)[4:]) == ["fff", "ffff", "ffff", "ffff", "ffff", "f"]
-
-
-class FakeCuda:
-    """A host and a GPU with a queue: what `DeviceTimer` needs of `torch.cuda`, in seconds of two simulated clocks."""
-
-    def __init__(self) -> None:
-        self.host = self.device = 0.0  # the host's time, and when the GPU will have done all that is queued
-        self.flushed = 0
-
-    def launch(self, host: float, device: float) -> None:
-        """The host takes so long to queue what takes the GPU so long."""
-        self.host += host
-        self.device = max(self.device, self.host) + device
-
-    def synchronize(self) -> None:
-        self.host = max(self.host, self.device)
-
-    def flush(self) -> None:
-        self.flushed += 1
-        self.launch(1e-5, 1e-4)
-
-    def _sleep(self, cycles: int) -> None:
-        self.launch(1e-5, cycles / timing._CYCLES)
-
-    def Event(self, enable_timing: bool) -> FakeEvent:
-        assert enable_timing
-        return FakeEvent(self)
-
-
-class FakeEvent:
-    def __init__(self, cuda: FakeCuda) -> None:
-        self.cuda = cuda
-
-    def record(self) -> None:
-        self.cuda.launch(0, 0)
-        self.passed = self.cuda.device
-
-    def query(self) -> bool:
-        return self.cuda.host >= self.passed
-
-    def synchronize(self) -> None:
-        self.cuda.host = max(self.cuda.host, self.passed)
-
-    def elapsed_time(self, later: FakeEvent) -> float:
-        return 1e3 * (later.passed - self.passed)
-
-
-@pytest.mark.parametrize("host", [1e-5, 2e-4, 5e-3])
-def test_the_time_on_a_device_does_not_hold_that_of_the_host(host: float) -> None:
-    cuda = FakeCuda()
-    timer = DeviceTimer(lambda: [cuda.launch(host, 5e-5) for _ in range(3)], cuda=cuda, flush=cuda.flush)
-    assert timer() == pytest.approx(1.5e-4)  # of which the host needs up to a hundred times as much to queue it
-    assert timer() == pytest.approx(1.5e-4)
-    assert timer.gapless == timer.rounds == 2
-    assert cuda.flushed >= 2
-
-
-def test_a_call_that_waits_for_the_device_is_told_apart() -> None:
-    cuda = FakeCuda()
-
-    def call() -> None:
-        cuda.launch(1e-4, 5e-5)
-        cuda.synchronize()
-        cuda.launch(1e-4, 5e-5)
-
-    timer = DeviceTimer(call, cuda=cuda, flush=cuda.flush)
-    assert timer() == pytest.approx(2.1e-4)  # the GPU works for 1e-4 of it
-    start = cuda.host
-    assert timer() == pytest.approx(2.1e-4)
-    assert cuda.host - start < 1e-3  # not after a wait that is of no use
-    assert (timer.gapless, timer.rounds) == (0, 2)
-
-
-def test_times_on_a_device_come_with_those_from_outside() -> None:
-    cuda = FakeCuda()
-    calls = {"short": lambda: cuda.launch(1e-5, 1e-5), "waits": lambda: (cuda.launch(0, 1e-5), cuda.synchronize())}
-    timer = functools.partial(DeviceTimer, cuda=cuda, flush=cuda.flush)
-    found = measure_on_device(calls, seconds=0, timer=timer)
-    assert {name: len(times.device) for name, times in found.items()} == {"short": 50, "waits": 50}
-    assert found["short"].device == pytest.approx(1e-5)
-    assert [times.gapless for times in found.values()] == [1, 0]
-    assert all(len(times.wall) >= 5 and (times.wall > 0).all() for times in found.values())
-
-
-def test_what_lies_on_a_gpu_is_timed_by_its_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    device, wall = np.array([0.001, 0.001, 0.002]), np.array([0.004, 0.005, 0.006])
-
-    def on_device(contenders: Mapping[str, object], **_: object) -> dict[str, OnDevice]:
-        return {name: OnDevice(n * device, wall, 1 / n) for n, name in enumerate(contenders, 1)}
-
-    calls = {"pymape": lambda: torch.ones(2), "eager": lambda: torch.ones(2)}
-    monkeypatch.setattr(harness, "measure_on_device", on_device)
-    assert all(case.clock == "wall" for case in compare("2", calls, tolerance=0, seconds=0))
-    monkeypatch.setattr(harness, "_on_gpu", lambda tensors: True)
-    first, second = compare("2", calls, tolerance=0)
-    assert (first.clock, first.median_s, second.median_s) == ("device", 0.001, 0.002)
-    assert (first.figures["wall ms"], second.figures["x pymape"], second.figures["% queued"]) == (5, 2, 50)
-    assert "% queued" not in first.figures
-    where = {"gpu": "a GPU", "processor": "cpu", "torch": "2", "commit": "c"}
-    lines = markdown({**asdict(Report("op", "cuda", cases=[first, second])), "machine": where}).splitlines()
-    assert "| shape | provider | device ms | p20 | p80 | wall ms | x pymape | % queued |" in lines
-    assert "| 2 | pymape | 1.000 | 1.000 | 1.600 | 5 | 1 |  |" in lines
 
 
 def test_a_written_report_reads_back_as_a_table(report: dict) -> None:
@@ -301,13 +174,6 @@ def test_a_misspelt_option_is_refused_and_of_all_what_no_benchmark_takes() -> No
         assert result.stderr.endswith(f"error: unrecognized arguments: {unknown}\n")
 
 
-def test_every_part_gives_options_that_its_benchmark_has() -> None:
-    for op, *arguments in gpu.BENCHMARKS.values():
-        if op != "s3t_ensemble":  # imports peft
-            _, unknown = read_options({op: importlib.import_module(f"benchmarks.bench_{op}")}, "cuda", arguments)
-            assert not unknown
-
-
 def test_importance_is_checked_against_the_reference_on_a_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import bench_importance
 
@@ -348,13 +214,6 @@ def test_the_rearrangement_is_checked_in_fp64(monkeypatch: pytest.MonkeyPatch) -
     )
     ours, _ = bench_greedy_swap.rearrangement(layers=1, modules=40, samples=16, device="cpu")
     assert ours.figures["speed-up"] == 2
-
-
-def test_torchs_own_attention_is_allowed_other_sums() -> None:
-    from benchmarks.gpu_operators import cases
-
-    slacks = {(case.name.split()[1], backend): case.slack(backend) for case in cases() for backend in case.backends}
-    assert {name: slack for name, slack in slacks.items() if slack != 2.0} == {("attention", "cuda"): 4.0}
 
 
 def test_memory_is_measured_with_activations_kept_and_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,205 +274,6 @@ def test_limits_are_measured_once() -> None:
     assert limits("cpu", torch.float32) is measured
 
 
-def test_every_part_names_files_that_exist(tmp_path: Path) -> None:
-    parts = {part.name: part for part in gpu.parts("90", tmp_path)}
-    assert next(iter(parts)) == "build"
-    assert [name for name, part in parts.items() if part.again] == ["build"]
-    assert "-DCMAKE_CUDA_ARCHITECTURES=90" in parts["build"].environment["CMAKE_ARGS"]
-    for part in parts.values():
-        for word in part.command:
-            if word.endswith(".py"):
-                assert (ROOT / word).exists(), word
-    for name, (op, *_) in gpu.BENCHMARKS.items():
-        assert (ROOT / "benchmarks" / f"bench_{op}.py").exists()
-        assert str(parts[name].folder / f"{name}.json") in parts[name].command
-    assert {part for target in targets.TARGETS for part in target.parts} <= set(gpu.BENCHMARKS)
-
-
-def test_what_the_targets_need_comes_first(tmp_path: Path) -> None:
-    names = [part.name for part in gpu.parts("90", tmp_path)]
-    needed = {part for target in targets.TARGETS for part in target.parts}
-    assert names[:2] == ["build", "operators"]
-    assert set(names[2 : 2 + len(needed)]) == needed
-    assert names[2 + len(needed)] == "memcheck"
-    assert names[-1] == "racecheck"
-    assert len(names) == len(set(names)) == len(gpu.BENCHMARKS) + 5
-
-
-def test_the_sanitizers_look_at_all_kernels_of_this_project_alone(tmp_path: Path) -> None:
-    triton = [
-        name
-        for path in (ROOT / "kernels").glob("*.py")
-        for name in re.findall(r"def (_\w+_kernel)\(", path.read_text())
-    ]
-    cuda = [
-        name
-        for path in (ROOT / "csrc").glob("*.cu")
-        for name in re.findall(r"^namespace (\w+) \{", path.read_text(), re.M)
-    ]
-    assert len(triton) == 9
-    assert set(cuda) == {"pymape"}  # every kernel lies in it
-    own = re.compile(gpu.OWN_KERNELS)
-    assert all(own.search(name) for name in (*triton, "_ZN6pymape47_GLOBAL__N__1_14forward_kernelE"))
-    assert not own.search("_ZN2at6native29vectorized_elementwise_kernelILi4E")
-    for part in gpu.parts("90", tmp_path):
-        if part.needs == "compute-sanitizer":
-            options = dict(pairwise(part.command))
-            assert options["--kernel-regex"] == f"kns={gpu.OWN_KERNELS}"
-            assert options["--report-api-errors"] == "no"
-            assert options["--target-processes"] == "application-only"
-            assert options["--tool"] == part.name
-
-
-@pytest.mark.parametrize("installed", [True, False])
-def test_what_compiles_much_is_divided_among_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
-) -> None:
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: installed or None)
-    monkeypatch.setattr(gpu.os, "cpu_count", lambda: 16)
-    divided = {part.name for part in gpu.parts("90", tmp_path) if ("-n", "8") in pairwise(part.command)}
-    assert divided == ({"operators", "models"} if installed else set())
-
-
-def test_the_parts_need_no_package_beyond_the_stated_ones(tmp_path: Path) -> None:
-    modules = {f"benchmarks.bench_{op}" for op, *_ in gpu.BENCHMARKS.values()} - {"benchmarks.bench_s3t_ensemble"}
-    for part in gpu.parts("90", tmp_path):
-        modules |= {Path(word).stem for word in part.command if word.endswith(".py") and word != "setup.py"}
-    code = f"""
-import importlib, sys
-sys.path[:0] = [{str(ROOT / "benchmarks")!r}, {str(ROOT / "tests")!r}, {str(ROOT)!r}]
-for name in ("accelerate", "datasets", "jsonargparse", "matplotlib", "pandas", "peft", "ray", "scipy", "sklearn"):
-    sys.modules[name] = None  # importing it fails
-for name in {sorted(modules)}:
-    importlib.import_module(name)
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-
-
-def test_a_part_runs_until_it_has_passed_and_never_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    counter, wanted = tmp_path / "counter", tmp_path / "wanted"
-    code = f"import os, sys; open({str(counter)!r}, 'a').write('x'); sys.exit(not os.path.exists({str(wanted)!r}))"
-    part = gpu.Part("part", (sys.executable, "-c", code), tmp_path / "done")
-    assert not gpu.run(part)
-    wanted.touch()
-    assert gpu.run(part)
-    assert gpu.run(part)
-    assert counter.read_text() == "xx"
-    assert gpu.run(dataclasses.replace(part, again=True))
-    assert counter.read_text() == "xxx"
-    output = capfd.readouterr().out
-    assert "part: failed with status 1" in output
-    assert "part: passed before, skipped" in output
-
-
-def test_a_part_that_hangs_is_stopped_with_all_that_it_started(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    sleep = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleep!r}])"
-    part = gpu.Part("slow", (sys.executable, "-c", code), tmp_path)
-    assert not gpu.run(part, limit=5)
-    assert not (tmp_path / "slow.done.json").exists()
-    assert "slow: stopped after 5 s" in capfd.readouterr().out
-    started = (tmp_path / "pid").read_text()
-    deadline = time.monotonic() + 30  # a killed process may take a moment to go, and what is left of it is a zombie
-    while _runs(started) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not _runs(started)
-
-
-def _runs(process: str) -> bool:
-    try:
-        return Path("/proc", process, "stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def test_a_tool_that_is_not_installed_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert gpu.run(gpu.Part("check", ("no-such-tool",), tmp_path, needs="no-such-tool"))
-    assert "check: skipped, no-such-tool is not installed" in capfd.readouterr().out
-    assert not list(tmp_path.iterdir())  # it runs once the tool is there
-
-
-def test_no_part_starts_when_the_time_is_up_and_none_runs_beyond_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    now, limits = 1000.0, []
-
-    def run(part: gpu.Part, limit: float) -> bool:
-        nonlocal now
-        limits.append(limit)
-        now += 300
-        return part.name != "b"
-
-    monkeypatch.setattr(gpu, "run", run)
-    monkeypatch.setattr(gpu.time, "monotonic", lambda: now)
-    chosen = [gpu.Part(name, (), tmp_path) for name in "abc"]
-    assert gpu.run_all(chosen, 1540) == ["b", "c"]
-    assert limits == [480, 240]  # the most that a part may take, and what is left of the time
-    assert "c: not started, the time is up" in capfd.readouterr().out
-    assert gpu.run_all([gpu.Part("build", (), tmp_path), *chosen]) == ["b"]
-    monkeypatch.setattr(gpu, "run", lambda part, limit: False)
-    assert gpu.run_all([gpu.Part("build", (), tmp_path), *chosen[:1]]) == ["build", "a"]
-
-
-def test_the_digest_follows_the_sources_only(tmp_path: Path) -> None:
-    for name in ("CMakeLists.txt", "setup.py", "csrc/a.cu", "pymape/a.py", "benchmarks/one.py", "benchmarks/two.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(name)
-
-    def digests() -> list[str]:
-        scripts = ((), ("benchmarks/one.py",), ("benchmarks/two.py",), ("benchmarks",))
-        return [gpu.source_digest(*names, root=tmp_path) for names in scripts]
-
-    before = digests()
-    assert len(set(before)) == 4
-    (tmp_path / "pymape" / "_C.so").write_text("built")
-    assert digests() == before
-    (tmp_path / "benchmarks" / "one.py").write_text("other")
-    assert [new == old for new, old in zip(digests(), before, strict=True)] == [True, False, True, False]
-    before = digests()
-    (tmp_path / "csrc" / "a.cu").write_text("other")
-    assert not set(digests()) & set(before)
-
-
-def test_every_benchmark_has_the_digest_of_its_own_script(tmp_path: Path) -> None:
-    parts = {part.name: part for part in gpu.parts("90", tmp_path)}
-    for name, (op, *_) in gpu.BENCHMARKS.items():
-        assert parts[name].folder == tmp_path / gpu.source_digest(f"benchmarks/bench_{op}.py")
-    assert parts["tiles"].folder != parts["search"].folder
-
-
-def test_results_are_gathered_under_the_name_of_the_gpu(report: dict, tmp_path: Path) -> None:
-    assert gpu.gather(tmp_path / "empty", "NVIDIA H100 80GB HBM3", tmp_path / "results") is None
-    folder = next(part.folder for part in gpu.parts("90", tmp_path) if part.name == "module_scores")
-    folder.mkdir()
-    (folder / "module_scores.json").write_text(json.dumps(report))
-    path = gpu.gather(tmp_path, "NVIDIA H100 80GB HBM3", tmp_path / "results")
-    assert path == tmp_path / "results" / "nvidia-h100-80gb-hbm3.json"
-    assert json.loads(path.read_text()) == {"module_scores": report}
-    page = path.with_suffix(".md").read_text()
-    assert "| 2x3 | pymape | 1.000 |" in page
-    assert page.count("not yet measured") == len(targets.TARGETS) - 3  # those of module_scores have no such shape
-    assert page.count("not measured: no such case ran") == 3
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_without_a_gpu_it_says_so_and_runs_nothing() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "build"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 1
-    assert result.stderr.startswith("no GPU: ")
-
-
-def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        gpu.main(["build", "everything"])
-    assert "PART must be one of build, operators, " in capsys.readouterr().err
-
-
 def test_the_compile_report_reads_back_as_its_page() -> None:
     folder = ROOT / "docs" / "results"
     found = json.loads((folder / "compile.json").read_text())
@@ -634,46 +294,6 @@ def test_the_compile_report_reads_back_as_its_page() -> None:
 )
 def test_resident_blocks_by_hand(needs: dict[str, int], blocks: int) -> None:
     assert compile_report.resident_blocks({"sm": 80, **needs}) == blocks
-
-
-def test_the_worst_figure_of_a_target_counts() -> None:
-    copy, *_ = targets.TARGETS
-    assert copy.measured({}) == "not yet measured"
-
-    def report(**shares: float | None) -> dict:
-        cases = [
-            Case(f"{layer.replace('_', '-')} filters 2x3", "pymape", 1, 1, 1, {} if x is None else {"% of copy": x})
-            for layer, x in shares.items()
-        ]
-        return {"module_scores": asdict(Report("module_scores", "cuda", cases=cases))}
-
-    assert copy.measured(report(RoBERTa_large=91.0, Llama_3_8B=88.5)) == "88.5, reached"
-    assert copy.measured(report(RoBERTa_large=91.0, Llama_3_8B=80.0)) == "80, **missed**"
-    part = "91, reached in 1 of 2 cases, the others did not run"
-    assert copy.measured(report(RoBERTa_large=91.0)) == part
-    assert copy.measured(report(RoBERTa_large=91.0, Llama_3_8B=None)) == part
-    assert copy.measured(report()) == "not measured: no such case ran"
-    cut_off = report(RoBERTa_large=91.0)
-    cut_off["module_scores"]["finished"] = False
-    assert copy.measured(cut_off) == f"{part}; cut off, the rest is not yet measured"
-    cut_off["module_scores"]["cases"] = []
-    assert copy.measured(cut_off) == "not yet measured"
-    seconds = next(target for target in targets.TARGETS if target.operator == "`greedy_swap`")
-    case = asdict(Case("swap 32x14336, 256 + 256 samples", "pymape", 0.75, 0.7, 0.8))
-    assert seconds.measured({"greedy_swap": {"cases": [case]}}) == "0.75, **missed**"
-
-
-def test_a_target_takes_the_shape_that_it_names_and_no_longer_one() -> None:
-    faster, smaller, smallest = (target for target in targets.TARGETS if target.parts == ("partial_llama",))
-    cases = [
-        Case("llama 22 layers", "partial", 1, 1, 1, {"speed-up": 1.6}),
-        Case("llama 22 layers, memory", "partial", 1, 1, 1, {"x peak": 0.65}),
-        Case("llama 22 layers, memory, checkpointed", "partial", 1, 1, 1, {"x peak": 0.45}),
-    ]
-    reports = {"partial_llama": asdict(Report("partial", "cuda", cases=cases))}
-    assert faster.measured(reports) == "1.6, reached"
-    assert smaller.measured(reports) == "0.65, **missed**"
-    assert smallest.measured(reports) == "0.45, reached"
 
 
 def test_the_compile_table_shows_the_largest_need_of_the_variants() -> None:
