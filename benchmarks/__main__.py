@@ -11,7 +11,8 @@ from pathlib import Path
 from types import ModuleType
 
 import benchmarks
-from benchmarks.harness import keep_freed_memory, plot
+from benchmarks.harness import Report, plot
+from benchmarks.timing import keep_freed_memory
 
 
 def main() -> None:
@@ -20,7 +21,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Microbenchmarks of pymape.")
     parser.add_argument("op", choices=[*names, "all"])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--json", type=Path, help="result file (default benchmarks/results/OP-DEVICE.json)")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="result file, written after every comparison (default benchmarks/results/OP-DEVICE.json, at the end only)",
+    )
     parser.add_argument("--plot", type=Path, help="also draw the times; .png or .svg (not with `all`)")
     arguments, rest = parser.parse_known_args()
     chosen = names if arguments.op == "all" else [arguments.op]
@@ -38,7 +43,9 @@ def main() -> None:
                 parser.error(f"--device must be {only} for {name}, got {arguments.device}")
             print(f"\n{name}: skipped, it is for {only} only")
             continue
-        report = benchmark.run(arguments.device, options[name])
+        report = Report(name, arguments.device, finished=False, path=arguments.json)
+        benchmark.run(report, options[name])
+        report.finished = True
         report.show()
         path = arguments.json or Path(__file__).parent / "results" / f"{name}-{arguments.device}.json"
         report.write(path)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Case, Report, add_rates, compare, compiled, doubled, step
+from benchmarks.harness import Case, Report, add_rates, compare, compiled, doubled, other_backends, step
 from benchmarks.shapes import LAYERS, LayerShape
 from pymape.ops import masked_activation, masked_activation_reference, masked_ffn, masked_ffn_reference
 
@@ -29,23 +29,22 @@ def add_options(parser: argparse.ArgumentParser, device: str) -> None:
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
 
 
-def run(device: str, options: argparse.Namespace) -> Report:
-    report = Report("masked_ffn", device)
-    dtypes = (torch.float32, torch.bfloat16) if device == "cpu" else (torch.bfloat16,)
-    for name in options.layers:
-        layer = LAYERS[name]
-        for dtype in dtypes:
-            if "activation" in options.parts:
-                report.cases += _activation(name, layer, dtype, device)
-        if "block" in options.parts:
-            report.cases += _block(name, layer, dtypes[0], device)
+def run(report: Report, options: argparse.Namespace) -> None:
+    device = report.device
     report.notes += [
         "per-sample gates that want their gradient; activation alone: no bias, gate, up projection or scores",
         "block: bias, one or two projections, activation, gate; operations are those of the products",
         "cuBLASLt epilogue: on a GPU, torch._addmm_activation, whose GELU is the tanh form; forward only",
         "Liger: its kernel for SiLU times up, behind two products",
     ]
-    return report
+    dtypes = (torch.float32, torch.bfloat16) if device == "cpu" else (torch.bfloat16,)
+    for name in options.layers:
+        layer = LAYERS[name]
+        for dtype in dtypes:
+            if "activation" in options.parts:
+                report.add(_activation(name, layer, dtype, device))
+        if "block" in options.parts:
+            report.add(_block(name, layer, dtypes[0], device))
 
 
 def _activation(name: str, layer: LayerShape, dtype: torch.dtype, device: str) -> list[Case]:
@@ -111,7 +110,7 @@ def _block_providers(
     weight: Tensor, bias: Tensor | None, block: dict[str, Any], device: str, compiles: bool
 ) -> Iterator[tuple[str, Callable[..., Tensor]]]:
     yield "pymape", lambda x, gate: masked_ffn(x, weight, bias, gate, **block)
-    for backend in ("triton", "cuda") if device != "cpu" else ():
+    for backend in other_backends("masked_ffn", device):
         yield f"pymape, {backend}", lambda x, gate, b=backend: masked_ffn(x, weight, bias, gate, **block, backend=b)
 
     def eager(x: Tensor, gate: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from benchmarks.shapes import LAYERS
 from pymape.ops import module_scores, module_scores_reference
 
 
-def run(device: str, options: argparse.Namespace) -> Report:
-    report = Report("module_scores", device)
+def run(report: Report, options: argparse.Namespace) -> None:
+    device = report.device
     report.notes += [
         "eager: (grad * out).sum in the inputs' dtype; eager, fp32 sums: the same after both are turned into fp32",
         "GB/s counts every input once; copy_ reads and writes as much",
@@ -26,8 +26,7 @@ def run(device: str, options: argparse.Namespace) -> Report:
                 batch *= 4  # two passes over the data are over soon: enough of it that no cache holds it
             for shape in ((batch, tokens, layer.filters), (batch, tokens, layer.heads, layer.head_size)):
                 compiles = device != "cpu" or layer.compiled_on_cpu
-                report.cases += _compare(name, shape, dtype, device, compiles)
-    return report
+                report.add(_compare(name, shape, dtype, device, compiles))
 
 
 def _compare(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, compiles: bool) -> list[Case]:

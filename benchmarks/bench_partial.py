@@ -3,7 +3,8 @@
 The masked-gradient step computes all gradients, zeroes them outside the masks and steps AdamW over everything;
 embeddings and LM head are frozen in both. What no partial step can save is the forward pass, the backward pass to the
 lowest selected projections, and the gradients of the selected rows and columns; their time bounds the speed-up that is
-possible. On a GPU, `llama` is TinyLlama-1.1B with all its layers in bf16.
+possible. Memory is measured twice: as the steps are, and with gradient checkpointing in both, because no partial step
+saves activations either. On a GPU, `llama` is TinyLlama-1.1B with all its layers in bf16.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pymape import FrozenPrefix, ModuleMasks, PartialParameters, PrefixCache, la
 from pymape.architectures import find_layers
 
 BATCH, BUDGET = 8, 0.1
+CHECKPOINTED = ", checkpointed"
 LAYERS = {"cpu": {"bert": 12, "llama": 4}, "cuda": {"bert": 12, "llama": 22}}
 TOKENS = {"cpu": 128, "cuda": 512}  # of a sample
 VOCABULARY = {"cpu": 1000, "cuda": 32000}  # small on a CPU, because embeddings are no module of a mask
@@ -42,22 +44,22 @@ def add_options(parser: argparse.ArgumentParser, device: str) -> None:
     parser.add_argument("--threads", type=int, default=2)
 
 
-def run(device: str, options: argparse.Namespace) -> Report:
+def run(report: Report, options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
-    report = Report("partial", device)
-    for name in options.models:
-        layers = options.layers or LAYERS[device][name]
-        _check(name, min(layers, 2), device)
-        compare_steps(report, name, layers, options.rounds, device)
-        compare_memory(report, name, layers, options.threads, device)
+    device = report.device
     report.notes += [
         f"{BATCH} x {TOKENS[device]} tokens, budget {BUDGET:.0%}, {str(DTYPE[device])[6:]}, fused AdamW, train mode; "
         f"{options.rounds} rounds",
         "of possible: (needed passes + selected weight gradients) / step, all medians of the same alternating rounds",
         "memory: highest resident size of a process of two steps (on a GPU: allocated by torch), less that before the "
-        "model was made",
+        "model was made; gradients + state: what the optimizer holds and is given",
+        "checkpointed: activations inside the layers are computed anew in the backward pass, in both kinds of steps",
     ]
-    return report
+    for name in options.models:
+        layers = options.layers or LAYERS[device][name]
+        _check(name, min(layers, 2), device)
+        compare_steps(report, name, layers, options.rounds, device)
+        compare_memory(report, name, layers, options.threads, device)
 
 
 def make_model(name: str, layers: int, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
@@ -198,27 +200,35 @@ def compare_steps(report: Report, name: str, layers: int, rounds: int, device: s
     needed = passes.median_s + gradients.median_s
     ours.figures |= {"possible": dense.median_s / needed, "of possible": needed / ours.median_s}
     cached.figures["x uncached"] = upper.median_s / cached.median_s
-    report.cases += cases
+    report.add(cases)
 
 
 def compare_memory(report: Report, name: str, layers: int, threads: int, device: str) -> None:
-    """Each kind of step in a process of its own."""
+    """Each kind of step in a process of its own, with activations kept and with activations computed anew."""
     gc.collect()
     if device != "cpu":
         torch.cuda.empty_cache()  # the models that were measured are gone, and their memory is the processes' now
-    measured = {}
-    for kind in ("masked gradients", "partial"):
-        command = [sys.executable, "-m", "benchmarks.bench_partial", name, kind, str(layers), str(threads), device]
-        # Fixed thresholds: freed tensors go back to the system at once, so that the resident size is what is in use.
-        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-        output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
-        measured[kind] = json.loads(output)
+    for suffix in ("", CHECKPOINTED):
+        measured = {}
+        for kind in ("masked gradients", "partial"):
+            arguments = [name, kind + suffix, str(layers), str(threads), device]
+            # Fixed thresholds: freed tensors go back to the system at once, and the resident size is what is in use.
+            environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+            command = [sys.executable, "-m", "benchmarks.bench_partial", *arguments]
+            output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+            measured[kind] = json.loads(output)
+        report.add(_memory_cases(f"{name} {layers} layers, memory{suffix}", measured))
+
+
+def _memory_cases(shape: str, measured: Mapping[str, Mapping[str, float]]) -> list[Case]:
     dense, ours = measured.values()
+    cases = []
     for kind, values in measured.items():
         figures = {"gradients + state MB": values["state"] / 1e6, "peak MB": values["peak"] / 1e6}
         if values is ours:
             figures |= {"x state": ours["state"] / dense["state"], "x peak": ours["peak"] / dense["peak"]}
-        report.cases.append(Case(f"{name} {layers} layers, memory", kind, *[values["seconds"]] * 3, figures))
+        cases.append(Case(shape, kind, *[values["seconds"]] * 3, figures))
+    return cases
 
 
 def measure_memory(name: str, kind: str, layers: int, device: str) -> dict[str, float]:
@@ -234,7 +244,10 @@ def measure_memory(name: str, kind: str, layers: int, device: str) -> dict[str, 
         Path("/proc/self/clear_refs").write_text("5")  # begins VmHWM anew
     before = torch.cuda.memory_allocated() if cuda else _resident("VmRSS")
     model = make_model(name, layers, device)
-    step, optimizer = (dense_step if kind == "masked gradients" else partial_step)(model, batch)
+    if kind.endswith(CHECKPOINTED):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    make_step = dense_step if kind.startswith("masked gradients") else partial_step
+    step, optimizer = make_step(model, batch)
     start = time.perf_counter()
     for _ in range(2):
         step()

@@ -42,9 +42,8 @@ def add_options(parser: argparse.ArgumentParser, device: str) -> None:
     parser.add_argument("--folder", help="where to work; default: a temporary folder")
 
 
-def run(device: str, options: argparse.Namespace) -> Report:
+def run(report: Report, options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    report = Report("s3t_deletion", device)
     shape = f"{options.records:,} records, m={SHARDS}, L={SLICES}, B={len(CYCLIC)}"
     batches, rounds = options.requests // BATCH, options.rounds
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
@@ -52,15 +51,15 @@ def run(device: str, options: argparse.Namespace) -> Report:
         with make_ledger(whole, options.records) as ledger:
             stages, size = len(ledger.stages()), ledger.stages()[0].size
         with _copy(whole) as folder:
-            report.cases += acknowledge(shape, folder, rounds)
+            report.add(acknowledge(shape, folder, rounds))
         with _copy(whole) as folder:
             syncs = count_syncs(folder, batches)
         with _copy(whole) as folder:
             case = run_batches(f"{options.requests:,} requests to the end", shape, folder, batches)
             case.figures |= {} if syncs is None else {"syncs": syncs}
-            report.cases.append(case)
+            report.add([case])
         with _copy(whole) as folder:
-            report.cases.append(run_batches("repaired before each batch", shape, folder, rounds, repaired=True))
+            report.add([run_batches("repaired before each batch", shape, folder, rounds, repaired=True)])
     report.notes += [
         f"a record: {TOKENS} tokens; a request: one record; {stages} stages of {size:,} bytes; synchronous=FULL",
         f"acknowledge: `tombstone` of one request, {rounds} rounds of {BATCH}, all stages live before each round",
@@ -68,7 +67,6 @@ def run(device: str, options: argparse.Namespace) -> Report:
         f"repaired before each batch: {rounds} batches, so that every batch finds {stages} stages to end",
         f"syncs: fsync and fdatasync of all {options.requests:,} requests with opening and closing, counted by strace",
     ]
-    return report
 
 
 def make_ledger(folder: Path, records: int) -> Ledger:

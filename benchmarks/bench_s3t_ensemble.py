@@ -41,9 +41,8 @@ def add_options(parser: argparse.ArgumentParser, device: str) -> None:
     parser.add_argument("--seconds", type=float, default=6.0, help="how long a contender is measured in each case")
 
 
-def run(device: str, options: argparse.Namespace) -> Report:
+def run(report: Report, options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
-    report = Report("s3t_ensemble", device)
     for name, (layers, width, slices, adapted, targets) in CASES.items():
         possible = len(adapted) * layers / layers_run(layers, adapted)
         with tempfile.TemporaryDirectory() as place:
@@ -57,7 +56,6 @@ def run(device: str, options: argparse.Namespace) -> Report:
         "one thread on a CPU: processor times, which other work on the machine disturbs less than wall times",
         "possible: layers that the separate models run / layers that the ensemble runs",
     ]
-    return report
 
 
 def make_base(folder: Path, layers: int, width: int) -> str:
@@ -116,13 +114,14 @@ def compare(
         return torch.stack([model(**inputs).logits for model in models])
 
     expected, found = separate(), ensemble(**inputs).shard_logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    near = 1e-5 if device == "cpu" else 1e-4  # on a GPU products of other shapes may take other kernels
+    torch.testing.assert_close(found, expected, rtol=near, atol=near)
     calls: dict[str, Callable[[], object]] = {"separate PEFT models": separate, "ensemble": lambda: ensemble(**inputs)}
     alone = device == "cpu" and torch.get_num_threads() == 1
     apart, ours = (processor_time if alone else alternate)(name, calls, seconds=seconds)
     speed_up, same = apart.median_s / ours.median_s, torch.equal(found, expected)
     ours.figures = {"speed-up": speed_up, "possible": possible, "same bits": float(same)}
-    report.cases += [apart, ours]
+    report.add([apart, ours])
 
 
 def processor_time(shape: str, calls: Mapping[str, Callable[[], object]], *, seconds: float) -> list[Case]:

@@ -40,21 +40,19 @@ def add_options(parser: argparse.ArgumentParser, device: str) -> None:
     parser.add_argument("--threads", type=int, default=1)
 
 
-def run(device: str, options: argparse.Namespace) -> Report:
+def run(report: Report, options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
-    report = Report("s3t_training", device)
-    with tempfile.TemporaryDirectory() as folder:
-        _write_model(folder, options)
-        for share in (1, 2):
-            size = options.layers // (SLICES * share)
-            _compare(report, folder, size, options)
     report.notes += [
         f"BERT layers of width {options.hidden}, {SLICES} stages of one sequence on {options.records} records a slice, "
         f"{options.batch_size} x {options.tokens} tokens, {options.epochs} epochs, fp32, LoRA r 8 on query and value",
         f"processor time, {options.rounds} alternating rounds; stage files are the same bytes; the cache is empty at "
         "the beginning of a sequence",
     ]
-    return report
+    with tempfile.TemporaryDirectory() as folder:
+        _write_model(folder, options)
+        for share in (1, 2):
+            size = options.layers // (SLICES * share)
+            _compare(report, folder, size, options)
 
 
 def _compare(report: Report, folder: str, layers_per_slice: int, options: Any) -> None:
@@ -89,7 +87,7 @@ def _compare(report: Report, folder: str, layers_per_slice: int, options: Any) -
     plain = sum(i * (options.layers + i * layers_per_slice) for i in stages)
     most = plain / sum(2 * i * i * layers_per_slice for i in stages)
     cases[1].figures |= {"speed-up": cases[0].median_s / cases[1].median_s, "at most": most}
-    report.cases += cases
+    report.add(cases)
 
 
 def _sequence(config: S3TConfig, options: Any) -> Callable[[str | None], list[bytes]]:

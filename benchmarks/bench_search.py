@@ -25,8 +25,9 @@ def add_options(parser: argparse.ArgumentParser, device: str) -> None:
     parser.add_argument("--rounds", type=int, default=3)
 
 
-def run(device: str, options: argparse.Namespace) -> Report:
-    report = Report("search", device)
+def run(report: Report, options: argparse.Namespace) -> None:
+    device = report.device
+    report.notes.append(f"budget {BUDGET:.0%}, at most 400 swaps a layer and kind; both reach the same objective")
     shape = layout(bert_base(options.layers))
     forget, retain = (_importance(shape, options.samples, seed, device) for seed in (1, 2))
     found = search(forget=forget, retain=retain, budget=BUDGET, backend=device)
@@ -45,9 +46,7 @@ def run(device: str, options: argparse.Namespace) -> Report:
         "speed-up": cases[1].median_s / cases[0].median_s,
         "swaps": float(found.provenance["swaps"]),
     }
-    report.cases += cases
-    report.notes.append(f"budget {BUDGET:.0%}, at most 400 swaps a layer and kind; both reach the same objective")
-    return report
+    report.add(cases)
 
 
 def _importance(shape: ModelLayout, samples: int, seed: int, device: str) -> Importance:

@@ -25,8 +25,8 @@ CASES = {
 }
 
 
-def run(device: str, options: argparse.Namespace) -> Report:
-    report = Report("segmented_lora", device)
+def run(report: Report, options: argparse.Namespace) -> None:
+    device = report.device
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     report.notes += [
         f"rank {RANK}, five adapters, square layers, {str(dtype)[6:]}; on CPU pymape's bits are those of the loop",
@@ -38,7 +38,6 @@ def run(device: str, options: argparse.Namespace) -> Report:
             label = f"{name} {'+'.join(map(str, samples))} x {tokens}"
             problem = _Problem(width, samples, tokens, dtype, device)
             _compare(report, label, problem, dtype, device)
-    return report
 
 
 class _Problem:
@@ -130,4 +129,4 @@ def _compare(report: Report, label: str, problem: _Problem, dtype: torch.dtype, 
         )
         if providers is alone:
             add_rates(cases, device, dtype, operations=4 * p.x.numel() * RANK)
-        report.cases += cases
+        report.add(cases)

@@ -17,19 +17,18 @@ SHARE = 0.1
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
-def run(device: str, options: argparse.Namespace) -> Report:
-    report = Report("selected_weight_grad", device)
+def run(report: Report, options: argparse.Namespace) -> None:
+    device = report.device
+    report.notes += [
+        f"{SHARE:.0%} of the filters, drawn at random; operations are those of the selected part",
+        "full: dy^T x, then index_select of the gradient; gather: index_select of the activations, then a GEMM",
+    ]
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     for name, layer in LAYERS.items():
         batch, tokens = layer.samples_and_tokens(device)
         for axis in ("rows", "columns"):  # of the projection to the filters, and of the one behind them
             compiles = device != "cpu" or layer.compiled_on_cpu
-            report.cases += _compare(name, batch * tokens, layer.width, layer.filters, axis, dtype, device, compiles)
-    report.notes += [
-        f"{SHARE:.0%} of the filters, drawn at random; operations are those of the selected part",
-        "full: dy^T x, then index_select of the gradient; gather: index_select of the activations, then a GEMM",
-    ]
-    return report
+            report.add(_compare(name, batch * tokens, layer.width, layer.filters, axis, dtype, device, compiles))
 
 
 def _compare(

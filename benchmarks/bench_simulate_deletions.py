@@ -17,17 +17,14 @@ DEVICE = "cpu"
 _Orders = list[tuple[int, ...]]
 
 
-def run(device: str, options: argparse.Namespace) -> Report:
-    report = Report(
-        "simulate_deletions", device, notes=["one thread; the loop counts until all shards are dead, no more"]
-    )
+def run(report: Report, options: argparse.Namespace) -> None:
+    report.notes.append("one thread; the loop counts until all shards are dead, no more")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rising = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
-    report.cases += _compare("m=5 L=6, 6 rotations", cyclic_sequences(6, 6), 5, None)
-    report.cases += _compare("m=20 L=8, chain cover, prior", chain_cover(8), 20, rising)
+    report.add(_compare("m=5 L=6, 6 rotations", cyclic_sequences(6, 6), 5, None))
+    report.add(_compare("m=20 L=8, chain cover, prior", chain_cover(8), 20, rising))
     torch.set_num_threads(threads)
-    return report
 
 
 def _compare(name: str, sequences: _Orders, shards: int, prior: list[float] | None) -> list[Case]:

@@ -21,8 +21,11 @@ def add_options(parser: argparse.ArgumentParser, device: str) -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, 2, os.cpu_count() or 1}))
 
 
-def run(device: str, options: argparse.Namespace) -> Report:
-    report = Report("threads", device)
+def run(report: Report, options: argparse.Namespace) -> None:
+    report.notes += [
+        f"{BATCH} x {TOKENS} tokens of a BERT-base layer; the bits of pymape's results are the same for every number",
+        "copy and product: torch's own, for what the machine's second core can bring at all",
+    ]
     before = torch.get_num_threads()
     for shape, call, result in _calls():
         expected = None
@@ -35,13 +38,8 @@ def run(device: str, options: argparse.Namespace) -> Report:
         cases = alternate(shape, {f"{n} thread{'s' * (n > 1)}": _on(n, call) for n in options.threads}, seconds=0.4)
         for case in cases[1:]:
             case.figures["x one thread"] = cases[0].median_s / case.median_s
-        report.cases += cases
+        report.add(cases)
     torch.set_num_threads(before)
-    report.notes += [
-        f"{BATCH} x {TOKENS} tokens of a BERT-base layer; the bits of pymape's results are the same for every number",
-        "copy and product: torch's own, for what the machine's second core can bring at all",
-    ]
-    return report
 
 
 def _on(threads: int, call: Callable[[], object]) -> Callable[[], object]:

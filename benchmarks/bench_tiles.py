@@ -36,18 +36,17 @@ FFN = {
 BATCH, TOKENS, WIDTH, DTYPE = 4, 2048, 2048, torch.bfloat16
 
 
-def run(device: str, options: argparse.Namespace) -> Report:
-    report = Report("tiles", device)
-    for (kernel, size), tiles in ATTENTION.items():
-        report.cases += _attention(kernel, size, tiles, device)
-    for name in LAYERS:
-        report.cases += _ffn(name, device)
+def run(report: Report, options: argparse.Namespace) -> None:
+    device = report.device
     report.notes += [
         f"attention: {BATCH} x {TOKENS} tokens, width {WIDTH}, causal, {str(DTYPE)[6:]}, gates that learn; a backward "
         "kernel together with the one for its row sums",
         "ffn: a forward that keeps the projections, gates per sample; x pymape is over the tile of the table",
     ]
-    return report
+    for (kernel, size), tiles in ATTENTION.items():
+        report.add(_attention(kernel, size, tiles, device))
+    for name in LAYERS:
+        report.add(_ffn(name, device))
 
 
 def _attention(kernel: str, size: int, tiles: Sequence[tuple[int, ...]], device: str) -> list[Case]:

@@ -1,8 +1,9 @@
 """Everything a GPU machine has to show, part by part: `python -m benchmarks.gpu [PART ...]`, or `make gpu`.
 
-Each part takes minutes, needs no network and leaves `build/gpu/SOURCES-GPU/PART.json`, where SOURCES is a digest of
-the code; a part that passed for the same code on the same GPU is skipped, so that a run that was cut off goes on. At
-the end the benchmarks that are done are gathered in `benchmarks/results/GPU.json` and `GPU.md`.
+Each part takes minutes, needs no network and leaves `build/gpu/GPU/SOURCES/PART.json`, where SOURCES is a digest of the
+package's code and of the part's own scripts: a part that passed for the same sources on the same GPU is skipped, so
+that a run that was cut off goes on, and a change to one benchmark leaves the others' results alone. At the end what the
+benchmarks have measured, up to where one was cut off, is gathered in `benchmarks/results/GPU.json` and `GPU.md`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -30,7 +32,7 @@ from benchmarks.harness import markdown, plot
 from benchmarks.shapes import DECODERS, ENCODERS
 from pymape.files import atomic_write
 
-__all__ = ["BENCHMARKS", "Part", "gather", "main", "parts", "run", "source_digest"]
+__all__ = ["BENCHMARKS", "Part", "gather", "main", "parts", "run", "run_all", "source_digest"]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -38,103 +40,114 @@ LIMIT = 480  # seconds a part may take
 # Part -> arguments of `python -m benchmarks`. What compiles much is divided, so that each part stays within the limit.
 BENCHMARKS = {
     "module_scores": ("module_scores",),
-    "attention_encoders": ("masked_attention", "--parts", "gates", "layers", "--layers", *ENCODERS),
-    "attention_decoders": ("masked_attention", "--parts", "layers", "--layers", *DECODERS),
     "attention_short": ("masked_attention", "--parts", "long", "--tokens", "512", "1024"),
     "attention_long": ("masked_attention", "--parts", "long", "--tokens", "2048", "8192"),
+    "attention_encoders": ("masked_attention", "--parts", "gates", "layers", "--layers", *ENCODERS),
+    "attention_decoders": ("masked_attention", "--parts", "layers", "--layers", *DECODERS),
     "attention_closed": ("masked_attention", "--parts", "closed"),
-    "tiles": ("tiles",),
-    "ffn_activation": ("masked_ffn", "--parts", "activation"),
     "ffn_block": ("masked_ffn", "--parts", "block"),
     "greedy_swap": ("greedy_swap",),
+    "importance": ("importance",),
+    "partial_llama": ("partial", "--models", "llama"),
+    "tiles": ("tiles",),
+    "ffn_activation": ("masked_ffn", "--parts", "activation"),
     "selected_weight_grad": ("selected_weight_grad",),
     "segmented_lora": ("segmented_lora",),
-    "importance": ("importance",),
     "search": ("search",),
-    "partial_bert": ("partial", "--models", "bert"),
-    "partial_llama": ("partial", "--models", "llama"),
     "s3t_ensemble": ("s3t_ensemble",),
+    "partial_bert": ("partial", "--models", "bert"),
 }
-_TESTS = (
-    "tests/test_module_scores.py",
-    "tests/test_masked_attention.py",
-    "tests/test_masked_ffn.py",
-    "tests/test_greedy_swap.py",
-    "tests/test_selected_weight_grad.py",
-    "tests/test_segmented_lora.py",
-)
+# In the mangled name of a CUDA kernel, by its namespace, and in the name of a Triton kernel.
+OWN_KERNELS = "pymape|_masked_attention_|_masked_ffn_|_masked_activation_|_segmented_lora_|_selected_weight_grad_"
+_OPERATORS = "benchmarks/gpu_operators.py"
 _MODEL_TESTS = ("tests/test_instrumented_models.py", "tests/test_importance.py")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One command of the run; `needs` names a program or a package without which it is skipped, and says so."""
+    """One command of the run, with the folder for what it leaves.
+
+    `needs` names a program or a package without which it is skipped, and says so. `again`: it runs even if it passed
+    before, because it takes seconds then, and the folder may have been brought from elsewhere.
+    """
 
     name: str
     command: Sequence[str]
+    folder: Path
     environment: Mapping[str, str] = field(default_factory=dict)
     needs: str | None = None
+    again: bool = False
 
 
-def parts(arch: str, folder: Path) -> list[Part]:
-    """Return all parts in order.
+def parts(arch: str, place: Path) -> list[Part]:
+    """Return all parts in order: first what must work, then what the targets need, as a run may be cut off.
 
     Args:
         arch: CUDA architecture to build for, such as `"90"`.
-        folder: where the benchmarks write their results.
+        place: holds the folders of all parts.
     """
     python, pytest = sys.executable, (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q")
-    operators = "benchmarks/gpu_operators.py"
-    sanitizer = ("compute-sanitizer", "--error-exitcode", "1", "--target-processes", "all")
+    # Most of the time goes into compiling Triton kernels, one after the other in each process.
+    workers = ("-n", str(min(8, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
     search = {"PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     build = {"CMAKE_ARGS": f"-DPYMAPE_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES={arch}"}
+    aimed_at = {name for target in targets.TARGETS for name in target.parts}
     return [
-        Part("build", (python, "setup.py", "build_ext", "--inplace"), build),
-        Part("operators", (*pytest, operators), search),
-        Part("tests", (*pytest, *_TESTS), search),
-        Part("models", (*pytest, *_MODEL_TESTS, "-k", "gpu"), search),
-        *(
-            Part(
-                tool,
-                (*sanitizer, "--tool", tool, *pytest, operators, "-k", "tiny"),
-                # The caching allocator would hide an access past the end of a tensor inside its own larger block.
-                {**search, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-                needs="compute-sanitizer",
-            )
-            for tool in ("memcheck", "racecheck")
-        ),
-        *(
-            Part(
-                name,
-                (python, "-m", "benchmarks", *arguments, "--device", "cuda", "--json", str(folder / f"{name}.json")),
-                needs="peft" if name == "s3t_ensemble" else None,
-            )
-            for name, arguments in BENCHMARKS.items()
-        ),
+        Part("build", (python, "setup.py", "build_ext", "--inplace"), place / source_digest(), build, again=True),
+        Part("operators", (*pytest, *workers, _OPERATORS), _checks(place), search),
+        *(_benchmark(name, place) for name in BENCHMARKS if name in aimed_at),
+        _sanitizer("memcheck", (*pytest, _OPERATORS, "-k", "tiny"), place, search),
+        Part("models", (*pytest, *workers, *_MODEL_TESTS, "-k", "gpu"), place / source_digest("tests"), search),
+        *(_benchmark(name, place) for name in BENCHMARKS if name not in aimed_at),
+        _sanitizer("racecheck", (*pytest, _OPERATORS, "-k", "tiny"), place, search),
     ]
 
 
-def source_digest(root: Path = ROOT) -> str:
-    """Return a digest of every source that a result depends on; it needs no git, which a copied tree may lack."""
+def _checks(place: Path) -> Path:
+    return place / source_digest(_OPERATORS, "tests/conftest.py")
+
+
+def _sanitizer(tool: str, command: Sequence[str], place: Path, environment: Mapping[str, str]) -> Part:
+    # Calls of the CUDA interface that fail harmlessly are torch's and its libraries' affair, as are their kernels.
+    sanitizer = (
+        *("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--target-processes", "application-only"),
+        *("--report-api-errors", "no", "--kernel-regex", f"kns={OWN_KERNELS}"),
+    )
+    # The caching allocator would hide an access past the end of a tensor inside its own larger block.
+    environment = {**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Part(tool, (*sanitizer, *command), _checks(place), environment, needs="compute-sanitizer")
+
+
+def _benchmark(name: str, place: Path) -> Part:
+    op, *options = BENCHMARKS[name]
+    folder = place / source_digest(f"benchmarks/bench_{op}.py")
+    command = (sys.executable, "-m", "benchmarks", op, *options, "--device", "cuda")
+    needs = "peft" if op == "s3t_ensemble" else None
+    return Part(name, (*command, "--json", str(folder / f"{name}.json")), folder, needs=needs)
+
+
+def source_digest(*scripts: str, root: Path = ROOT) -> str:
+    """Return a digest of the package's sources and of further files, or all in further folders; it needs no git."""
     digest = hashlib.sha256()
-    files = [root / "CMakeLists.txt", root / "setup.py"]
-    for folder in ("csrc", "kernels", "pymape", "tests", "benchmarks"):
-        files += [path for path in (root / folder).rglob("*") if path.suffix in {".py", ".cpp", ".cu", ".cuh", ".h"}]
+    files = {root / "CMakeLists.txt", root / "setup.py"}
+    for name in ("csrc", "kernels", "pymape", *scripts):
+        found = [root / name] if (root / name).is_file() else (root / name).rglob("*")
+        files |= {path for path in found if path.suffix in {".py", ".cpp", ".cu", ".cuh", ".h"}}
     for path in sorted(files):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
-def run(part: Part, folder: Path, limit: float = LIMIT) -> bool:
+def run(part: Part, limit: float = LIMIT) -> bool:
     """Run a part unless it passed before; return whether it passed or was skipped for want of a program.
 
     Args:
-        part: what to run, in the repository's root.
-        folder: holds `PART.json` and the output, `PART.log`.
+        part: what to run, in the repository's root; its folder gets `PART.done.json` and the output, `PART.log`.
         limit: seconds after which the part is stopped and counts as failed.
     """
+    folder = part.folder
     record = folder / f"{part.name}.done.json"
-    if record.exists():
+    if record.exists() and not part.again:
         print(f"{part.name}: passed before, skipped", flush=True)
         return True
     if part.needs is not None and not (shutil.which(part.needs) or importlib.util.find_spec(part.needs)):
@@ -170,13 +183,31 @@ def run(part: Part, folder: Path, limit: float = LIMIT) -> bool:
     return True
 
 
-def gather(folder: Path, gpu: str, results: Path = RESULTS) -> Path | None:
-    """Write the benchmarks found in `folder` to `results/GPU.json` and `GPU.md`; return the former, or None.
+def run_all(chosen: Sequence[Part], end: float = math.inf) -> list[str]:
+    """Run parts in order, none beyond `end` on the monotonic clock; return the names of those that did not pass.
+
+    Nothing runs after a build that failed.
+    """
+    left = [part.name for part in chosen]
+    for part in chosen:
+        seconds = end - time.monotonic()
+        if seconds <= 0:
+            print(f"{part.name}: not started, the time is up", flush=True)
+        elif run(part, min(LIMIT, seconds)):
+            left.remove(part.name)
+        elif part.name == "build":
+            break
+    return left
+
+
+def gather(place: Path, gpu: str, results: Path = RESULTS) -> Path | None:
+    """Write what the benchmarks left in `place` to `results/GPU.json` and `GPU.md`; return the former, or None.
 
     Where matplotlib is installed, each is drawn to `results/GPU/PART.svg` too.
     """
+    files = {name: _benchmark(name, place).folder / f"{name}.json" for name in BENCHMARKS}
     reports: dict[str, dict[str, Any]] = {
-        name: json.loads(path.read_text()) for name in BENCHMARKS if (path := folder / f"{name}.json").exists()
+        name: json.loads(path.read_text()) for name, path in files.items() if path.exists()
     }
     if not reports:
         return None
@@ -200,7 +231,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [part.name for part in parts("", Path())]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"default: all of {', '.join(names)}")
-    chosen = parser.parse_args(arguments).parts or names
+    parser.add_argument("--seconds", type=float, default=math.inf, help="end the run after so long; default: never")
+    options = parser.parse_args(arguments)
+    chosen, end = options.parts or names, time.monotonic() + options.seconds
     unknown = sorted(set(chosen) - set(names))
     if unknown:
         parser.error(f"PART must be one of {', '.join(names)}, got {', '.join(unknown)}")
@@ -214,17 +247,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"missing: {', '.join(missing)}", file=sys.stderr)
         return 1
     gpu, arch = torch.cuda.get_device_name(), "{}{}".format(*torch.cuda.get_device_capability())
-    folder = ROOT / "build" / "gpu" / f"{source_digest()}-{_file_name(gpu)}"
-    failed = []
-    for part in parts(arch, folder):
-        if part.name in chosen and not run(part, folder):
-            failed.append(part.name)
-            if part.name == "build":
-                break
-    path = gather(folder, gpu)
+    place = ROOT / "build" / "gpu" / _file_name(gpu)
+    failed = run_all([part for part in parts(arch, place) if part.name in chosen], end)
+    path = gather(place, gpu)
     print(f"results: {path}" if path else "no benchmark has run yet")
     if failed:
-        print(f"failed: {', '.join(failed)}; the same command goes on with these", file=sys.stderr)
+        print(f"not passed: {', '.join(failed)}; the same command goes on with these", file=sys.stderr)
     return 1 if failed else 0
 
 

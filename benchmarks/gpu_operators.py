@@ -31,6 +31,11 @@ class Case(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]
     backends: tuple[str, ...]
     gate: int | None = None  # which tensor holds gates
+    library: tuple[str, ...] = ()  # backends in which torch's own kernel does the sums, in an order of its own
+
+    def slack(self, backend: str) -> float:
+        """How many times the error of the reference in plain torch is allowed."""
+        return 4.0 if backend in self.library else 2.0
 
     def draw(self, dtype: torch.dtype) -> list[Tensor]:
         tensors = [torch.randn(shape, device=DEVICE).to(dtype) for shape in self.shapes]
@@ -85,6 +90,7 @@ def cases() -> Iterator[Case]:
                 (query, key, key, (2, 4)),
                 ("cuda", "triton"),
                 gate=3,
+                library=("cuda", "cpu"),
             )
     for size, rows, inputs, outputs, rank in (
         ("tiny", 7, 33, 130, 8),
@@ -149,7 +155,7 @@ def _seeded_and_poisoned() -> Iterator[None]:
 @pytest.mark.parametrize("case, backend", PARAMETERS)
 def test_result(case: Case, backend: str, dtype: torch.dtype) -> None:
     inputs = case.draw(dtype)
-    assert_as_good_as_torch(case.op(*inputs, backend=backend), case.reference, *inputs)
+    assert_as_good_as_torch(case.op(*inputs, backend=backend), case.reference, *inputs, slack=case.slack(backend))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -157,7 +163,8 @@ def test_result(case: Case, backend: str, dtype: torch.dtype) -> None:
 def test_gradients(case: Case, backend: str, dtype: torch.dtype) -> None:
     inputs = case.draw(dtype)
     for i, gradient in enumerate(gradients(partial(case.op, backend=backend), *inputs)):
-        assert_as_good_as_torch(gradient, lambda *xs, i=i: gradients(case.reference, *xs)[i], *inputs)
+        reference = lambda *xs, i=i: gradients(case.reference, *xs)[i]  # noqa: E731
+        assert_as_good_as_torch(gradient, reference, *inputs, slack=case.slack(backend))
 
 
 @pytest.mark.parametrize("mode", ["swap", "rearrange"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import json
 import platform
@@ -10,8 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,8 @@ import numpy as np
 import torch
 
 import pymape
+from benchmarks.timing import measure, measure_on_device
+from pymape.backends import resolve_backend
 from pymape.files import atomic_write
 
 __all__ = [
@@ -30,17 +30,15 @@ __all__ = [
     "compare",
     "compiled",
     "doubled",
-    "keep_freed_memory",
+    "finished",
     "limits",
     "machine",
     "markdown",
-    "measure",
+    "other_backends",
     "peak_memory",
     "plot",
     "step",
 ]
-
-_SHORT = 0.05  # seconds
 
 
 @dataclass
@@ -54,16 +52,32 @@ class Case:
     p80_s: float | None = None
     figures: dict[str, float] = field(default_factory=dict)  # e.g. {"GB/s": 21.3, "x pymape": 2.1}
     reason: str = ""
+    clock: str = "wall"  # of the times: "device" for a GPU's own
 
 
 @dataclass
 class Report:
-    """All lines of one benchmark, with what is needed to read them later."""
+    """All lines of one benchmark, with what is needed to read them later.
+
+    Args:
+        name, device: what is measured and where.
+        notes: what a reader must know.
+        cases: the lines so far.
+        finished: whether these are all that there will be.
+        path: file that is written whenever lines are added, so that a benchmark that is cut off leaves what it has.
+    """
 
     name: str
     device: str
     notes: list[str] = field(default_factory=list)
     cases: list[Case] = field(default_factory=list)
+    finished: bool = True
+    path: Path | None = None
+
+    def add(self, cases: Sequence[Case]) -> None:
+        self.cases += cases
+        if self.path is not None:
+            self.write(self.path)
 
     def show(self) -> None:
         threads, version = torch.get_num_threads(), torch.__version__
@@ -80,13 +94,15 @@ class Report:
 
     def write(self, path: str | Path) -> None:
         with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps({**asdict(self), "machine": machine()}, indent=1) + "\n")
+            found = {name: value for name, value in asdict(self).items() if name != "path"}
+            temporary.write_text(json.dumps({**found, "machine": machine()}, indent=1) + "\n")
 
 
 def _table(cases: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     figures = list(dict.fromkeys(name for case in cases for name in case["figures"]))
     reasons = ["not measured"] if any(case.get("reason") for case in cases) else []
-    rows = [["shape", "provider", "median ms", "p20", "p80", *figures, *reasons]]
+    median = "device ms" if any(case.get("clock") == "device" for case in cases) else "median ms"
+    rows = [["shape", "provider", median, "p20", "p80", *figures, *reasons]]
     for case in cases:
         times = ["" if case[name] is None else f"{1e3 * case[name]:.3f}" for name in ("median_s", "p20_s", "p80_s")]
         values = [f"{case['figures'][name]:.3g}" if name in case["figures"] else "" for name in figures]
@@ -103,9 +119,16 @@ def markdown(report: Mapping[str, Any]) -> str:
     where = report["machine"]
     header, *rows = _table(report["cases"])
     lines = [f"## {report['name']} on {report['device']}", ""]
+    if not finished(report):
+        lines += ["Not finished: the benchmark was cut off, and more was to be measured.", ""]
     lines += [f"{where['gpu'] or where['processor']}, torch {where['torch']}, commit {where['commit']}.", ""]
     lines += [f"| {' | '.join(row)} |" for row in (header, ["---"] * 2 + ["---:"] * (len(header) - 2), *rows)]
     return "\n".join([*lines, "", *(f"- {note}" for note in report["notes"])]).rstrip() + "\n"
+
+
+def finished(report: Mapping[str, Any]) -> bool:
+    """Whether a written report has all its lines; those written before this was kept have."""
+    return bool(report.get("finished", True))
 
 
 def plot(report: Mapping[str, Any], path: str | Path) -> None:
@@ -176,52 +199,30 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def keep_freed_memory() -> None:
-    """Make the C library keep what is freed, and not give it back to the system and fetch it again page by page.
-
-    Otherwise calls that allocate tens of megabytes take one of two times, as chance will have it, and the larger is the
-    system's. It does nothing where the C library is not glibc.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        trim_threshold, most_mappings = -1, -4
-        libc.mallopt(most_mappings, 0)
-        libc.mallopt(trim_threshold, (1 << 31) - 1)
-
-
-def measure(
-    contenders: Mapping[str, Callable[[], Any]], *, seconds: float = 2.0, least: int = 5
-) -> dict[str, np.ndarray]:
-    """Time the contenders in alternation, so that drift of the machine hits all alike.
-
-    A short call is timed right after an untimed one of its own, and finds its own data in the caches.
+def alternate(
+    shape: str, contenders: Mapping[str, Callable[[], Any]], *, on_device: bool = False, **options: Any
+) -> list[Case]:
+    """Measure the contenders and return a `Case` for each.
 
     Args:
-        contenders: name -> call to time.
-        seconds: about how long each contender is measured, after two warm-up calls.
-        least: the least number of rounds.
-
-    Returns:
-        name -> seconds of every round, in order.
+        shape, contenders: of `measure`.
+        on_device: the times are those of the GPU's own clock, with "wall ms" beside them, the median from outside, and
+            "% queued" where less than all was queued before the GPU began.
+        options: of `measure` or `measure_on_device`.
     """
-    warm = {name: min(_once(call), _once(call)) for name, call in contenders.items()}
-    rounds = max(least, int(seconds / max(max(warm.values()), 1e-6)))
-    rounds = min(rounds, 2000)
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, call in contenders.items():
-            if warm[name] < _SHORT:
-                call()
-            times[name].append(_once(call))
-    return {name: np.array(values) for name, values in times.items()}
+    if not on_device:
+        return [Case(shape, name, *_spread(times)) for name, times in measure(contenders, **options).items()]
+    cases = []
+    for name, times in measure_on_device(contenders, **options).items():
+        figures = {"wall ms": 1e3 * _spread(times.wall)[0]}
+        if times.gapless < 1:
+            figures["% queued"] = 100 * times.gapless
+        cases.append(Case(shape, name, *_spread(times.device), figures, clock="device"))
+    return cases
 
 
-def alternate(shape: str, contenders: Mapping[str, Callable[[], Any]], **options: Any) -> list[Case]:
-    """Measure the contenders and return a `Case` for each."""
-    return [
-        Case(shape, name, *(float(np.percentile(times, q)) for q in (50, 20, 80)))
-        for name, times in measure(contenders, **options).items()
-    ]
+def _spread(times: np.ndarray) -> list[float]:
+    return [float(np.percentile(times, q)) for q in (50, 20, 80)]
 
 
 def compare(
@@ -231,9 +232,12 @@ def compare(
     exact: Callable[[], Any] | None = None,
     tolerance: float,
     unchecked: Mapping[str, Callable[[], Any]] | None = None,
+    apart: Collection[str] = (),
     **options: Any,
 ) -> list[Case]:
     """Check what every provider computes, then measure those that are right, all in alternation.
+
+    Calls whose results lie on a GPU are timed by its own clock, all others from outside.
 
     Args:
         shape: what the cases are of.
@@ -241,7 +245,9 @@ def compare(
         exact: what they must agree with; default the first provider, which must then be checked elsewhere.
         tolerance: largest error allowed, as a share of the largest magnitude of each tensor.
         unchecked: further calls, which compute something else by their nature: a copy, a part of the work.
-        options: of `measure`.
+        apart: names of those that are measured after the others and alone: so slow that in between they would change
+            the state in which a GPU does the rest.
+        options: of `measure`, or of `measure_on_device`.
 
     Returns:
         A case for each, in order. One that cannot run has the reason in place of times; measured ones have "x pymape",
@@ -266,13 +272,30 @@ def compare(
             reasons[name] = f"differs by {error:.2g} of the largest value, more than {tolerance:g}"
             if name == first:
                 raise RuntimeError(f"{first} at {shape} {reasons[name]}")
-    measured = alternate(shape, {name: call for name, call in calls.items() if name not in reasons}, **options)
+    right = [name for name in calls if name not in reasons]
+    groups = [[name for name in right if name not in apart], *([name] for name in right if name in apart)]
+    measured = [
+        case
+        for names in groups
+        for case in alternate(shape, {name: calls[name] for name in names}, on_device=_on_gpu(expected), **options)
+    ]
     for case in measured:
         case.figures["x pymape"] = case.median_s / measured[0].median_s
         if torch.cuda.is_available():
             case.figures["peak MiB"] = peak_memory(calls[case.provider])
     found = {case.provider: case for case in measured}
     return [found.get(name) or Case(shape, name, reason=reasons[name]) for name in calls]
+
+
+def other_backends(op: str, device: str) -> tuple[str, ...]:
+    """The GPU backends of an operator that has both which `auto` does not choose there; on a CPU none.
+
+    Against its own choice `auto` could only lose, by noise.
+    """
+    if device == "cpu":
+        return ()
+    own = resolve_backend(op, "auto", torch.device(device), supported=("cuda", "triton", "reference"))
+    return tuple(backend for backend in ("triton", "cuda") if backend != own)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -305,6 +328,10 @@ def doubled(inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 
 def _tensors(result: Any) -> list[torch.Tensor]:
     return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+def _on_gpu(tensors: Sequence[torch.Tensor]) -> bool:
+    return all(tensor.is_cuda for tensor in tensors)
 
 
 def _largest_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
@@ -346,9 +373,9 @@ def limits(device: str, dtype: torch.dtype) -> dict[str, float]:
     target, side = torch.empty_like(source), 8192 if on_gpu else 1024
     left, right = torch.randn(2, side, side, device=device).to(dtype)
     calls = {"copy": lambda: target.copy_(source), "product": lambda: left @ right}
-    copy, product = (np.median(times) for times in measure(calls, seconds=0.5).values())
+    copy, product = alternate("limits", calls, on_device=on_gpu, seconds=0.5)
     moved = 2 * source.numel() * source.element_size()
-    return {"GB/s": moved / float(copy) / 1e9, "TFLOP/s": 2 * side**3 / float(product) / 1e12}
+    return {"GB/s": moved / copy.median_s / 1e9, "TFLOP/s": 2 * side**3 / product.median_s / 1e12}
 
 
 def peak_memory(call: Callable[[], Any]) -> float:
@@ -359,13 +386,3 @@ def peak_memory(call: Callable[[], Any]) -> float:
     call()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def _once(call: Callable[[], Any]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start

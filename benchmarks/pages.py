@@ -74,17 +74,39 @@ _GPU = """
 
 On a machine with an NVIDIA GPU, `make gpu` builds the core for that GPU, runs the checks and the benchmarks, and writes
 `benchmarks/results/GPU.json` and `GPU.md`, which begins with this table filled in. `make gpu PARTS="build operators"`
-runs some parts; parts that passed for the same sources are skipped, so that the same command goes on after a break. It
-needs torch, triton, transformers, numpy, pytest, pybind11, cmake and ninja, and no network. Then
+runs some parts; parts that passed for the same sources are skipped, so that the same command goes on after a break, and
+results are written after every comparison. `python -m benchmarks.gpu --seconds 540` ends after so long. The run needs
+torch, triton, transformers, numpy, pytest, pybind11, cmake and ninja, and no network. Then
 `python -m benchmarks.pages --gpu benchmarks/results/GPU.json` puts the figures below.
 
 What can be checked without a GPU is: the Triton kernels run in Triton's interpreter, the CUDA kernels in an emulator
 (`tests/cuda_emulator`), both against fp64 references; and all of them are compiled for sm_80 and sm_90
 ([compile.md](compile.md)).
 
+Times of single operators are the GPU's own: events around the call, with the caches flushed before and the work queued
+while the GPU waits, so that neither Python nor the launches are in them. The column is called `device ms`; `wall ms`
+beside it is the time from outside, from the call until the GPU is done, with the caches as the call before left them.
+`% queued` stands where a call waits for the GPU itself, so that some of the host's time is in `device ms`. Whole passes
+and steps (importance, search, partial, greedy swaps, the S3T ensemble) are timed from outside.
+
 ## Targets
 
 All ratios are to be taken in one run on an H100 or H200; of several shapes, the worst counts.
+""".strip()
+
+
+_OPEN = """
+## What the first run has to decide
+
+- `masked_attention`: `auto` takes Triton at every length. `pymape, cuda` is the kernel that torch chooses (on an H100
+  cuDNN's, as a rule) with the fused gate, so that at 8192 tokens the target against cuDNN allows what the target
+  against the best composition forbids. If the rows `step, ...` show `pymape, cuda` ahead from some length on, `auto` is
+  to take it from there, unless a closed head can be skipped.
+- `masked_ffn`: `auto` takes Triton's own product at every width. The rows `block step, ...` of `pymape, cuda`, cuBLAS
+  with a fused activation, tell at which widths that is right.
+- `greedy_swap`: one block works on a layer; whether that is enough for its target.
+- The peak memory of a partial step: weights and kept activations are the same in both kinds of steps, and by estimate
+  more than half of the peak. `gradients + state MB` and `x state`, which a partial step does save, stand beside it.
 """.strip()
 
 
@@ -163,9 +185,10 @@ def gpu_page(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the page on the GPU targets, from the reports of the parts of `make gpu`; none: nothing was measured."""
     where = "None has been measured, and the GPU checks have not been run."
     if reports:
-        machine = next(iter(reports.values()))["machine"]
-        where = f"Measured on {machine['gpu']}, torch {machine['torch']}, commit {machine['commit']}."
-    return f"{_GPU}\n{where}\n\n{targets.table(reports)}"
+        machines = [report["machine"] for report in reports.values()]
+        gpus, torches, commits = (", ".join(dict.fromkeys(m[n] for m in machines)) for n in ("gpu", "torch", "commit"))
+        where = f"Measured on {gpus}, torch {torches}, commit {commits}."
+    return f"{_GPU}\n{where}\n\n{targets.table(reports)}\n{_OPEN}\n"
 
 
 if __name__ == "__main__":

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,17 +18,14 @@ from tqdm.auto import tqdm
 from pymape.architectures import ModelLayout, layout
 from pymape.batching import RecordBatches
 from pymape.files import atomic_write
-from pymape.losses import base_model, check_labels, per_sample_loss
-from pymape.positions import with_positions
+from pymape.gradient_pass import BatchScores, GradientPass, one_behind, sample_of
 from pymape.processes import exchange, rank, require_equal, share_rows, together, world_size
 
 __all__ = ["Importance", "importance"]
 
 FORMAT = "pymape.importance.1"
 _STORED = (torch.float32, torch.bfloat16, torch.float64)
-_LABELS = ("labels", "start_positions", "end_positions")
 _CHUNK = 256  # samples raised to fp64 at a time
-_FP16_LOSS_SCALE = 4096.0  # a power of two: exact, and keeps gradients of 1e-8 above fp16's smallest number
 
 
 @dataclass(eq=False)
@@ -99,7 +95,7 @@ class Importance:
         places = {name: row for row, name in enumerate(self.ids)}
         missing = [name for name in ids if name not in places]
         if missing:
-            raise ValueError(f"ids must be among the {len(self)} records, got {_sample(missing)}")
+            raise ValueError(f"ids must be among the {len(self)} records, got {sample_of(missing)}")
         rows = torch.tensor([places[name] for name in ids], dtype=torch.long)
         return dataclasses.replace(
             self, heads=self.heads[rows], filters=self.filters[rows], ids=list(ids), provenance=dict(self.provenance)
@@ -114,7 +110,7 @@ class Importance:
         left_out = set(ids)
         missing = left_out.difference(self.ids)
         if missing:
-            raise ValueError(f"ids must be among the {len(self)} records, got {_sample(sorted(missing))}")
+            raise ValueError(f"ids must be among the {len(self)} records, got {sample_of(sorted(missing))}")
         return self.select([name for name in self.ids if name not in left_out])
 
     @classmethod
@@ -263,14 +259,18 @@ def importance(
         with torch.inference_mode(False), torch.enable_grad(), prepared(model, backend, device), gates(model), bar:
             heads = torch.empty(count, shape.layers, shape.heads, dtype=dtype)
             filters = torch.empty(count, shape.layers, shape.filters, dtype=dtype)
-            run = _Pass(model, shape, loss, autocast)
-            for rows, own_ids, batch in batches:
-                if ids is None and own_ids is not None:
-                    _check_unique(own_ids, taken)
-                    for row, name in zip(rows.tolist(), own_ids, strict=True):
-                        names[row] = name
-                scores = run(batch, [names[row] for row in rows.tolist()])
-                heads[rows], filters[rows] = (score.to("cpu", dtype) for score in scores)
+            run = GradientPass(model, shape, loss, autocast, dtype)
+
+            def started() -> Iterator[tuple[Tensor, BatchScores]]:
+                for rows, own_ids, batch in batches:
+                    if ids is None and own_ids is not None:
+                        _check_unique(own_ids, taken)
+                        for row, name in zip(rows.tolist(), own_ids, strict=True):
+                            names[row] = name
+                    yield rows, run(batch, [names[row] for row in rows.tolist()])
+
+            for rows, scores in one_behind(started()):
+                heads[rows], filters[rows] = scores.arrived()
                 bar.update(len(rows) * world_size())
     share_rows((heads, filters), batches.shares)
     for own, theirs in zip(batches.shares, exchange(names), strict=True):
@@ -283,82 +283,6 @@ def importance(
         "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
     }
     return Importance(heads, filters, names, shape, provenance)
-
-
-class _Pass:
-    """One forward and backward of a batch, from the losses down to the gates and no further."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        shape: ModelLayout,
-        loss: Callable[[Any, Mapping[str, Tensor]], Tensor] | None,
-        autocast: torch.dtype | None,
-    ) -> None:
-        self.model, self.shape, self.loss, self.autocast = model, shape, loss, autocast
-        parameter = next(model.parameters())
-        self.device = parameter.device
-        # Gates in fp32 keep the sums over tokens in fp32 when the model is in half precision.
-        self.dtype = torch.promote_types(parameter.dtype, torch.float32)
-        half = torch.float16 in (parameter.dtype, autocast)
-        self.loss_scale = _FP16_LOSS_SCALE if half else 1.0
-        accepted = inspect.signature(base_model(model).forward).parameters
-        self.accepted = set(accepted).difference(_LABELS)
-        self.options = {"use_cache": False} if "use_cache" in accepted else {}
-        self.gates: list[list[Tensor]] = []
-
-    def __call__(self, batch: Mapping[str, Any], ids: list[str]) -> tuple[Tensor, Tensor]:
-        if self.loss is None:
-            check_labels(self.model, batch, ids)
-        batch = with_positions(self.model, batch)
-        inputs = {
-            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in batch.items()
-        }
-        known = {name: value for name, value in inputs.items() if name in self.accepted}
-        heads, filters = self._gates(len(ids))
-        precision: AbstractContextManager[Any] = nullcontext()
-        if self.autocast is not None:
-            precision = torch.autocast(self.device.type, self.autocast)
-        with precision:
-            outputs = self.model(**known, **self.options)
-        losses = self._losses(outputs, inputs, ids)
-        found = torch.autograd.grad(losses.sum() * self.loss_scale, heads + filters)
-        scores = torch.stack(found[: len(heads)], 1), torch.stack(found[len(heads) :], 1)
-        finite = torch.stack([losses.detach().isfinite(), *(score.isfinite().flatten(1).all(1) for score in scores)])
-        if not finite.all():
-            bad = [name for name, good in zip(ids, finite.all(0).tolist(), strict=True) if not good]
-            what = "gradients" if finite[0].all() else "loss"
-            raise ValueError(f"{what} must be finite, got NaN or infinite values for ids {_sample(bad)}")
-        if self.loss_scale != 1.0:
-            scores = scores[0] / self.loss_scale, scores[1] / self.loss_scale
-        return scores
-
-    def _gates(self, batch: int) -> list[list[Tensor]]:
-        """Leaves of ones per layer, [B, H] and [B, F], put into the model anew only when the batch size changes."""
-        from pymape.modules import set_gates
-
-        if not self.gates or len(self.gates[0][0]) != batch:
-            self.gates = [
-                [
-                    torch.ones(batch, width, dtype=self.dtype, device=self.device, requires_grad=True)
-                    for _ in range(layers)
-                ]
-                for layers, width in ((self.shape.layers, self.shape.heads), (self.shape.layers, self.shape.filters))
-            ]
-            set_gates(self.model, *self.gates)
-        return self.gates
-
-    def _losses(self, outputs: Any, inputs: Mapping[str, Tensor], ids: list[str]) -> Tensor:
-        if self.loss is None:
-            return per_sample_loss(self.model, inputs, outputs)
-        losses = self.loss(outputs, inputs)
-        if not isinstance(losses, Tensor) or tuple(losses.shape) != (len(ids),):
-            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            raise ValueError(f"loss must return one loss per sample, shape ({len(ids)},), got {got}")
-        if not losses.requires_grad:
-            raise ValueError("loss must depend on the model's outputs, got losses without a gradient")
-        return losses
 
 
 @contextmanager
@@ -406,7 +330,7 @@ def _check_unique(ids: Sequence[str], taken: set[str] | None = None) -> None:
     for name in ids:
         (twice.append if name in taken else taken.add)(name)
     if twice:
-        raise ValueError(f"ids must be unique, got {_sample(twice)} more than once")
+        raise ValueError(f"ids must be unique, got {sample_of(twice)} more than once")
 
 
 def _check_same_model(one: ModelLayout, other: ModelLayout) -> None:
@@ -415,7 +339,3 @@ def _check_same_model(one: ModelLayout, other: ModelLayout) -> None:
             f"importance must be of one model, got {one.model_type} {one.fingerprint[:12]} "
             f"and {other.model_type} {other.fingerprint[:12]}"
         )
-
-
-def _sample(ids: Sequence[str]) -> str:
-    return f"{list(ids[:5])}" + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")

@@ -1,17 +1,18 @@
-"""The benchmark harness and the GPU run: what is timed and written, which parts run, and how a run goes on."""
+"""The benchmark harness, single benchmarks and the pages: what is checked, timed and written."""
 
 from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import json
 import re
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,20 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the benchmarks are run from the repository, never installed
 
-from benchmarks import compile_report, gpu, instructions, pages, targets  # noqa: E402
-from benchmarks.__main__ import read_options  # noqa: E402
-from benchmarks.harness import Case, Report, add_rates, compare, compiled, limits, machine, markdown, measure, plot  # noqa: E402
+from benchmarks import compile_report, instructions, pages, targets  # noqa: E402
+from benchmarks.__main__ import main as run_benchmark  # noqa: E402
+from benchmarks.harness import (  # noqa: E402
+    Case,
+    Report,
+    add_rates,
+    compare,
+    compiled,
+    limits,
+    machine,
+    markdown,
+    other_backends,
+    plot,
+)
 
 
 @pytest.fixture
@@ -34,13 +46,6 @@ def report(tmp_path: Path) -> dict:
     return json.loads((tmp_path / "module_scores.json").read_text())
 
 
-def test_contenders_alternate_and_every_round_is_timed() -> None:
-    calls: list[str] = []
-    times = measure({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, seconds=0, least=3)
-    assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
-    assert "".join(calls) == "aabb" + "aabb" * 3  # two calls to warm up; a short one is timed after one of its own
-
-
 def test_a_written_report_reads_back_as_a_table(report: dict) -> None:
     lines = markdown(report).splitlines()
     assert lines[0] == "## module_scores on cpu"
@@ -48,6 +53,30 @@ def test_a_written_report_reads_back_as_a_table(report: dict) -> None:
     assert "| 2x3 | pymape | 1.000 | 0.900 | 1.200 | 12.5 | 1 |" in lines
     assert "| 2x3 | eager | 2.000 | 1.900 | 2.100 |  | 2 |" in lines
     assert lines[-1] == "- a note"
+
+
+def test_a_benchmark_that_is_cut_off_leaves_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_off(report: Report, options: argparse.Namespace) -> None:
+        report.add([Case("2x3", "pymape", 0.001, 0.001, 0.001)])
+        raise RuntimeError("pymape is wrong at 4x5")
+
+    path = tmp_path / "found.json"
+    monkeypatch.setattr("benchmarks.bench_module_scores.run", cut_off)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "module_scores", "--json", str(path)])
+    with pytest.raises(RuntimeError, match="wrong at 4x5"):
+        run_benchmark()
+    found = json.loads(path.read_text())
+    assert [case["shape"] for case in found["cases"]] == ["2x3"]
+    assert "path" not in found
+    assert "Not finished: the benchmark was cut off, and more was to be measured." in markdown(found)
+    monkeypatch.setattr("benchmarks.bench_module_scores.run", lambda report, options: report.add([]))
+    run_benchmark()
+    assert "Not finished" not in markdown(json.loads(path.read_text()))
+
+
+def test_results_of_the_time_before_the_mark_are_whole(report: dict) -> None:
+    del report["finished"]
+    assert "Not finished" not in markdown(report)
 
 
 def test_the_command_in_a_report_does_not_name_its_output(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +109,34 @@ def test_a_provider_that_cannot_run_or_is_wrong_is_listed_with_the_reason() -> N
     report.show()
     lines = markdown({**asdict(report), "machine": {"gpu": None, "processor": "cpu", "torch": "2", "commit": "c"}})
     assert "| 2 | fails |  |  |  |  | NotImplementedError: not on this device |" in lines
+
+
+def test_what_is_slow_is_measured_after_the_others() -> None:
+    calls: list[str] = []
+
+    def call(name: str) -> Callable[[], torch.Tensor]:
+        return lambda: (calls.append(name), torch.ones(1))[1]
+
+    providers = {name: call(name) for name in "abc"}
+    cases = compare("1", providers, tolerance=0, apart=("b",), seconds=0, least=3)
+    assert [case.provider for case in cases] == ["a", "b", "c"]
+    measured = "".join(calls)[len("a" + "abc") :]  # after the expected result and the checks
+    assert "b" not in measured[: measured.rindex("c")]
+    assert measured.count("b") == measured.count("c")
+    assert cases[1].figures["x pymape"] == cases[1].median_s / cases[0].median_s
+
+
+def test_auto_is_not_held_against_its_own_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.bench_masked_attention import _providers
+
+    monkeypatch.setattr("pymape.backends._has_triton", lambda: True)
+    assert other_backends("masked_ffn", "cuda") == ("cuda",)
+    names = [name for name, _ in islice(_providers(False, 5, "cuda", everything=False), 3)]
+    assert names == ["pymape", "pymape, cuda", "SDPA flash, gate"]
+    monkeypatch.setattr("pymape.backends._has_triton", lambda: False)
+    monkeypatch.setattr("pymape.backends._why_not", lambda backend, device: None)
+    assert other_backends("masked_ffn", "cuda") == ("triton",)
+    assert other_backends("masked_ffn", "cpu") == ()
 
 
 def test_a_wrong_result_of_pymape_stops_the_benchmark() -> None:
@@ -117,13 +174,6 @@ def test_a_misspelt_option_is_refused_and_of_all_what_no_benchmark_takes() -> No
         assert result.stderr.endswith(f"error: unrecognized arguments: {unknown}\n")
 
 
-def test_every_part_gives_options_that_its_benchmark_has() -> None:
-    for op, *arguments in gpu.BENCHMARKS.values():
-        if op != "s3t_ensemble":  # imports peft
-            _, unknown = read_options({op: importlib.import_module(f"benchmarks.bench_{op}")}, "cuda", arguments)
-            assert not unknown
-
-
 def test_importance_is_checked_against_the_reference_on_a_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import bench_importance
 
@@ -133,7 +183,70 @@ def test_importance_is_checked_against_the_reference_on_a_cpu_too(monkeypatch: p
     monkeypatch.setattr(bench_importance, "_scores", wrong)
     monkeypatch.setattr(bench_importance, "bert_base", lambda layers: torch.nn.Identity())
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
-        bench_importance.run("cpu", argparse.Namespace(layers=1, rounds=1, records=1, data=None))
+        bench_importance.run(Report("importance", "cpu"), argparse.Namespace(layers=1, rounds=1, records=1, data=None))
+
+
+def test_the_case_with_a_target_is_the_first_of_greedy_swap(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import bench_greedy_swap
+
+    asked: list[tuple[str, int]] = []
+    case = Case("2", "pymape", 1, 1, 1)
+    monkeypatch.setattr(bench_greedy_swap, "swaps", lambda **sizes: asked.append(("swaps", sizes["modules"])) or case)
+    for name in ("rearrangement", "against_a_loop"):
+        monkeypatch.setattr(bench_greedy_swap, name, lambda name=name, **_: asked.append((name, 0)) or [case])
+    bench_greedy_swap.run(Report("greedy_swap", "cuda"), argparse.Namespace())
+    assert asked[0] == ("swaps", 14336)
+    assert len(asked) == 5
+
+
+def test_the_rearrangement_is_checked_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import bench_greedy_swap
+
+    almost_equal = 2**16 + torch.randn(16, 1, 40)
+    monkeypatch.setattr(bench_greedy_swap, "gradients", lambda *_, **__: almost_equal)
+    mask = bench_greedy_swap.largest(almost_equal.square().sum(dim=0))
+    in_single, in_double = (
+        bench_greedy_swap.published_rearrangement(x, mask) for x in (almost_equal, almost_equal.double())
+    )
+    assert not torch.equal(in_single, in_double)
+    monkeypatch.setattr(
+        bench_greedy_swap, "alternate", lambda *_, **__: [Case("2", "", 1, 1, 1), Case("2", "", 2, 2, 2)]
+    )
+    ours, _ = bench_greedy_swap.rearrangement(layers=1, modules=40, samples=16, device="cpu")
+    assert ours.figures["speed-up"] == 2
+
+
+def test_memory_is_measured_with_activations_kept_and_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    from benchmarks import bench_partial
+
+    config = transformers.BertConfig(
+        hidden_size=32, num_attention_heads=2, intermediate_size=64, num_hidden_layers=1, vocab_size=1000
+    )
+    monkeypatch.setattr(
+        bench_partial, "make_model", lambda *_: transformers.BertForSequenceClassification(config).train()
+    )
+    monkeypatch.setitem(bench_partial.TOKENS, "cpu", 4)
+    seen: list[tuple[str, bool]] = []
+    for name in ("dense_step", "partial_step"):
+        make_step = getattr(bench_partial, name)
+
+        def recorded(model: Any, batch: Any, name: str = name, make_step: Any = make_step) -> Any:
+            seen.append((name, any(getattr(part, "gradient_checkpointing", False) for part in model.modules())))
+            return make_step(model, batch)
+
+        monkeypatch.setattr(bench_partial, name, recorded)
+    kinds = ("masked gradients", "partial", "masked gradients, checkpointed", "partial, checkpointed")
+    found = [bench_partial.measure_memory("bert", kind, 1, "cpu") for kind in kinds]
+    warm_up = ("dense_step", False)
+    assert seen == [
+        *(warm_up, ("dense_step", False), warm_up, ("partial_step", False)),
+        *(warm_up, ("dense_step", True), warm_up, ("partial_step", True)),
+    ]
+    assert [values["state"] for values in found[:2]] == [values["state"] for values in found[2:]]
+    cases = bench_partial._memory_cases("bert", {"dense": {**found[0], "peak": 4e6}, "ours": {**found[1], "peak": 1e6}})
+    assert [case.figures.get("x peak") for case in cases] == [None, 0.25]
+    assert cases[0].figures["peak MB"] == 4
 
 
 def test_rates_are_shares_of_the_measured_limits() -> None:
@@ -161,116 +274,6 @@ def test_limits_are_measured_once() -> None:
     assert limits("cpu", torch.float32) is measured
 
 
-def test_every_part_names_files_that_exist(tmp_path: Path) -> None:
-    parts = {part.name: part for part in gpu.parts("90", tmp_path)}
-    assert next(iter(parts)) == "build"
-    assert "-DCMAKE_CUDA_ARCHITECTURES=90" in parts["build"].environment["CMAKE_ARGS"]
-    for part in parts.values():
-        for word in part.command:
-            if word.endswith(".py"):
-                assert (ROOT / word).exists(), word
-    for name, (op, *_) in gpu.BENCHMARKS.items():
-        assert (ROOT / "benchmarks" / f"bench_{op}.py").exists()
-        assert str(tmp_path / f"{name}.json") in parts[name].command
-    assert {part for target in targets.TARGETS for part in target.parts} <= set(gpu.BENCHMARKS)
-
-
-def test_the_parts_need_no_package_beyond_the_stated_ones(tmp_path: Path) -> None:
-    modules = {f"benchmarks.bench_{op}" for op, *_ in gpu.BENCHMARKS.values()} - {"benchmarks.bench_s3t_ensemble"}
-    for part in gpu.parts("90", tmp_path):
-        modules |= {Path(word).stem for word in part.command if word.endswith(".py") and word != "setup.py"}
-    code = f"""
-import importlib, sys
-sys.path[:0] = [{str(ROOT / "benchmarks")!r}, {str(ROOT / "tests")!r}, {str(ROOT)!r}]
-for name in ("accelerate", "datasets", "jsonargparse", "matplotlib", "pandas", "peft", "ray", "scipy", "sklearn"):
-    sys.modules[name] = None  # importing it fails
-for name in {sorted(modules)}:
-    importlib.import_module(name)
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-
-
-def test_a_part_runs_until_it_has_passed_and_never_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    counter, wanted = tmp_path / "counter", tmp_path / "wanted"
-    code = f"import os, sys; open({str(counter)!r}, 'a').write('x'); sys.exit(not os.path.exists({str(wanted)!r}))"
-    part = gpu.Part("part", (sys.executable, "-c", code))
-    assert not gpu.run(part, tmp_path / "done")
-    wanted.touch()
-    assert gpu.run(part, tmp_path / "done")
-    assert gpu.run(part, tmp_path / "done")
-    assert counter.read_text() == "xx"
-    output = capfd.readouterr().out
-    assert "part: failed with status 1" in output
-    assert "part: passed before, skipped" in output
-
-
-def test_a_part_that_hangs_is_stopped_with_all_that_it_started(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    sleep = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleep!r}])"
-    part = gpu.Part("slow", (sys.executable, "-c", code))
-    assert not gpu.run(part, tmp_path, limit=5)
-    assert not (tmp_path / "slow.done.json").exists()
-    assert "slow: stopped after 5 s" in capfd.readouterr().out
-    started = (tmp_path / "pid").read_text()
-    deadline = time.monotonic() + 30  # a killed process may take a moment to go, and what is left of it is a zombie
-    while _runs(started) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not _runs(started)
-
-
-def _runs(process: str) -> bool:
-    try:
-        return Path("/proc", process, "stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def test_a_tool_that_is_not_installed_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert gpu.run(gpu.Part("check", ("no-such-tool",), needs="no-such-tool"), tmp_path)
-    assert "check: skipped, no-such-tool is not installed" in capfd.readouterr().out
-    assert not list(tmp_path.iterdir())  # it runs once the tool is there
-
-
-def test_the_digest_follows_the_sources_only(tmp_path: Path) -> None:
-    for name in ("CMakeLists.txt", "setup.py", "csrc/a.cu", "pymape/a.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(name)
-    before = gpu.source_digest(tmp_path)
-    (tmp_path / "pymape" / "_C.so").write_text("built")
-    assert gpu.source_digest(tmp_path) == before
-    (tmp_path / "csrc" / "a.cu").write_text("other")
-    assert gpu.source_digest(tmp_path) != before
-
-
-def test_results_are_gathered_under_the_name_of_the_gpu(report: dict, tmp_path: Path) -> None:
-    assert gpu.gather(tmp_path / "empty", "NVIDIA H100 80GB HBM3", tmp_path / "results") is None
-    path = gpu.gather(tmp_path, "NVIDIA H100 80GB HBM3", tmp_path / "results")
-    assert path == tmp_path / "results" / "nvidia-h100-80gb-hbm3.json"
-    assert json.loads(path.read_text()) == {"module_scores": report}
-    page = path.with_suffix(".md").read_text()
-    assert "| 2x3 | pymape | 1.000 |" in page
-    assert page.count("not yet measured") == len(targets.TARGETS) - 3  # those of module_scores have no such shape
-    assert page.count("not measured: no such case ran") == 3
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_without_a_gpu_it_says_so_and_runs_nothing() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "build"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 1
-    assert result.stderr.startswith("no GPU: ")
-
-
-def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        gpu.main(["build", "everything"])
-    assert "PART must be one of build, operators, " in capsys.readouterr().err
-
-
 def test_the_compile_report_reads_back_as_its_page() -> None:
     folder = ROOT / "docs" / "results"
     found = json.loads((folder / "compile.json").read_text())
@@ -291,28 +294,6 @@ def test_the_compile_report_reads_back_as_its_page() -> None:
 )
 def test_resident_blocks_by_hand(needs: dict[str, int], blocks: int) -> None:
     assert compile_report.resident_blocks({"sm": 80, **needs}) == blocks
-
-
-def test_the_worst_figure_of_a_target_counts() -> None:
-    copy, *_ = targets.TARGETS
-    assert copy.measured({}) == "not yet measured"
-
-    def report(**shares: float | None) -> dict:
-        cases = [
-            Case(f"{layer.replace('_', '-')} filters", "pymape", 1, 1, 1, {} if x is None else {"% of copy": x})
-            for layer, x in shares.items()
-        ]
-        return {"module_scores": asdict(Report("module_scores", "cuda", cases=cases))}
-
-    assert copy.measured(report(RoBERTa_large=91.0, Llama_3_8B=88.5)) == "88.5, reached"
-    assert copy.measured(report(RoBERTa_large=91.0, Llama_3_8B=80.0)) == "80, **missed**"
-    part = "91, reached in 1 of 2 cases, the others did not run"
-    assert copy.measured(report(RoBERTa_large=91.0)) == part
-    assert copy.measured(report(RoBERTa_large=91.0, Llama_3_8B=None)) == part
-    assert copy.measured(report()) == "not measured: no such case ran"
-    seconds = next(target for target in targets.TARGETS if target.operator == "`greedy_swap`")
-    case = asdict(Case("swap 32x14336, 256 + 256 samples", "pymape", 0.75, 0.7, 0.8))
-    assert seconds.measured({"greedy_swap": {"cases": [case]}}) == "0.75, **missed**"
 
 
 def test_the_compile_table_shows_the_largest_need_of_the_variants() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from pymape.architectures import find_layers, layout
 from pymape.batching import LengthBucketSampler, PaddingCollator, RecordBatches
+from pymape.gradient_pass import BatchScores, GradientPass
 from pymape.importance import Importance, importance
 from pymape.modules import instrument, is_instrumented, set_gates
 
@@ -138,14 +139,45 @@ def test_left_padding_changes_nothing(family: str, task: str) -> None:
     close(result.filters, filters)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@on_a_gpu
 def test_on_a_gpu_and_back() -> None:
     model, records = tiny_model("llama"), make_records("llama")
     expected = importance(model, records)
-    result = importance(model, records, device="cuda")
+    result = importance(model, records, device="cuda", batch_size=2)
     assert {p.device.type for p in model.parameters()} == {"cpu"}
     torch.testing.assert_close(result.heads, expected.heads, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(result.filters, expected.filters, rtol=1e-3, atol=1e-4)
+
+
+def weighted(outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    return outputs.logits.sum(1) * inputs["weight"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_a_gpu)], ids=["cpu", "gpu"])
+def test_a_record_of_any_batch_that_is_not_finite_is_named(device: str, batch_size: int) -> None:
+    for name in (f"r{row}" for row in range(COUNT)):
+        records = make_records("bert")
+        records = [{**record, "weight": torch.nan if record["id"] == name else 1.0} for record in records]
+        message = rf"loss must be finite, got NaN or infinite values for ids \['{name}'\]"
+        with pytest.raises(ValueError, match=message):
+            importance(tiny_model("bert"), records, device=device, batch_size=batch_size, loss=weighted)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, COUNT])
+def test_a_batch_is_taken_care_of_once_the_next_one_is_started(
+    monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
+    events: list[str] = []
+    call, arrived = GradientPass.__call__, BatchScores.arrived
+    monkeypatch.setattr(GradientPass, "__call__", lambda *given: events.append("start") or call(*given))
+    monkeypatch.setattr(BatchScores, "arrived", lambda scores: events.append("arrived") or arrived(scores))
+    importance(tiny_model("bert"), make_records("bert"), batch_size=batch_size)
+    batches = -(-COUNT // batch_size)
+    assert events == ["start", *["start", "arrived"] * (batches - 1), "arrived"]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
