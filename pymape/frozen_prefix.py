@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from pymape.architectures import config_text, find_layers, find_prefix
 from pymape.delta import tensor_digest
+from pymape.forward import LABELS
 from pymape.prefix_cache import PrefixCache
 
 __all__ = ["FrozenPrefix"]
 
-_LABELS = ("labels", "start_positions", "end_positions")
 _ALL_LAYERS = ("output_hidden_states", "output_attentions")  # what asks for the states of the layers left out
 _STATES = "_pymape_prefix_states"
 _GATE_STATE = "_pymape"  # where `instrument` keeps a module's gate
@@ -247,7 +247,7 @@ def _digest(inputs: Mapping[str, Any], row: int, rows: int, tokens: int | None, 
     """sha256 over all that the model is given for a row, but of inputs of one value per token only a part."""
     hasher = hashlib.sha256()
     for name, value in sorted(inputs.items()):
-        if name in _LABELS:
+        if name in LABELS:
             continue
         if not isinstance(value, Tensor):
             hasher.update(f"{name}\0{value!r}\0".encode())

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from pymape.architectures import ModelLayout
+from pymape.forward import LABELS
 from pymape.losses import base_model, check_labels, per_sample_loss
 from pymape.positions import with_positions
 
 __all__ = ["BatchScores", "GradientPass", "one_behind", "sample_of"]
 
-_LABELS = ("labels", "start_positions", "end_positions")
 _FP16_LOSS_SCALE = 4096.0  # a power of two: exact, and keeps gradients of 1e-8 above fp16's smallest number
 _T = TypeVar("_T")
 
@@ -85,7 +85,7 @@ class GradientPass:
         half = torch.float16 in (parameter.dtype, autocast)
         self.loss_scale = _FP16_LOSS_SCALE if half else 1.0
         accepted = inspect.signature(base_model(model).forward).parameters
-        self.accepted = set(accepted).difference(_LABELS)
+        self.accepted = set(accepted).difference(LABELS)
         self.options = {"use_cache": False} if "use_cache" in accepted else {}
         self.gates: list[list[Tensor]] = []
 

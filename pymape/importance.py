@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from pymape.architectures import ModelLayout, layout
 from pymape.batching import RecordBatches
 from pymape.files import atomic_write
+from pymape.forward import padding_token
 from pymape.gradient_pass import BatchScores, GradientPass, one_behind, sample_of
 from pymape.processes import exchange, rank, require_equal, share_rows, together, world_size
 
@@ -235,15 +236,13 @@ def importance(
     if dtype not in _STORED:
         raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float64, got {dtype}")
     shape = layout(model)
-    config: Any = model.config
-    pad_token_id = getattr(config, "pad_token_id", None)
     with together():
         batches = RecordBatches(
             data,
             batch_size=batch_size,
             collate_fn=collate_fn,
             bucket=bucket,
-            pad_token_id=0 if pad_token_id is None else pad_token_id,
+            pad_token_id=padding_token(model),
             share=(rank(), world_size()),
         )
         require_equal((batches.positions, batches.shares), "data")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pymape.architectures import layout
+from pymape.forward import LABELS
 from pymape.importance import prepared
 from pymape.losses import base_model, per_sample_loss
 from pymape.masks import ModuleMasks, versions
@@ -222,7 +223,7 @@ class _Forward:
         accepted = set(inspect.signature(base_model(model).forward).parameters)
         self.options = {"use_cache": False} if "use_cache" in accepted else {}
         # Without labels the model does not compute a batch loss that nobody reads.
-        self.accepted = accepted.difference(("labels", "start_positions", "end_positions"))
+        self.accepted = accepted.difference(LABELS)
 
     def place(self, gate: Tensor) -> Tensor:
         return gate.to(self.device, self.dtype)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pymape.forward import eval_mode
 from pymape.losses import task_of
 from pymape.objectives.match import matched_losses
 from pymape.objectives.step import UnlearnBatch
 from pymape.partial import PartialParameters
 from pymape.reference_cache import ReferenceCache, record_digest, stack_rows
 
-__all__ = ["OriginalModel", "evaluating"]
+__all__ = ["OriginalModel"]
 
 
 class OriginalModel:
@@ -71,7 +71,7 @@ class OriginalModel:
             records = [_digest(batch) for batch in batches(side, rows, 1)]
             return cache.values(kind, records, compute, write=write)
 
-        with evaluating(self.model):
+        with torch.no_grad(), eval_mode(self.model):
             if "nll" in self._asked and self.alternative:
                 pairs = of_every_record("preference", "forget", _both_losses)
                 self._known["forget"], self._known["alternative"] = pairs.unbind(1)
@@ -103,25 +103,13 @@ class OriginalModel:
         found = {"reference_log_probs": self._known["retain"][index]} if "retain" in self._known else {}
         if self._parameters is None:
             return found
-        with self.partial.swapped(self._parameters), evaluating(self.model):
+        with self.partial.swapped(self._parameters), torch.no_grad(), eval_mode(self.model):
             batch = UnlearnBatch(self.model, inputs, call=call)
             if "activations" in self._asked:
                 found["reference_activations"] = batch.activations(self.layer or 0)
             if "log_probs" in self._asked:
                 found["reference_log_probs"] = batch.log_probs()
         return found
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a block in eval mode and without gradients, then put the mode back."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 def _digest(batch: UnlearnBatch) -> bytes:

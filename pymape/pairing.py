@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from pymape.batching import ALTERNATIVE, bare_record
-from pymape.objectives.step import LABELS
+from pymape.forward import LABELS
 
 __all__ = [
     "PairCollator",

@@ -16,12 +16,13 @@ from transformers.trainer_utils import TrainOutput
 
 from pymape.batching import PaddingCollator
 from pymape.errors import NotFinite
+from pymape.forward import LABELS, eval_mode, padding_token
 from pymape.frozen_prefix import FrozenPrefix
 from pymape.losses import check_labels, task_of
 from pymape.masks import ModuleMasks
 from pymape.objectives import Objective, OneShot, RecordGradients, Step, UnlearnBatch, get_objective
-from pymape.objectives.step import LABELS, count_tokens
-from pymape.original import OriginalModel, evaluating
+from pymape.objectives.step import count_tokens
+from pymape.original import OriginalModel
 from pymape.pairing import PairCollator, PairDataset, PairSampler, alternative_answer, check_set, checked_sets
 from pymape.partial import PartialParameters
 from pymape.positions import PositionCollator, counts_padding
@@ -119,7 +120,7 @@ class UnlearnTrainer(Trainer):
             trainer_options["optimizer_cls_and_kwargs"] = (self.objective.optimizer, options)
         if trainer_options.get("data_collator") is None and trainer_options.get("processing_class") is None:
             # Records as `importance` takes them: of any length, without a tokenizer.
-            trainer_options["data_collator"] = PaddingCollator(getattr(model.config, "pad_token_id", None) or 0)
+            trainer_options["data_collator"] = PaddingCollator(padding_token(model))
         task_of(model)
         if prefix_cache is not None and self.objective.one_shot:
             raise ValueError(f"prefix_cache must be None for {self.objective.name!r}, which takes no steps, got one")
@@ -175,7 +176,7 @@ class UnlearnTrainer(Trainer):
             dataset: map-style data set of dicts with labels.
         """
         total = tokens = 0.0
-        with evaluating(self.model), self.accelerator.autocast():
+        with torch.no_grad(), eval_mode(self.model), self.accelerator.autocast():
             for batch in self._in_order(dataset, [f"row {row}" for row in range(len(dataset))]):
                 total += float(batch.nll().sum())
                 tokens += batch.tokens

@@ -20,6 +20,7 @@ from pymape.errors import NothingSelected
 from pymape.experiments.config import ExperimentConfig, MethodConfig, SelectionConfig
 from pymape.experiments.kinds import KINDS
 from pymape.experiments.looks import KeepBest
+from pymape.forward import padding_token
 from pymape.importance import Importance, importance
 from pymape.learned_gates import learn_gates
 from pymape.losses import per_sample_loss
@@ -306,7 +307,7 @@ def _adapters(model: Any, rank: int | None, seed: int) -> Iterator[Callable[[], 
 
 
 def _batches(model: Any, records: list[Record], most: int) -> list[dict[str, Tensor]]:
-    collate = PaddingCollator(getattr(model.config, "pad_token_id", None) or 0)
+    collate = PaddingCollator(padding_token(model))
     rows, size = [bare_record(record) for record in records], pass_size(model, records, most)
     batches = (collate(rows[start : start + size]) for start in range(0, len(rows), size))
     return [{name: value.to(model.device) for name, value in batch.items()} for batch in batches]

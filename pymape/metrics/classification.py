@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pymape.batching import PaddingCollator, bare_record
+from pymape.forward import eval_mode, on_device, padding_token, unlabelled
 from pymape.losses import IGNORED_LABEL, check_labels, task_of, token_labels
-from pymape.metrics.forward import eval_mode, on_device, questions
 
 __all__ = [
     "Predictions",
@@ -164,8 +164,7 @@ def predict(
     """
     if not len(data):
         raise ValueError("data must hold at least one record, got none")
-    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
-    collate = collate_fn or PaddingCollator(0 if pad is None else pad)
+    collate = collate_fn or PaddingCollator(padding_token(model))
     task, parts = _task_of(model), []
     with eval_mode(model):
         for start in range(0, len(data), batch_size):
@@ -176,7 +175,7 @@ def predict(
             if task is not None:
                 check_labels(model, batch, [str(row.get("id", start + place)) for place, row in enumerate(rows)])
             inputs = on_device(model, batch)
-            parts.append(_reduce(model, task, model(**questions(inputs)).logits, inputs))
+            parts.append(_reduce(model, task, model(**unlabelled(inputs)).logits, inputs))
     return Predictions(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
 

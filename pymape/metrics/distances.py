@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pymape.forward import eval_mode, on_device, unlabelled
 from pymape.losses import check_labels, task_of
-from pymape.metrics.forward import eval_mode, model_batches, on_device, questions, task_logits
+from pymape.metrics.forward import model_batches, task_logits
 from pymape.metrics.scores import write_rows
 
 __all__ = ["ModelDistance", "linear_cka", "model_distance"]
@@ -137,7 +138,7 @@ def linear_cka(one: Tensor, other: Tensor) -> float:
 def _outputs(model: nn.Module, task: str, batch: Any) -> tuple[Tensor, Tensor, list[int]]:
     """Logits of the terms [n, V], hidden states [B, D] on the CPU, and terms of each record."""
     inputs = on_device(model, batch)
-    outputs = model(**questions(inputs), output_hidden_states=True)
+    outputs = model(**unlabelled(inputs), output_hidden_states=True)
     logits, _, counts = task_logits(task, inputs, outputs)
     states = outputs.hidden_states[-1].double()  # [B, T, D]
     mask = inputs.get("attention_mask")

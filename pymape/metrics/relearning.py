@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from pymape.forward import eval_mode, on_device, unlabelled
 from pymape.losses import per_sample_loss
-from pymape.metrics.forward import eval_mode, model_batches, on_device, questions
+from pymape.metrics.forward import model_batches
 from pymape.metrics.scores import record_scores
 
 __all__ = ["RelearningCurve", "relearning_attack"]
@@ -116,7 +117,7 @@ def relearning_attack(
             _, _, batch = next(iter(model_batches(student, records, len(records), collate_fn)))
             inputs = on_device(student, batch)
             optimizer.zero_grad()
-            per_sample_loss(student, inputs, student(**questions(inputs))).mean().backward()
+            per_sample_loss(student, inputs, student(**unlabelled(inputs))).mean().backward()
             optimizer.step()
             if step % every == 0 or step == steps:
                 measure(step)

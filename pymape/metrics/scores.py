@@ -17,9 +17,10 @@ from tqdm import tqdm
 from pymape.batching import RecordBatches
 from pymape.errors import NotFinite
 from pymape.files import atomic_write
+from pymape.forward import eval_mode, on_device, unlabelled
 from pymape.losses import check_labels, per_sample_loss, task_of
 from pymape.metrics.classification import Predictions
-from pymape.metrics.forward import eval_mode, model_batches, on_device, questions, task_logits
+from pymape.metrics.forward import model_batches, task_logits
 
 __all__ = ["LANGUAGE_MODEL", "RecordScores", "gradient_norms", "read_rows", "record_scores", "write_rows"]
 
@@ -261,7 +262,7 @@ def _gradient_norms(model: nn.Module, batches: RecordBatches) -> Tensor:
         norms = torch.empty(len(batches.positions), dtype=torch.float64)
         for row in range(len(norms)):
             inputs = on_device(model, batches.alone(row))
-            loss = per_sample_loss(model, inputs, model(**questions(inputs))).sum()
+            loss = per_sample_loss(model, inputs, model(**unlabelled(inputs))).sum()
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
             reached = [torch.linalg.vector_norm(gradient.float()) for gradient in found if gradient is not None]
             norms[row] = torch.stack(reached).double().mean().cpu()
@@ -303,7 +304,7 @@ def _score(model: nn.Module, task: str, batch: Mapping[str, Any], ids: Sequence[
     """Term values of each record of a batch, and its logits where it has one term."""
     check_labels(model, batch, ids)
     inputs = on_device(model, batch)
-    logits, labels, counts = task_logits(task, inputs, model(**questions(inputs)))
+    logits, labels, counts = task_logits(task, inputs, model(**unlabelled(inputs)))
     columns = {name: values.cpu().split(counts) for name, values in _statistics(logits, labels).items()}
     bad = [name for name, values in zip(ids, columns["log_probs"], strict=True) if not values.isfinite().all()]
     if bad:

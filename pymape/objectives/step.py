@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pymape.forward import unlabelled
 from pymape.losses import IGNORED_LABEL, per_sample_loss, task_of, token_labels
 
-__all__ = ["LABELS", "Step", "UnlearnBatch"]
+__all__ = ["Step", "UnlearnBatch"]
 
-# Inputs that are answers, which the model is not to see.
-LABELS = ("labels", "start_positions", "end_positions")
 _SINGLE_LOSS = ("classification", "question answering")  # tasks whose records have one loss and no labelled tokens
 
 
@@ -73,18 +72,15 @@ class UnlearnBatch:
         self._call = model if call is None else call
         self._seeds = seeds
 
-    def _model_inputs(self) -> dict[str, Tensor]:
-        return {name: value for name, value in self.inputs.items() if name not in LABELS}
-
     @cached_property
     def outputs(self) -> Any:
         """What the model returns; without labels, so that it computes no loss of its own."""
-        return self._call(**self._model_inputs())
+        return self._call(**unlabelled(self.inputs))
 
     def activations(self, layer: int) -> Tensor:
         """[B, T, D] output of a layer, 0 being the first, as the model's `output_hidden_states` reports it."""
         if getattr(vars(self).get("outputs"), "hidden_states", None) is None:
-            self.outputs = self._call(**self._model_inputs(), output_hidden_states=True)
+            self.outputs = self._call(**unlabelled(self.inputs), output_hidden_states=True)
         hidden = self.outputs.hidden_states  # the embeddings, then one per layer
         if not 0 <= layer < len(hidden) - 1:
             raise ValueError(f"layer must be in [0, {len(hidden) - 1}), got {layer}")

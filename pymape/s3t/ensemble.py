@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from pymape.forward import on_device, unlabelled
 from pymape.losses import task_of
 from pymape.metrics.classification import Predictions
-from pymape.metrics.forward import model_batches, on_device, questions, task_logits
+from pymape.metrics.forward import model_batches, task_logits
 from pymape.metrics.scores import record_scores
 from pymape.s3t.adapters import layers_per_slice, load_base
 from pymape.s3t.config import S3TConfig
@@ -163,7 +164,7 @@ class Ensemble(nn.Module):
         self.refresh()
         if not self.shards:
             raise ValueError("ensemble must serve a live shard, got none: every shard is dead")
-        logits = self._shared(questions(inputs))
+        logits = self._shared(unlabelled(inputs))
         return EnsembleOutput(self._combined(logits), logits)
 
     def predict(self, data: Any, *, batch_size: int = 32, progress: bool | None = None) -> Predictions:

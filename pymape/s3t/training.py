@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pymape.forward import unlabelled
 from pymape.losses import check_labels, per_sample_loss
 from pymape.s3t.adapters import SlicedAdapters, load_base
 from pymape.s3t.config import S3TConfig
@@ -31,7 +32,6 @@ __all__ = ["StageJob", "config_digest", "environment", "stage_seed", "train_stag
 _LOCK = threading.Lock()
 _loaded: tuple[str, SlicedAdapters] | None = None  # and which base it is, with which adapters
 
-_LABELS = ("labels", "start_positions", "end_positions")
 
 Rows = tuple[tuple[str, bytes], ...]
 
@@ -215,7 +215,7 @@ def _forward(
     adapters: SlicedAdapters, cache: str | None, names: Sequence[str], data: dict[str, Tensor], batch_size: int
 ) -> Callable[[Tensor], Any]:
     """What computes the model's outputs for some records, [B] rows."""
-    inputs: dict[str, Any] = {name: value for name, value in data.items() if name not in _LABELS}
+    inputs: dict[str, Any] = unlabelled(data)
     options = {"use_cache": False} if "use_cache" in signature(adapters.base.forward).parameters else {}
     if cache is None or adapters.first_layer(adapters.depth) == 0:
         return lambda rows: adapters.base(**{name: value[rows] for name, value in inputs.items()}, **options)

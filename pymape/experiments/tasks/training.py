@@ -14,6 +14,7 @@ from pymape.batching import PaddingCollator, bare_record, record_lengths
 from pymape.experiments.config import TaskConfig
 from pymape.experiments.kinds import KINDS
 from pymape.experiments.tasks.base import Record
+from pymape.forward import padding_token
 
 __all__ = ["train"]
 
@@ -26,7 +27,7 @@ def train(model: PreTrainedModel, records: list[Record], config: TaskConfig, see
     AdamW with a one-cycle learning rate.
     """
     started = time.perf_counter()
-    collate = PaddingCollator(getattr(model.config, "pad_token_id", None) or 0)
+    collate = PaddingCollator(padding_token(model))
     rows = [bare_record(record) for record in records]
     lengths = record_lengths(rows) if KINDS[config.name].bucketed else None
     steps = config.epochs * math.ceil(len(rows) / config.batch_size)
