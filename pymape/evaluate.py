@@ -300,11 +300,10 @@ def _check(config: EvaluateConfig) -> None:
     for name, (value, valid, expected) in ranges.items():
         if not valid:
             raise ValueError(f"{name} must be {expected}, got {value}")
-    unread = ("unseen", "importance_samples", "alternative_column")
-    for option in dataclasses.fields(DataConfig):
-        value = getattr(config.data, option.name)
-        if option.name in unread and value != option.default:
-            raise ValueError(f"data.{option.name} must be left out of evaluate, which reads none of it, got {value!r}")
+    for name in ("unseen", "importance_samples", "alternative_column"):
+        given = getattr(config.data, name)
+        if given != getattr(DataConfig, name):
+            raise ValueError(f"data.{name} must be left out of evaluate, which reads none of it, got {given!r}")
     if relearn.steps and config.original is None:
         raise ValueError("relearn.steps must come with original, whose accuracy is to be reached again, got none")
     attacked = [name for name in ("reference", "shadows") if getattr(config, name)]

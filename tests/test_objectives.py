@@ -516,6 +516,19 @@ def test_any_loss_can_be_stepped_in_second_order(family):
         get_objective("so").with_options({"layer": 1})
 
 
+def test_an_optimizer_of_an_objective_may_require_its_learning_rate():
+    class Own(torch.optim.SGD):
+        def __init__(self, params, *, lr: float, rho: float = 0.1):
+            super().__init__(params, lr=lr)
+
+    gd = get_objective("gd").function
+    try:
+        objective("own", optimizer=Own)(lambda step, *, loss=gd: loss(step))
+        assert get_objective("own").with_options({"loss": "gd", "rho": 0.5}).optimizer_options == {"rho": 0.5}
+    finally:
+        _OBJECTIVES.pop("own", None)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_docstrings_name_formula_and_source(name):
     text = get_objective(name).function.__doc__

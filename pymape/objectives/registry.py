@@ -31,9 +31,8 @@ class Objective:
         retain_term: whether it weighs the retain set by `Step.retain_loss`, so that "nll" or "kl" may be chosen.
         reference: what it needs of the original model: "nll" (summed NLL of each forget record, and of its
             alternative), "unseen" or "unseen_tokens" (the losses that forget records or their tokens are to have, by
-            those of unseen ones), "log_probs"
-            (of the retain records' labelled tokens), "activations" (of the retain records, at the layer that its option
-            `layer` names).
+            those of unseen ones), "log_probs" (of the retain records' labelled tokens), "activations" (of the retain
+            records, at the layer that its option `layer` names).
         alternative: whether forget records must give an alternative answer.
         one_shot: computed once over the whole sets instead of being minimised step by step.
         optimizer: what it is stepped with, where the user names no optimizer; such an objective has an option `loss`,
@@ -111,7 +110,7 @@ class Objective:
         _check_known(self.name, options, {"loss": None, **tunable, **_options(inner.function)})
         of_optimizer = {name: options[name] for name in tunable if name in options}
         _check_numbers(optimizer, of_optimizer)
-        optimizer([torch.nn.Parameter(torch.zeros(1))], **of_optimizer)  # refuses what is out of range
+        optimizer([torch.nn.Parameter(torch.zeros(1))], **{"lr": 0.0, **of_optimizer})  # refuses what is out of range
         inner = inner.with_options({k: v for k, v in options.items() if k != "loss" and k not in tunable})
         return replace(
             inner,

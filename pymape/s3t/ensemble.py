@@ -112,7 +112,7 @@ class Ensemble(nn.Module):
         self._shared = SharedForward(base)
         self.config, self.combination = base.config, combination
         self._settings, self._source = config, source
-        live_chains(chains)
+        live_chains(chains)  # refuses to begin without a live shard
         self.update(chains, sizes=sizes)
 
     def update(self, chains: Mapping[int, Chain], *, sizes: Mapping[int, int] | None = None) -> None:

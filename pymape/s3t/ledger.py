@@ -322,10 +322,9 @@ class Ledger(LedgerRequests):
         ]:
             failed.setdefault(owner, error)
         records = [(record,) for record, *_ in places]
-        ended = [(row.stage,) for row in stages if self.path(row.key) not in left]
-        repaired = [
-            row.key.name for row, request in stages.items() if request is None and self.path(row.key) not in left
-        ]
+        gone = {row: request for row, request in stages.items() if self.path(row.key) not in left}
+        ended = [(row.stage,) for row in gone]
+        repaired = [row.key.name for row, request in gone.items() if request is None]
         with self._db.transaction("erase"):
             for statement, rows in (
                 ("UPDATE contents SET content = zeroblob(length(content)) WHERE record = ?", records),

@@ -428,16 +428,18 @@ class S3T:
                 raise ValueError(f"{name} must be a list, got the single {type(given).__name__} {given!r}")
         stripped = [self._identifier(identifier, "ids") for identifier in ids]
         names = [record_name(self._ledger.key, identifier) for identifier in stripped]
-        people = [subject_name(self._ledger.key, self._identifier(subject, "subjects")) for subject in subjects]
-        asked = names_digest([*names, *{*people}]) if people else None
+        people = [self._identifier(subject, "subjects") for subject in subjects]
+        asked = (
+            names_digest([*names, *{subject_name(self._ledger.key, person) for person in people}]) if people else None
+        )
         if request is not None and asked is not None:
             repeated = self._ledger.names_asked(request, asked)
             if repeated:
                 return repeated, asked
         self._ledger.require_live(names, stripped, request)
         wanted = dict.fromkeys(names)
-        for subject in subjects:
-            found = self._names_of_subject(self._identifier(subject, "subjects"))
+        for subject, person in zip(subjects, people, strict=True):
+            found = self._names_of_subject(person)
             if not found:
                 raise ValueError(f"subjects must have records, got {subject!r} with none")
             wanted |= dict.fromkeys(found)
