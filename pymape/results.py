@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pymape.experiments.summaries import spread
 from pymape.metrics import METRICS
 
 __all__ = ["aggregate", "paired_differences"]
@@ -31,7 +31,7 @@ def aggregate(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             table.setdefault((run["setting"], method["objective"], method["masked"]), []).append(method)
     rows: list[dict[str, Any]] = []
     for (setting, model, masked), found in table.items():
-        figures = {figure: _spread([row[figure] for row in found]) for figure in _FIGURES}
+        figures = {figure: spread([row[figure] for row in found]) for figure in _FIGURES}
         rows.append({"setting": setting, "model": model, "masked": masked, **figures})
         if masked is not None:
             rows[-1]["lrs"] = [row["lr"] for row in found]
@@ -57,18 +57,10 @@ def paired_differences(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
         {
             "setting": setting,
             "objective": objective,
-            "masked": _spread([masked for masked, _ in found]),
-            "unmasked": _spread([unmasked for _, unmasked in found]),
-            "difference": _spread([masked - unmasked for masked, unmasked in found]),
+            "masked": spread([masked for masked, _ in found]),
+            "unmasked": spread([unmasked for _, unmasked in found]),
+            "difference": spread([masked - unmasked for masked, unmasked in found]),
             "wins": sum(masked < unmasked for masked, unmasked in found),
         }
         for (setting, objective), found in pairs.items()
     ]
-
-
-def _spread(values: list[float]) -> dict[str, Any]:
-    return {
-        "mean": statistics.fmean(values),
-        "std": statistics.stdev(values) if len(values) > 1 else 0.0,
-        "values": values,
-    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
@@ -46,7 +47,7 @@ class Sophia(torch.optim.Optimizer):
     ) -> None:
         ranges = {
             "lr": (lr, lr >= 0, ">= 0"),
-            "betas": (betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)"),
+            "betas": (betas, _is_pair_of_decays(betas), "two numbers in [0, 1)"),
             "rho": (rho, rho > 0, "> 0"),
             "eps": (eps, eps > 0, "> 0"),
             "weight_decay": (weight_decay, weight_decay >= 0, ">= 0"),
@@ -54,7 +55,7 @@ class Sophia(torch.optim.Optimizer):
         }
         for name, (value, valid, expected) in ranges.items():
             if not valid:
-                raise ValueError(f"{name} must be {expected}, got {value}")
+                raise ValueError(f"{name} must be {expected}, got {value!r}")
         super().__init__(params, {name: value for name, (value, _, _) in ranges.items()})
 
     @property
@@ -106,6 +107,11 @@ class Sophia(torch.optim.Optimizer):
             state.update(step=0, estimated_at=-1)
             state.update(momentum=torch.zeros_like(parameter), hessian=torch.zeros_like(parameter))
         return state
+
+
+def _is_pair_of_decays(betas: Any) -> bool:
+    pair = isinstance(betas, Sequence) and len(betas) == 2 and all(isinstance(beta, Real) for beta in betas)
+    return pair and all(0 <= beta < 1 for beta in betas)
 
 
 class _Scored(Protocol):

@@ -363,7 +363,7 @@ def test_finishing_on_a_full_disk_continues_later(ledger: Ledger, monkeypatch: p
             real([*paths][:3])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        patch.setattr("pymape.s3t.ledger.erase_files", fail)
+        patch.setattr("pymape.s3t.ledger_finish.erase_files", fail)
         with pytest.raises(OSError, match="No space left"):
             ledger.finish()
     assert ledger.receipt("first")["state"] == "switched"

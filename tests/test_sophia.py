@@ -80,6 +80,8 @@ def test_a_parameter_without_gradient_stays():
     [
         ({"lr": -1.0}, "lr must be >= 0, got -1.0"),
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
+        ({"betas": 0.9}, r"betas must be two numbers in \[0, 1\), got 0.9"),
+        ({"betas": ("a", "b")}, r"betas must be two numbers in \[0, 1\), got \('a', 'b'\)"),
         ({"rho": 0.0}, "rho must be > 0, got 0.0"),
         ({"eps": 0.0}, "eps must be > 0, got 0.0"),
         ({"weight_decay": -0.1}, "weight_decay must be >= 0, got -0.1"),

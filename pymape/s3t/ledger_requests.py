@@ -9,7 +9,6 @@ from datetime import datetime
 from typing import Any
 
 from pymape.s3t.database import now
-from pymape.s3t.erasure import try_each
 from pymape.s3t.ledger_exports import LedgerExports
 from pymape.s3t.ledger_records import FoundRecord
 from pymape.s3t.ledger_stages import StageRow, deepest
@@ -224,41 +223,6 @@ class LedgerRequests(LedgerExports):
                 [("tombstoned" if stage.state == "trained" else "cancelled", row, stage.stage) for stage in ended],
             )
             self._db.run_all("UPDATE exports SET request = ? WHERE export = ?", [(row, export) for export in exports])
-
-    def _traces(self, requests: Sequence[int]) -> list[tuple[int, str]]:
-        """What is left of the records of erased requests, each with its request."""
-        found = []
-        for row, request in self._stages_of(requests, "tombstoned", "erased").items():
-            if row.state != "erased" or self.path(row.key).exists():
-                problem = f"stage {row.key.name} must be erased, got one that is {row.state} or has a file"
-                found.append((request, problem))
-        for request, stage in self._db.rows_in(
-            "SELECT request, stage FROM stages JOIN files USING (stage) "
-            "WHERE provenance != zeroblob(length(provenance)) AND request IN ({})",
-            requests,
-        ):
-            [row] = self._stage_rows("s.stage = ?", (stage,))
-            found.append((request, f"stage {row.key.name} must be erased, got one with a provenance"))
-        for request, name in self._db.rows_in(
-            "SELECT request, name FROM tombstones JOIN records USING (record) JOIN contents USING (record) "
-            "WHERE request IN ({}) AND (content != zeroblob(length(content)) OR digest != zeroblob(32) "
-            "OR subject != zeroblob(32))",
-            requests,
-        ):
-            found.append((request, f"record {name.hex()} must be erased, got one with a content or a subject"))
-        return found
-
-    def _cached_again(self, requests: Sequence[int]) -> list[tuple[int, str]]:
-        """Records that are cached even after what a worker has cached late was erased, each with its request."""
-        by = {
-            name.hex(): request
-            for request, name in self._db.rows_in(
-                "SELECT request, name FROM tombstones JOIN records USING (record) WHERE request IN ({})", requests
-            )
-        }
-        late = self._cached([*by])
-        try_each(self._erase_cached, late)
-        return [(by[name], f"record {name} must be erased, got one with cached states") for name in self._cached(late)]
 
     def _receipts(self, where: str = "", values: Sequence[Any] = ()) -> list[dict[str, Any]]:
         outcomes: dict[int, list[Any]] = {}
