@@ -15,6 +15,7 @@ from trainer_tools import arguments, collate, records, some_masks
 from transformers import AutoModelForCausalLM
 
 import pymape
+from pymape.experiments.claims import mean_gaps
 from pymape.objectives import objective_names
 from pymape.objectives.registry import _OBJECTIVES
 
@@ -75,7 +76,10 @@ def test_the_examples_with_own_data_run(tmp_path, monkeypatch, capsys):
 
 
 def test_the_page_of_claims_is_that_of_the_results_beside_it():
-    page = runpy.run_path(str(DOCS.parent / "experiments" / "claims_page.py"))["page"]()
-    assert (DOCS / "results" / "claims.md").read_text() == page
-    glance = page.split("## At a glance\n")[1].split("\n\n")[0]
-    assert glance in (DOCS.parent / "README.md").read_text()
+    script = runpy.run_path(str(DOCS.parent / "experiments" / "claims_page.py"))
+    found = script["outcomes"]()
+    assert (DOCS / "results" / "claims.md").read_text() == script["page"](found)
+    picture = (DOCS / "results" / "claims.svg").read_text()
+    for name in mean_gaps(found):
+        assert f">{name}<" in picture
+    assert "docs/results/claims.svg" in (DOCS.parent / "README.md").read_text()

@@ -163,6 +163,21 @@ def test_pictures_survive_losses_that_are_equal_zero_or_infinite() -> None:
     assert empty.startswith("<svg")
 
 
+def test_dots_are_joined_in_the_colour_of_the_closer_side() -> None:
+    pytest.importorskip("matplotlib")
+    from pymape.report.plots import _COLORS, dots, standalone
+
+    rows = {
+        "a task": {"before": 50.0, "all": 2.0, "masks": 1.0, "again": 0.01},  # drawn at 0.1
+        "another": {"before": 5.0, "all": 2.0, "masks": 3.0},
+    }
+    markup = dots(rows, "gap", ("masks", "all"))
+    joins = re.findall(r"stroke: (#\w+); stroke-opacity: 0.45", markup)
+    assert joins == [_COLORS[0], _COLORS[1]]
+    assert all(f">{name}<" in markup for name in (*rows, "before", "all", "masks", "again", "gap"))
+    assert standalone(markup).startswith('<svg style="background: white; color: black"')
+
+
 def test_tables_line_up() -> None:
     assert aligned([("model", "UA"), ("gd", "100.0")]) == ["model     UA", "gd     100.0"]
 

@@ -11,7 +11,7 @@ from pymape.experiments.summaries import EVERYWHERE, Outcome, bootstrap_interval
 from pymape.experiments.tables import MEMORY, interval_text, share_text
 from pymape.report import Row, Table
 
-__all__ = ["CRITERION", "Claim", "at_a_glance", "by_objective", "claims", "learned_selection"]
+__all__ = ["CRITERION", "Claim", "at_a_glance", "by_objective", "claims", "learned_selection", "mean_gaps"]
 
 CRITERION = (
     "A claim holds where both 95 % intervals of the mean difference lie below 0: the bootstrap over pairs, and "
@@ -28,9 +28,9 @@ _COLUMNS = (
 _SEARCH_COLUMNS = (
     "setting", "selection", "searches", "J, warm start", "J, greedy", "rise of J", "95 %", "higher in", "exchanges",
 )  # fmt: skip
+_GAPS = ("nothing done", "everything", "masks", "retrained again")
 _GLANCE_COLUMNS = (
-    "task: forgotten", "pairs", "nothing done", "everything", "masks", "retrained again", "masks closer in", "time",
-    "with the search", "memory",
+    "task: forgotten", "pairs", *_GAPS, "masks closer in", "time", "with the search", "memory",
 )  # fmt: skip
 _GLANCE = (
     "Nothing done, everything, masks, retrained again: mean gap to the retrained model, in points, of the original, of "
@@ -84,17 +84,32 @@ def claims(outcomes: Sequence[Outcome]) -> list[Claim]:
     return [claim for claim in found if claim is not None]
 
 
-def at_a_glance(outcomes: Sequence[Outcome]) -> Table:
-    """One line for every setting: the learned mask against all parameters, beside what chance makes."""
-    lines, several = [], len(outcomes) > 1
+def mean_gaps(outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
+    """Of every setting the mean gap of the original, of both sides, and of a second retrained model, where it has one.
+
+    Returns:
+        Name of a setting -> {"nothing done", "everything", "masks", "retrained again": points}.
+    """
+    found, several = {}, len(outcomes) > 1
     for outcome in outcomes:
         rows = _mask_or_not(outcome, several)
         for setting in outcome.config["settings"]:
             name = _name(outcome, setting, several)
-            found = [row for row in rows if row["setting"] == name]
-            if pooled := _pooled(found, "gap"):
-                around = [_gaps(outcome, reference, setting) for reference in ("original", "retrained again")]
-                lines.append(Row([name, *_glance_cells(pooled[0], found, *around)]))
+            if pooled := _pooled([row for row in rows if row["setting"] == name], "gap"):
+                before, again = (_gaps(outcome, reference, setting) for reference in ("original", "retrained again"))
+                gaps = (before, [pooled[0]["other"]], [pooled[0]["own"]], again)
+                found[name] = {what: statistics.fmean(own) for what, own in zip(_GAPS, gaps, strict=True) if own}
+    return found
+
+
+def at_a_glance(outcomes: Sequence[Outcome]) -> Table:
+    """One line for every setting: the learned mask against all parameters, beside what chance makes."""
+    lines, several = [], len(outcomes) > 1
+    rows = [row for outcome in outcomes for row in _mask_or_not(outcome, several)]
+    for name, gaps in mean_gaps(outcomes).items():
+        means = [f"{gaps[what]:.2f}" if what in gaps else "" for what in _GAPS]
+        pairs, *costs = _glance_cells([row for row in rows if row["setting"] == name])
+        lines.append(Row([name, pairs, *means, *costs]))
     return Table(_GLANCE_COLUMNS, lines, note=_GLANCE)
 
 
@@ -118,16 +133,16 @@ def by_objective(outcomes: Sequence[Outcome]) -> Table:
     return Table(columns, lines, title="By objective", note=_BY_OBJECTIVE)
 
 
-def _glance_cells(gap: Cell, rows: Sequence[Cell], original: Sequence[float], again: Sequence[float]) -> list[str]:
-    gaps = [original, [gap["other"]], [gap["own"]], again]
-    means = [f"{statistics.fmean(values):.2f}" if values else "" for values in gaps]
+def _glance_cells(rows: Sequence[Cell]) -> list[str]:
+    """Of one setting the number of pairs, of those that the masks win, and what they cost of what everything does."""
+    gap = _pooled(rows, "gap")[0]
     title, memory = _memory(rows)
     costs = [_pooled(rows, "seconds"), _pooled(rows, "total_seconds"), memory]
     parts = [f"{pooled[0]['own'] / pooled[0]['other']:.2f} x" for pooled in costs]
     parts[-1] += " (peak)" if title == MEMORY["peak_cpu_mib"] else ""
     failed = _failed(rows, gap)
     won = f"{gap['won']} of {gap['pairs']}" + (f" ({failed} failed)" if failed else "")
-    return [str(gap["pairs"]), *means, won, *parts]
+    return [str(gap["pairs"]), won, *parts]
 
 
 def _claim_1(rows: Sequence[Cell], outcomes: Sequence[Outcome]) -> Claim | None:

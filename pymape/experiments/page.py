@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from pymape.experiments.claims import Claim, claims
-from pymape.experiments.pictures import SavedEvidence, example_sections, gap_figures, relearning_figures
+from pymape.experiments.pictures import (
+    SavedEvidence,
+    example_sections,
+    gap_figures,
+    glance_figures,
+    relearning_figures,
+)
 from pymape.experiments.sections import (
     claim_sections,
     comparison_sections,
@@ -57,7 +63,7 @@ def run_report(runs: Sequence[str], output: str = "report.html") -> None:
         lead=" ".join([_LEAD, *(outcome.config["note"] for outcome in outcomes)]).strip(),
         key_figures=_key_figures(outcomes, found),
         sections=[
-            *glance_sections(outcomes),
+            *(dataclasses.replace(glance, figures=glance_figures(outcomes)) for glance in glance_sections(outcomes)),
             *claim_sections(found),
             *(section for outcome, evidence in read for section in _settings(outcome, evidence, len(names) > 1)),
             *comparison_sections(outcomes),

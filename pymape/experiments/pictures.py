@@ -9,14 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pymape.experiments.claims import learned_selection
+from pymape.experiments.claims import learned_selection, mean_gaps
 from pymape.experiments.evidence import MASKS, SETS
 from pymape.experiments.summaries import Outcome, group
 from pymape.masks import ModuleMasks
 from pymape.metrics import Predictions, RecordScores
 from pymape.report import Figure, Section, evidence_section
 
-__all__ = ["SavedEvidence", "example_sections", "gap_figures", "relearning_figures"]
+__all__ = ["SavedEvidence", "example_sections", "gap_figures", "glance_figures", "relearning_figures"]
 
 _DRAWN = 4  # selections in a picture
 _PANELS = 3  # objectives
@@ -43,6 +43,21 @@ class SavedEvidence:
         """The heads and filters that were trained; None where it was something else."""
         path = self.folder / row["scores"] / MASKS
         return ModuleMasks.load(path) if path.exists() else None
+
+
+def glance_figures(outcomes: Sequence[Outcome]) -> list[Figure]:
+    """The mean gaps of every setting, where there are several."""
+    gaps = mean_gaps(outcomes)
+    if len(gaps) < 2 or find_spec("matplotlib") is None:
+        return []
+    from pymape.report.plots import dots
+
+    caption = (
+        "Mean gap to the retrained model, in points, on a logarithmic axis: of the original, of models with all "
+        "parameters or with a learned mask's trained, and of a second retrained model. The line has the colour of "
+        "the side that is closer to retraining. Left of the second retrained model a difference is chance."
+    )
+    return [Figure(dots(gaps, "mean gap to the retrained model (points)", ("masks", "everything")), caption)]
 
 
 def gap_figures(outcome: Outcome, setting: str) -> list[Figure]:

@@ -14,9 +14,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from pymape.masks import ModuleMasks
 
-__all__ = ["bars", "histograms", "lines", "mask_picture"]
+__all__ = ["bars", "dots", "histograms", "lines", "mask_picture", "standalone"]
 
 _INK = "#010203"  # stands for the page's text colour until the markup exists
+_LEAST_DOT = 0.1
 _COLORS = ("#2f8fc4", "#e0812b", "#4aa564", "#b365b0")
 
 
@@ -116,6 +117,54 @@ def bars(groups: Mapping[str, Mapping[str, list[float]]], label: str, levels: Ma
         axis.set_ylim(bottom=0)
         figure.legend(frameon=False, ncols=len(methods) + len(levels or {}), loc="outside upper right")
         return _svg(figure)
+
+
+def dots(rows: Mapping[str, Mapping[str, float]], label: str, joined: tuple[str, str]) -> str:
+    """A row of dots for everything that is compared, over one logarithmic axis.
+
+    Args:
+        rows: name of a row, from the top down, to {series: value > 0}; values below 0.1 are drawn there.
+        label: name of the horizontal axis.
+        joined: the two series that are compared: a line joins their dots, in the colour of the smaller value.
+
+    Returns:
+        SVG markup.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    series = list(dict.fromkeys(name for row in rows.values() for name in row))
+    others = [name for name in series if name not in joined]
+    colors = dict(zip((*joined, *others), (*_COLORS[:2], _INK, _INK), strict=False))
+    with _style():
+        figure = Figure(figsize=(10.5, 0.9 + 0.24 * len(rows)), layout="constrained")
+        axis = figure.subplots()
+        for place, row in enumerate(rows.values()):
+            found = {name: max(value, _LEAST_DOT) for name, value in row.items()}
+            ends = [found[name] for name in joined]
+            closer = min(joined, key=lambda name: found[name])
+            axis.plot(ends, [place, place], color=colors[closer], linewidth=3, alpha=0.45, solid_capstyle="butt")
+            for name, value in found.items():
+                filled = name in joined
+                axis.plot(
+                    value, place, "o" if filled or name == others[0] else "|", color=colors[name], markersize=7,
+                    markerfacecolor=colors[name] if filled else "none", label=name if place == 0 else None,
+                )  # fmt: skip
+        axis.set_yticks(range(len(rows)), list(rows))
+        axis.set(xscale="log", xlabel=label)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.grid(axis="x", color=_INK, alpha=0.12)
+        axis.tick_params(axis="y", length=0)
+        axis.invert_yaxis()
+        figure.legend(frameon=False, ncols=len(series), loc="outside upper center")
+        return _svg(figure)
+
+
+def standalone(markup: str) -> str:
+    """A picture as a file of its own: black on white, since no page gives it a colour."""
+    return markup.replace("<svg", '<svg style="background: white; color: black"', 1)
 
 
 def lines(
