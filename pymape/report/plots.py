@@ -137,7 +137,7 @@ def dots(rows: Mapping[str, Mapping[str, float]], label: str, joined: tuple[str,
     others = [name for name in series if name not in joined]
     colors = dict(zip((*joined, *others), (*_COLORS[:2], _INK, _INK), strict=False))
     with _style():
-        figure = Figure(figsize=(10.5, 0.9 + 0.24 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(10.5, 1 + 0.24 * len(rows)), layout="constrained")
         axis = figure.subplots()
         for place, row in enumerate(rows.values()):
             found = {name: max(value, _LEAST_DOT) for name, value in row.items()}
@@ -157,7 +157,7 @@ def dots(rows: Mapping[str, Mapping[str, float]], label: str, joined: tuple[str,
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(axis="x", color=_INK, alpha=0.12)
         axis.tick_params(axis="y", length=0)
-        axis.invert_yaxis()
+        axis.set_ylim(len(rows) - 0.5, -0.5)
         figure.legend(frameon=False, ncols=len(series), loc="outside upper center")
         return _svg(figure)
 
