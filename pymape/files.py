@@ -56,19 +56,24 @@ def discard(path: str | os.PathLike[str]) -> None:
         os.unlink(path)
 
 
-def overwrite(path: str | os.PathLike[str]) -> int:
+def overwrite(path: str | os.PathLike[str], start: int = 0) -> int:
     """Put zeros in the place of a file's content and wait until they have reached the disk.
 
+    Args:
+        path: of the file.
+        start: bytes at its beginning that stay.
+
     Returns:
-        The file's size in bytes.
+        Number of bytes overwritten.
 
     Raises:
         OSError: there is no such file, or it cannot be written.
     """
     with open(path, "r+b") as file:
-        size = os.fstat(file.fileno()).st_size
-        for start in range(0, size, len(_ZEROS)):
-            file.write(_ZEROS[: size - start])
+        size = max(os.fstat(file.fileno()).st_size - start, 0)
+        file.seek(start)
+        for done in range(0, size, len(_ZEROS)):
+            file.write(_ZEROS[: size - done])
         file.flush()
         os.fsync(file.fileno())
     return size

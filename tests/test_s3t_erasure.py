@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -269,12 +271,70 @@ def test_nothing_of_a_deleted_record_is_left(tmp_path: Path) -> None:
     assert [path for path in after if bytes.fromhex(name) in after[path]] == ["ledger.sqlite"]
 
 
-def in_another_process(folder: Path) -> dict[str, bytes]:
+def test_the_log_is_overwritten_before_it_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever of that has reached the disk when the power fails, the ledger is the same."""
+    system = tmp_path / "system"
+    seen: list[bytes] = []
+    images: list[dict[str, bytes]] = []  # what lies in the folder
+
+    def look(name: str) -> None:
+        if name in ("log: started again", "log: overwritten"):
+            images.append(apart(system))
+            seen.extend([images[-1]["ledger.sqlite-wal"]] if name == "log: overwritten" else [])
+
+    with make_ledger(system) as ledger:
+        erased = [name_of(ledger, number) for number in (6, 7, 8)]
+        land_all(ledger)
+        ledger.tombstone([("first", erased)])
+        monkeypatch.setattr(faults, "checkpoint", look)
+        ledger.finish()
+        assert len(seen) == 1  # and once more when the ledger is closed
+    assert len(seen) == 2
+    monkeypatch.undo()
+    for log in seen:
+        assert 0 < len(log.rstrip(b"\0")) <= 32 + 24 + 4096 < len(log)  # what is left is a page without rows
+    draw = random.Random(0)
+    for number, image in enumerate(images):
+        log = image["ledger.sqlite-wal"]
+        sectors = [log[start : start + 512] for start in range(0, len(log), 512)]
+        some = [bytes(len(one)) if place > 8 and draw.random() < 0.5 else one for place, one in enumerate(sectors)]
+        for kind, content in {"as it is": log, "half overwritten": b"".join(some)}.items():
+            copy = tmp_path / f"{number} {kind}"
+            shutil.copytree(system, copy)
+            for name, file in (image | {"ledger.sqlite-wal": content}).items():
+                (copy / name).write_bytes(file)
+            with Ledger(copy) as ledger:
+                assert ledger.receipt("first")["state"] == "verified"
+                assert sum(map(sum, ledger.counts())) == 37
+                assert ledger.verify()["problems"] == []
+
+
+def test_a_log_that_somebody_reads_is_left_when_the_ledger_is_closed(tmp_path: Path) -> None:
+    with make_ledger(tmp_path) as ledger:
+        reader = sqlite3.connect(f"{(tmp_path / 'ledger.sqlite').as_uri()}?mode=ro", uri=True, isolation_level=None)
+        reader.execute("BEGIN")
+        assert reader.execute("SELECT count(*) FROM requests").fetchone() == (0,)
+        ledger.tombstone([("first", [name_of(ledger, 0)])])
+    assert (tmp_path / "ledger.sqlite-wal").stat().st_size > 0
+    assert reader.execute("SELECT count(*) FROM requests").fetchone() == (0,)
+    reader.close()
+    with Ledger(tmp_path) as ledger:
+        assert ledger.receipt("first")["state"] == "verified"
+        assert ledger.verify()["problems"] == []
+
+
+def apart(folder: Path) -> dict[str, bytes]:
+    """The files of a folder by name, without SQLite's index of its log, read as `in_another_process` does."""
+    names = [path.name for path in folder.iterdir() if path.is_file() and not path.name.endswith("-shm")]
+    return {name: in_another_process(folder, name)["all"] for name in names}
+
+
+def in_another_process(folder: Path, pattern: str = "*") -> dict[str, bytes]:
     """Every file of a folder. Not read by this process: SQLite's locks would be lost when it closes the files."""
     code = f"""
 import sys
 from pathlib import Path
-for path in sorted(Path({str(folder)!r}).rglob("*")):
+for path in sorted(Path({str(folder)!r}).rglob({pattern!r})):
     if path.is_file():
         sys.stdout.buffer.write(path.read_bytes())
 """

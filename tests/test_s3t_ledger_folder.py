@@ -330,7 +330,7 @@ def test_a_stage_on_a_full_disk_stays_planned(
     tmp_path: Path, fill: Callable[..., Callable[[], None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with make_ledger(tmp_path) as ledger:
-        ledger._db.truncate_log()
+        ledger._db.erase_log()
         connection = ledger._db._connection
         row = ledger.runnable()[0]
         content = make_stage(ledger, row)

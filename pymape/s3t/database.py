@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pymape.files import overwrite
 from pymape.s3t import faults
 
 __all__ = ["Database", "create_database", "now"]
@@ -73,6 +74,7 @@ CREATE TABLE audit (
 """
 _VARIABLES = 500  # at most in one statement; older versions of SQLite allow 999
 _BUSY_SECONDS = 10.0
+_HEADER, _FRAME = 32, 24  # bytes at the beginning of SQLite's log, and before every page in it
 
 
 class Database:
@@ -88,6 +90,7 @@ class Database:
 
     def __init__(self, path: Path, *, write: bool) -> None:
         self.path, self.write = path, write
+        self._checked = False  # that it is a ledger's
         self.lock = threading.RLock()
         if not path.is_file():
             raise ValueError(f"ledger must be a folder with a {path.name}, got {str(path.parent)!r} without")
@@ -107,12 +110,18 @@ class Database:
                     raise ValueError(f"ledger must be an intact database, got {str(path)!r}, which ends within a page")
                 if found[1] != FORMAT:
                     raise ValueError(f"ledger must have format {FORMAT}, got {found[1]} in {str(path)!r}")
+            self._checked = True
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
+        """End the connection. Its end deletes the log where nobody else reads, so that it is overwritten before."""
         with self.lock:
+            if self._checked and self.write:
+                with contextlib.suppress(ValueError, OSError, sqlite3.Error):  # such as a reader, or a full disk
+                    self._erase_log()
+            self._checked = False
             self._connection.close()
 
     def rows(self, statement: str, parameters: Sequence[Any] = ()) -> list[Any]:
@@ -178,21 +187,45 @@ class Database:
             finally:
                 self._connection.execute("COMMIT")
 
-    def truncate_log(self) -> None:
-        """Move everything from the write-ahead log into the database and empty the log, which holds old pages.
+    def erase_log(self) -> None:
+        """Move everything from the write-ahead log into the database, overwrite the log and cut it off.
+
+        Its frames are old pages, with rows as they were before. SQLite only cuts it off, so that they stay in the
+        blocks of the disk.
 
         Raises:
             ValueError: another process has been reading for more than ten seconds.
+            OSError: the log cannot be overwritten.
         """
-        faults.checkpoint("log: truncation")
         deadline = time.monotonic() + _BUSY_SECONDS
-        while self.rows("PRAGMA wal_checkpoint(TRUNCATE)")[0][0]:
+        while not self._erase_log():
             if time.monotonic() > deadline:
                 raise ValueError(
                     f"ledger must be free of long reads to be erased, got {str(self.path)!r} read by another process"
                 )
             time.sleep(0.02)
-        faults.checkpoint("log: truncated")
+
+    def _erase_log(self) -> bool:
+        """The same at once; whether nobody's reading was in the way."""
+        log = self.path.with_name(f"{self.path.name}-wal")
+        with self.lock:
+            faults.checkpoint("log: erasure")
+            if not log.exists() or not log.stat().st_size:
+                return True
+            if self.rows("PRAGMA wal_checkpoint(RESTART)")[0][0]:
+                return False
+            # The next commit, of a page without rows, starts the log again from its beginning. What lies behind it is
+            # no part of the log then, whatever happens: SQLite tells frames of an earlier round by their salt.
+            self.rows(f"PRAGMA user_version = {FORMAT}")
+            frames = self.rows("PRAGMA wal_checkpoint(PASSIVE)")[0][1]
+            if frames > 1:
+                return False
+            faults.checkpoint("log: started again")
+            overwrite(log, start=_HEADER + frames * (_FRAME + self.value("PRAGMA page_size")))
+            faults.checkpoint("log: overwritten")
+            busy = self.rows("PRAGMA wal_checkpoint(TRUNCATE)")[0][0]
+            faults.checkpoint("log: cut off")
+            return not busy
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

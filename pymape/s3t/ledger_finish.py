@@ -115,7 +115,7 @@ class LedgerFinish(LedgerRequests):
             if repaired:  # the others are in the rows of their requests
                 self._audit.append("stages erased", stages=repaired)
         try:
-            self._db.truncate_log()
+            self._db.erase_log()
         except ValueError as error:  # the log holds pages of all of them
             waiting: Sequence[int | None] = requests or [None]
             for owner in waiting:

@@ -136,7 +136,7 @@ class LedgerRecords:
         if added:
             self._forget_digests()
             with contextlib.suppress(ValueError):  # a log as large as the data is slow, but no reason to fail
-                self._db.truncate_log()
+                self._db.erase_log()
         return added, there
 
     def counts(self) -> list[list[int]]:
