@@ -111,7 +111,7 @@ def _sanitizer(tool: str, command: Sequence[str], place: Path, environment: Mapp
     # Calls of the CUDA interface that fail harmlessly are torch's and its libraries' affair, as are their kernels.
     sanitizer = (
         *("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--target-processes", "application-only"),
-        *("--report-api-errors", "no", "--kernel-regex", f"kns={OWN_KERNELS}"),
+        *("--report-api-errors", "no", "--kernel-name", f"regex={OWN_KERNELS}"),
     )
     # The caching allocator would hide an access past the end of a tensor inside its own larger block.
     environment = {**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

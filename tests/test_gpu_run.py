@@ -82,7 +82,7 @@ def test_the_sanitizers_look_at_all_kernels_of_this_project_alone(tmp_path: Path
     for part in gpu.parts("90", tmp_path):
         if part.needs == "compute-sanitizer":
             options = dict(pairwise(part.command))
-            assert options["--kernel-regex"] == f"kns={gpu.OWN_KERNELS}"
+            assert options["--kernel-name"] == f"regex={gpu.OWN_KERNELS}"
             assert options["--report-api-errors"] == "no"
             assert options["--target-processes"] == "application-only"
             assert options["--tool"] == part.name
