@@ -26,7 +26,7 @@ _FOLDER = "experiments"
 # What a kind of selection depends on.
 _READ = {
     "everything": (),
-    "modules": ("objective", "budget", "lam", "mode", "normalize", "across_layers", "samples"),
+    "modules": ("objective", "budget", "lam", "mode", "normalize", "across_layers", "samples", "average"),
     "gates": ("budget", "lam", "samples"),
     "last_layers": ("layers",),
     "saliency": ("budget", "samples"),
@@ -106,6 +106,7 @@ class SelectionConfig:
         normalize: count every layer's heads, and every layer's filters, alike.
         across_layers: let modules of different layers trade places.
         samples: most records of either set that the masks are learned from; None takes all.
+        average: records whose gradients are averaged into one, as a batch's gradient does; 1 keeps every record's own.
         layers: number of layers.
         rank: of the adapters.
     """
@@ -118,6 +119,7 @@ class SelectionConfig:
     normalize: bool = True
     across_layers: bool = False
     samples: int | None = None
+    average: int = 1
     layers: int = 1
     rank: int = 8
 
@@ -126,6 +128,8 @@ class SelectionConfig:
         found = {"kind": self.kind} | {name: getattr(self, name) for name in _READ[self.kind]}
         if "lam" in found:
             found["lam"] = lam if self.lam is None else self.lam
+        if self.average == 1:
+            found.pop("average", None)
         if self.kind == "modules" and self.objective != "difference":
             del found["lam"]
         if self.kind == "modules" and self.objective in ("random", "magnitude"):
@@ -279,6 +283,7 @@ class ExperimentConfig:
             ranges[f"selections.{name}.budget"] = (selection.budget, 0 < selection.budget <= 1, "in (0, 1]")
             ranges[f"selections.{name}.layers"] = (selection.layers, selection.layers >= 1, "at least 1")
             ranges[f"selections.{name}.rank"] = (selection.rank, selection.rank >= 1, "at least 1")
+            ranges[f"selections.{name}.average"] = (selection.average, selection.average >= 1, "at least 1")
             samples = selection.samples
             ranges[f"selections.{name}.samples"] = (samples, samples is None or samples >= 1, "at least 1")
             if any(setting.requests > 1 for setting in self.settings.values()):

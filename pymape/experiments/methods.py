@@ -149,6 +149,7 @@ def choose(config: SelectionConfig, lam: float, measured: Measured) -> Chosen:
         shared = -(time.perf_counter() - before)
         if config.objective not in ("random", "magnitude"):
             shared += forget_seconds + retain_seconds
+        forget, retain = (_averaged(each, config.average) for each in (forget, retain))
         masks = search(
             forget=forget, retain=retain, budget=config.budget, objective=config.objective, lam=lam, mode=config.mode,
             normalize=config.normalize, across_layers=config.across_layers, seed=measured.seed, model=model,
@@ -168,6 +169,17 @@ def choose(config: SelectionConfig, lam: float, measured: Measured) -> Chosen:
         raise NothingSelected(f"masks must select at least one head or filter, got none with {config}")
     rank = config.rank if config.kind == "lora" else None
     return Chosen(masks, entries, rank, time.perf_counter() - started + shared)
+
+
+def _averaged(found: Importance, count: int) -> Importance:
+    """Means of the gradients of `count` records at a time, the last ones fewer; each bears its first record's id."""
+    if count == 1:
+        return found
+    heads, filters = (
+        torch.stack([part.double().mean(0) for part in each.split(count)]).to(each.dtype)
+        for each in (found.heads, found.filters)
+    )
+    return Importance(heads, filters, found.ids[::count], found.layout, found.provenance)
 
 
 def unlearn(
