@@ -27,7 +27,9 @@ from pymape.experiments.config import (
 from pymape.experiments.methods import Measured, check_methods, choose, unlearn
 from pymape.experiments.runner import run_experiment
 from pymape.experiments.tasks import Split, Task, forgetting, make_task, train
+from pymape.importance import Importance
 from pymape.metrics import record_scores, score_answers, tofu_metrics
+from pymape.search import search
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 AUTHORS = 10
@@ -370,6 +372,31 @@ def test_selections_on_language_models_and_question_answering(
     share = changed / sum(value.numel() for value in original.values())
     if selection.kind in ("modules", "gates", "last_layers", "saliency"):
         assert 0 < share <= facts["trained"] < 0.8
+
+
+def test_gradients_of_batches_are_means_of_the_records_own(tofu: Task) -> None:
+    data = forgetting(SettingConfig("groups", groups=1), 0, tofu.split(0), 0)
+    model = tofu.start(0).eval()
+    measured = Measured(model, {"forget": data.forget, "retain": data.retain}, 0)
+    averaged = {}
+    for name in ("forget", "retain"):
+        own, _ = measured(name, None)
+        parts = [torch.arange(start, min(start + 3, len(own))) for start in range(0, len(own), 3)]
+        heads, filters = (torch.stack([each[part].mean(0) for part in parts]) for each in (own.heads, own.filters))
+        averaged[name] = Importance(heads, filters, [own.ids[int(part[0])] for part in parts], own.layout)
+    expected = search(**averaged, budget=0.3, lam=0.1, model=model)
+    found = choose(SelectionConfig("modules", budget=0.3, average=3), 0.1, measured).masks
+    assert found is not None
+    assert torch.equal(found.heads, expected.heads)
+    assert torch.equal(found.filters, expected.filters)
+    every = choose(SelectionConfig("modules", budget=0.3), 0.1, measured).masks
+    assert not torch.equal(found.filters, every.filters)
+
+
+def test_only_a_selection_that_averages_says_so() -> None:
+    """The cells of older experiments keep their keys."""
+    assert "average" not in SelectionConfig("modules").identity(1.0)
+    assert SelectionConfig("modules", average=32).identity(1.0)["average"] == 32
 
 
 @pytest.mark.parametrize(
