@@ -52,11 +52,11 @@ def outcomes() -> list[Outcome]:
     return [outcome(name, pages) for name, pages in PAGES.items()]
 
 
-def page(found: Sequence[Outcome]) -> str:
-    """The page as Markdown."""
+def page(found: Sequence[Outcome], figure: Figure) -> str:
+    """The page as Markdown, with the figure's caption."""
     links = {page: f"[{page}]({page}.md)" for pages in PAGES.values() for page in pages}
     glance, *others = glance_sections(found)
-    drawn = [f"![Mean gaps of every task and setting]({PICTURE})", "", picture(found).caption, ""]
+    drawn = [f"![Mean gaps of every task and setting]({PICTURE})", "", figure.caption, ""]
     lines = [
         "# The claims over all experiments",
         "",
@@ -73,14 +73,10 @@ def page(found: Sequence[Outcome]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def picture(found: Sequence[Outcome]) -> Figure:
-    """The mean gaps, with what to see in them."""
-    return glance_figures(found)[0]
-
-
 def main() -> None:
     found = outcomes()
-    for name, text in {"claims.md": page(found), PICTURE: standalone(picture(found).svg)}.items():
+    (figure,) = glance_figures(found)
+    for name, text in {"claims.md": page(found, figure), PICTURE: standalone(figure.svg)}.items():
         with atomic_write(RESULTS / name) as path:
             path.write_text(text, encoding="utf-8")
 

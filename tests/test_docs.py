@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import pymape
 from pymape.experiments.claims import mean_gaps
+from pymape.experiments.pictures import glance_figures
 from pymape.objectives import objective_names
 from pymape.objectives.registry import _OBJECTIVES
 
@@ -78,7 +79,8 @@ def test_the_examples_with_own_data_run(tmp_path, monkeypatch, capsys):
 def test_the_page_of_claims_is_that_of_the_results_beside_it():
     script = runpy.run_path(str(DOCS.parent / "experiments" / "claims_page.py"))
     found = script["outcomes"]()
-    assert (DOCS / "results" / "claims.md").read_text() == script["page"](found)
+    (figure,) = glance_figures(found)
+    assert (DOCS / "results" / "claims.md").read_text() == script["page"](found, figure)
     picture = (DOCS / "results" / "claims.svg").read_text()
     for name in mean_gaps(found):
         assert f">{name}<" in picture

@@ -90,52 +90,53 @@ def mean_gaps(outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
     Returns:
         Name of a setting -> {"nothing done", "everything", "masks", "retrained again": points}.
     """
-    found, several = {}, len(outcomes) > 1
-    for outcome in outcomes:
-        rows = _mask_or_not(outcome, several)
-        for setting in outcome.config["settings"]:
-            name = _name(outcome, setting, several)
-            if pooled := _pooled([row for row in rows if row["setting"] == name], "gap"):
-                before, again = (_gaps(outcome, reference, setting) for reference in ("original", "retrained again"))
-                gaps = (before, [pooled[0]["other"]], [pooled[0]["own"]], again)
-                found[name] = {what: statistics.fmean(own) for what, own in zip(_GAPS, gaps, strict=True) if own}
-    return found
+    return {name: gaps for name, gaps, _, _ in _glances(outcomes)}
 
 
 def at_a_glance(outcomes: Sequence[Outcome]) -> Table:
     """One line for every setting: the learned mask against all parameters, beside what chance makes."""
-    lines, several = [], len(outcomes) > 1
-    rows = [row for outcome in outcomes for row in _mask_or_not(outcome, several)]
-    for name, gaps in mean_gaps(outcomes).items():
-        means = [f"{gaps[what]:.2f}" if what in gaps else "" for what in _GAPS]
-        pairs, *costs = _glance_cells([row for row in rows if row["setting"] == name])
-        lines.append(Row([name, pairs, *means, *costs]))
+    lines = []
+    for name, gaps, pooled, rows in _glances(outcomes):
+        pairs, *costs = _glance_cells(pooled, rows)
+        lines.append(Row([name, pairs, *(_points(gaps, what) for what in _GAPS), *costs]))
     return Table(_GLANCE_COLUMNS, lines, note=_GLANCE)
 
 
 def by_objective(outcomes: Sequence[Outcome]) -> Table:
     """One line for every setting, and beside what chance makes both sides of every objective: "everything / masks"."""
-    several = len(outcomes) > 1
-    rows = [row for outcome in outcomes for row in _mask_or_not(outcome, several)]
-    objectives = list(dict.fromkeys(row["objective"] for row in rows))
+    glances = _glances(outcomes)
+    objectives = list(dict.fromkeys(row["objective"] for *_, rows in glances for row in rows))
     lines = []
-    for outcome in outcomes:
-        for setting in outcome.config["settings"]:
-            name = _name(outcome, setting, several)
-            found = {one: _pooled([r for r in rows if (r["setting"], r["objective"]) == (name, one)], "gap")
-                     for one in objectives}  # fmt: skip
-            if any(found.values()):
-                means = [f"{gap[0]['other']:.2f} / {gap[0]['own']:.2f}" if gap else "" for gap in found.values()]
-                around = [_gaps(outcome, reference, setting) for reference in ("original", "retrained again")]
-                chance = [f"{statistics.fmean(gaps):.2f}" if gaps else "" for gaps in around]
-                lines.append(Row([name, chance[0], *means, chance[1]]))
-    columns = ("task: forgotten", "nothing done", *objectives, "retrained again")
+    for name, gaps, _, rows in glances:
+        found = [_pooled([row for row in rows if row["objective"] == one], "gap") for one in objectives]
+        means = [f"{gap[0]['other']:.2f} / {gap[0]['own']:.2f}" if gap else "" for gap in found]
+        lines.append(Row([name, _points(gaps, _GAPS[0]), *means, _points(gaps, _GAPS[-1])]))
+    columns = ("task: forgotten", _GAPS[0], *objectives, _GAPS[-1])
     return Table(columns, lines, title="By objective", note=_BY_OBJECTIVE)
 
 
-def _glance_cells(rows: Sequence[Cell]) -> list[str]:
+def _glances(outcomes: Sequence[Outcome]) -> Sequence[tuple[str, dict[str, float], Cell, Sequence[Cell]]]:
+    """Of every setting that has both sides: name, mean gaps, the gaps of both sides pooled, and the chosen models."""
+    found, several = [], len(outcomes) > 1
+    for outcome in outcomes:
+        models = _mask_or_not(outcome, several)
+        for setting in outcome.config["settings"]:
+            name = _name(outcome, setting, several)
+            rows = [row for row in models if row["setting"] == name]
+            if pooled := _pooled(rows, "gap"):
+                before, again = (_gaps(outcome, reference, setting) for reference in ("original", "retrained again"))
+                own = (before, [pooled[0]["other"]], [pooled[0]["own"]], again)
+                gaps = {what: statistics.fmean(values) for what, values in zip(_GAPS, own, strict=True) if values}
+                found.append((name, gaps, pooled[0], rows))
+    return found
+
+
+def _points(gaps: Mapping[str, float], what: str) -> str:
+    return f"{gaps[what]:.2f}" if what in gaps else ""
+
+
+def _glance_cells(gap: Cell, rows: Sequence[Cell]) -> list[str]:
     """Of one setting the number of pairs, of those that the masks win, and what they cost of what everything does."""
-    gap = _pooled(rows, "gap")[0]
     title, memory = _memory(rows)
     costs = [_pooled(rows, "seconds"), _pooled(rows, "total_seconds"), memory]
     parts = [f"{pooled[0]['own'] / pooled[0]['other']:.2f} x" for pooled in costs]

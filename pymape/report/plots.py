@@ -222,6 +222,7 @@ def _style() -> Any:
         "axes.spines.right": False,
         "axes.titlesize": "medium",
         "svg.fonttype": "none",
+        "svg.hashsalt": "pymape",  # else the ids are others every time
     }
     return matplotlib.rc_context(style)
 

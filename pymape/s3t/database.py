@@ -121,7 +121,6 @@ class Database:
             if self._checked and self.write:
                 with contextlib.suppress(ValueError, OSError, sqlite3.Error):  # such as a reader, or a full disk
                     self._erase_log()
-            self._checked = False
             self._connection.close()
 
     def rows(self, statement: str, parameters: Sequence[Any] = ()) -> list[Any]:
