@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from benchmarks.harness import Case, Report, alternate
 from pymape import FrozenPrefix, ModuleMasks, PartialParameters, PrefixCache, layout, selected_weight_grad
 from pymape.architectures import find_layers
+from pymape.forward import unlabelled
+from pymape.losses import per_sample_loss
 
 BATCH, BUDGET = 8, 0.1
 CHECKPOINTED = ", checkpointed"
@@ -62,29 +64,37 @@ def run(report: Report, options: argparse.Namespace) -> None:
         compare_memory(report, name, layers, options.threads, device)
 
 
-def make_model(name: str, layers: int, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
-    """Layers of BERT-base or TinyLlama-1.1B, in the device's dtype unless another is given."""
+def make_model(name: str, layers: int, device: str = "cpu", dtype: torch.dtype | None = None, on: str = "") -> Any:
+    """Layers of BERT-base or TinyLlama-1.1B, of the size and, unless another is given, in the dtype for a device.
+
+    It lies there, or `on` another one.
+    """
     vocabulary = VOCABULARY[device]
     if name == "bert":
         config = transformers.BertConfig(num_hidden_layers=layers, vocab_size=vocabulary, attn_implementation="sdpa")
-        kind: Any = transformers.BertForSequenceClassification
+        kind: Any = transformers.AutoModelForSequenceClassification
     else:
         config = transformers.LlamaConfig(
             num_hidden_layers=layers, vocab_size=vocabulary, hidden_size=2048, intermediate_size=5632,
             num_attention_heads=32, num_key_value_heads=4, attn_implementation="sdpa", use_cache=False,
         )  # fmt: skip
-        kind = transformers.LlamaForCausalLM
-    with torch.random.fork_rng(devices=[]):
+        kind = transformers.AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]), torch.device(on or device):
         torch.manual_seed(0)
-        return kind(config).to(device, dtype or DTYPE[device]).train()
+        return kind.from_config(config, dtype=dtype or DTYPE[device]).train()
 
 
-def make_batch(name: str, device: str = "cpu") -> dict[str, Tensor]:
+def make_batch(name: str, device: str = "cpu", on: str = "") -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, VOCABULARY[device], (BATCH, TOKENS[device]), generator=generator)
     labels = ids if name == "llama" else torch.arange(BATCH) % 2
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    return {key: value.to(device) for key, value in batch.items()}
+    return {key: value.to(on or device) for key, value in batch.items()}
+
+
+def mean_loss(model: nn.Module, batch: dict[str, Tensor], run: Callable[..., Any]) -> Tensor:
+    """The loss that objectives are made of; the model's own holds several copies of its logits in fp32."""
+    return per_sample_loss(model, batch, run(**unlabelled(batch))).mean()
 
 
 def make_masks(model: nn.Module, place: str) -> ModuleMasks:
@@ -116,7 +126,7 @@ def dense_step(model: Any, batch: dict[str, Tensor], place: str = "anywhere") ->
 
     def step() -> None:
         optimizer.zero_grad()
-        model(**batch).loss.backward()
+        mean_loss(model, batch, model).backward()
         for parameter, mask in inside.items():
             if parameter.grad is not None:
                 parameter.grad.mul_(mask)
@@ -134,11 +144,11 @@ def partial_step(
     partial.attach(optimizer)
     prefix = None if cache is None else FrozenPrefix(model, partial.lowest_layer or 0, cache)
     records = [str(row) for row in range(BATCH)]
+    run = model if prefix is None else lambda **inputs: prefix.run(records, inputs)
 
     def step() -> None:
         optimizer.zero_grad()
-        outputs = model(**batch) if prefix is None else prefix.run(records, batch)
-        outputs.loss.backward()
+        mean_loss(model, batch, run).backward()
         optimizer.step()
 
     return step, optimizer
@@ -155,7 +165,7 @@ def needed_passes(model: Any, batch: dict[str, Tensor]) -> Callable[[], None]:
 
     def step() -> None:
         leaves.clear()
-        torch.autograd.grad(model(**batch).loss, leaves)
+        torch.autograd.grad(mean_loss(model, batch, model), leaves)
 
     return step
 

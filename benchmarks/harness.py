@@ -31,6 +31,7 @@ __all__ = [
     "compiled",
     "doubled",
     "finished",
+    "is_timed",
     "limits",
     "machine",
     "markdown",
@@ -102,12 +103,18 @@ def _table(cases: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     figures = list(dict.fromkeys(name for case in cases for name in case["figures"]))
     reasons = ["not measured"] if any(case.get("reason") for case in cases) else []
     median = "device ms" if any(case.get("clock") == "device" for case in cases) else "median ms"
-    rows = [["shape", "provider", median, "p20", "p80", *figures, *reasons]]
+    spread = ("median_s", "p20_s", "p80_s") if reasons or is_timed(cases) else ()
+    rows = [["shape", "provider", *(median, "p20", "p80")[: len(spread)], *figures, *reasons]]
     for case in cases:
-        times = ["" if case[name] is None else f"{1e3 * case[name]:.3f}" for name in ("median_s", "p20_s", "p80_s")]
+        times = ["" if case[name] is None else f"{1e3 * case[name]:.3f}" for name in spread]
         values = [f"{case['figures'][name]:.3g}" if name in case["figures"] else "" for name in figures]
         rows.append([case["shape"], case["provider"], *times, *values, *(case.get("reason", "") for _ in reasons)])
     return rows
+
+
+def is_timed(cases: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether any of the cases has a time; what only counts has none."""
+    return any(case["median_s"] is not None for case in cases)
 
 
 def markdown(report: Mapping[str, Any]) -> str:

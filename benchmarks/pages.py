@@ -8,11 +8,12 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from benchmarks import instructions, targets
-from benchmarks.harness import markdown, plot
+from benchmarks.harness import is_timed, markdown, plot
 from pymape.files import atomic_write
 
 __all__ = ["cpu_page", "gpu_page", "main"]
@@ -31,7 +32,7 @@ OPERATORS = (
     "threads",
     "tiles",
 )
-END_TO_END = ("importance", "search", "partial", "s3t_ensemble", "s3t_training", "s3t_deletion")
+END_TO_END = ("importance", "search", "partial", "partial_peak", "s3t_ensemble", "s3t_training", "s3t_deletion")
 
 _CPU = """
 # Benchmarks
@@ -95,6 +96,14 @@ All ratios are to be taken in one run on an H100 or H200; of several shapes, the
 """.strip()
 
 
+_PARTIAL = """
+counted on tensors without data ([partial_peak](../benchmarks.md#partial_peak-on-cpu)), the 22 layers
+  need {kept} x the peak of masked gradients with activations kept, which both kinds of steps keep alike, and {anew} x
+  with activations computed anew. So the first of the two targets would be missed, the second reached. Of the products'
+  operations {work} x are left, so that whatever is gained in time beyond {bound} x has to come from gradients and
+  optimizer state that are neither written nor read.
+""".strip()
+
 _OPEN = """
 ## What the first run has to decide
 
@@ -105,8 +114,7 @@ _OPEN = """
 - `masked_ffn`: `auto` takes Triton's own product at every width. The rows `block step, ...` of `pymape, cuda`, cuBLAS
   with a fused activation, tell at which widths that is right.
 - `greedy_swap`: one block works on a layer; whether that is enough for its target.
-- The peak memory of a partial step: weights and kept activations are the same in both kinds of steps, and by estimate
-  more than half of the peak. `gradients + state MB` and `x state`, which a partial step does save, stand beside it.
+- The partial step: {partial}
 """.strip()
 
 
@@ -119,7 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with atomic_write(ROOT / "docs" / path) as temporary:
             temporary.write_text(page)
     for name, report in _reports(RESULTS).items():
-        plot(report, ROOT / "docs" / _figure(name))
+        if is_timed(report["cases"]):
+            plot(report, ROOT / "docs" / _figure(name))
     return 0
 
 
@@ -178,7 +187,8 @@ def _section(report: Mapping[str, Any]) -> str:
     about = (ast.get_docstring(ast.parse(source)) or "").split("\n\n")[0]
     title, table = markdown(report).split("\n\n", 1)
     command = f"`python {where['command']}`, {threads} thread{'s' * (threads > 1)}."
-    return f"#{title}\n\n{about}\n\n{command}\n\n![times]({_figure(report['name'])})\n\n{table}"
+    picture = f"![times]({_figure(report['name'])})\n\n" if is_timed(report["cases"]) else ""
+    return f"#{title}\n\n{about}\n\n{command}\n\n{picture}{table}"
 
 
 def gpu_page(reports: Mapping[str, Mapping[str, Any]]) -> str:
@@ -188,7 +198,16 @@ def gpu_page(reports: Mapping[str, Mapping[str, Any]]) -> str:
         machines = [report["machine"] for report in reports.values()]
         gpus, torches, commits = (", ".join(dict.fromkeys(m[n] for m in machines)) for n in ("gpu", "torch", "commit"))
         where = f"Measured on {gpus}, torch {torches}, commit {commits}."
-    return f"{_GPU}\n{where}\n\n{targets.table(reports)}\n{_OPEN}\n"
+    kept, anew = (case["figures"] for case in _partial_peak("llama*", "partial"))
+    shown = {"kept": kept["x peak"], "anew": anew["x peak"], "work": kept["x TFLOP"], "bound": 1 / kept["x TFLOP"]}
+    partial = _PARTIAL.format(**{name: f"{value:.2f}" for name, value in shown.items()})
+    return f"{_GPU}\n{where}\n\n{targets.table(reports)}\n{_OPEN.format(partial=partial)}\n"
+
+
+def _partial_peak(shape: str, provider: str) -> list[dict[str, Any]]:
+    """What has been counted of the partial step: with activations kept, and with activations computed anew."""
+    cases = json.loads((RESULTS / "partial_peak-cpu.json").read_text())["cases"]
+    return [case for case in cases if fnmatchcase(case["shape"], shape) and case["provider"] == provider]
 
 
 if __name__ == "__main__":

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-__all__ = ["IGNORED_LABEL", "base_model", "check_labels", "per_sample_loss", "task_of", "token_labels"]
+__all__ = [
+    "IGNORED_LABEL",
+    "base_model",
+    "check_labels",
+    "per_sample_loss",
+    "sum_by_part",
+    "task_of",
+    "token_labels",
+    "token_losses",
+]
 
 IGNORED_LABEL = -100
+_PART = 2**24  # logits raised to fp32 at a time: 64 MiB
 
 # Part of the model's class name -> task; the first that fits decides, as in transformers itself.
 _TASKS = {
@@ -51,11 +62,42 @@ def per_sample_loss(model: nn.Module, inputs: Mapping[str, Tensor], outputs: Any
         end = _span_loss(outputs.end_logits, inputs["end_positions"], inputs.get("attention_mask"))
         return (start + end) / 2
     _require(model, inputs, "labels")
-    logits = _at_least_fp32(outputs.logits)
+    logits = outputs.logits
     if task == "classification":
         labels = inputs["labels"].to(logits.device)
-        return _classification_loss(logits, labels, _problem_type(model.config, labels))
-    return _token_loss(logits, token_labels(task, inputs).to(logits.device))
+        return _classification_loss(_at_least_fp32(logits), labels, _problem_type(model.config, labels))
+    labels = token_labels(task, inputs).to(logits.device)
+    losses = token_losses(logits.flatten(0, 1), labels.flatten()).view_as(labels)
+    return losses.sum(1) / (labels != IGNORED_LABEL).sum(1).clamp(min=1)
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log softmax(logits)[label] of every token; of a large vocabulary a part of the tokens at a time.
+
+    No more than a part of the logits is held in fp32: it is computed anew in the backward pass, with the same bits.
+
+    Args:
+        logits: [n, V], floating.
+        labels: [n] int64; -100 gives a loss of 0.
+
+    Returns:
+        [n] losses, fp32 (fp64 for fp64 logits).
+    """
+    return torch.cat(_by_part(_cross_entropy, logits, labels))
+
+
+def sum_by_part(term: Callable[[Tensor, Tensor], Tensor], logits: Tensor, other: Tensor) -> Tensor:
+    """Sum of a scalar `term` of rows of logits, raised to fp32, and rows of `other`; in parts as `token_losses`.
+
+    Args:
+        term: (logits [rows, V], other [rows, ...]) -> a scalar, a sum over the rows.
+        logits: [n, V], floating.
+        other: [n, ...].
+
+    Returns:
+        A scalar, fp32 (fp64 for fp64 logits).
+    """
+    return torch.stack(_by_part(term, logits, other)).sum()
 
 
 def check_labels(model: nn.Module, inputs: Mapping[str, Tensor], ids: Sequence[str]) -> None:
@@ -186,9 +228,21 @@ def _classification_loss(logits: Tensor, labels: Tensor, problem: str) -> Tensor
     return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
 
 
-def _token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none")
-    return losses.view_as(labels).sum(1) / (labels != IGNORED_LABEL).sum(1).clamp(min=1)
+def _by_part(term: Callable[[Tensor, Tensor], Tensor], logits: Tensor, other: Tensor) -> list[Tensor]:
+    """`term` of a part of the rows after the other, each keeping nothing for its backward but its rows of logits."""
+    rows = max(1, _PART // logits.shape[1])
+    if len(logits) <= rows:
+        return [term(_at_least_fp32(logits), other)]
+
+    def raised(part: Tensor, of_other: Tensor) -> Tensor:
+        return term(_at_least_fp32(part), of_other)
+
+    parts = zip(logits.split(rows), other.split(rows), strict=True)
+    return [checkpoint(raised, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="none")
 
 
 def _span_loss(logits: Tensor, positions: Tensor, attention_mask: Tensor | None) -> Tensor:

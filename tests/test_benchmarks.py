@@ -249,6 +249,62 @@ def test_memory_is_measured_with_activations_kept_and_computed_anew(monkeypatch:
     assert cases[0].figures["peak MB"] == 4
 
 
+def test_live_bytes_are_what_storages_hold() -> None:
+    from benchmarks.bench_partial_peak import LiveBytes
+
+    given = torch.zeros(1000)
+    with LiveBytes([given]) as live:
+        assert live.now == 4000
+        a = given + 1
+        b = a.view(10, 100).t()  # a view holds nothing of its own
+        assert live.now == live.peak == 8000
+        c = a.double()
+        assert live.now == 16000
+        del c
+        assert (live.now, live.peak) == (8000, 16000)
+        del a
+        assert live.now == 8000
+        del b
+        assert live.now == 4000
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_steps_without_data_allocate_and_multiply_as_real_ones(
+    checkpointed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    from benchmarks import bench_partial, bench_partial_peak
+
+    def make_model(name: str, layers: int, *_: Any, **__: Any) -> Any:
+        config = transformers.LlamaConfig(
+            hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=160, use_cache=False,
+            num_hidden_layers=layers, vocab_size=100, attn_implementation="sdpa",
+        )  # fmt: skip
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
+
+    monkeypatch.setattr(bench_partial_peak, "make_model", make_model)
+    for name, size in (("TOKENS", 32), ("VOCABULARY", 100)):
+        monkeypatch.setitem(getattr(bench_partial, name), "cuda", size)
+    suffix = bench_partial.CHECKPOINTED if checkpointed else ""
+    counted = bench_partial_peak.count("llama", 3, suffix)
+    assert 0 < counted[1].figures["x peak"] < 1
+    assert 0 < counted[1].figures["x TFLOP"] < 1
+    for case, make_step in zip(counted, bench_partial_peak.STEPS.values(), strict=True):
+        model = make_model("llama", 3)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        batch = bench_partial.make_batch("llama", "cuda", on="cpu")
+        del batch["attention_mask"]
+        with bench_partial_peak.LiveBytes([*model.parameters(), *model.buffers()]) as live:
+            step, _ = make_step(model, batch)
+            step()
+            between, live.peak = live.now, 0
+            step()
+        real = {"between GB": between / 1e9, "peak GB": live.peak / 1e9}
+        assert {name: case.figures[name] for name in real} == pytest.approx(real, rel=0.02)
+
+
 def test_rates_are_shares_of_the_measured_limits() -> None:
     case, absent = Case("2", "pymape", 0.5, 0.5, 0.5), Case("2", "other", reason="not installed")
     add_rates([case, absent], "cpu", torch.float32, moved=2_000_000_000, operations=3_000_000_000_000)
@@ -321,7 +377,8 @@ def test_the_page_of_cpu_results_is_generated() -> None:
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     assert page == pages.cpu_page(pages.RESULTS)
     figures = re.findall(r"!\[times\]\((.+)\)", page)
-    assert len(figures) == page.count("\n### ") - page.count("### Instructions")
+    untimed = sum(page.count(f"\n### {name}") for name in ("Instructions", "partial_peak"))
+    assert len(figures) == page.count("\n### ") - untimed
     assert all((ROOT / "docs" / figure).is_file() for figure in figures)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from model_zoo import DECODERS, ENCODERS, LABELS, VISION, VOCABULARY, tiny_batch, tiny_model
 from torch import Tensor
 
-from pymape.losses import check_labels, per_sample_loss, task_of
+from pymape import losses as losses_module
+from pymape.losses import IGNORED_LABEL, check_labels, per_sample_loss, sum_by_part, task_of, token_losses
 
 TEXT = ("sequence_classification", "regression", "multi_label", "token_classification", "question_answering")
 CASES = [
@@ -138,3 +141,59 @@ def test_a_class_of_ones_own_has_the_task_of_its_base() -> None:
     mine = type("Mine", (kind,), {})
     model = mine.__new__(mine)
     assert task_of(model) == "question answering"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 8])
+def test_a_part_of_the_tokens_at_a_time_gives_the_same_bits(
+    rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (8 * torch.randn(7, 1000, generator=generator)).to(dtype)
+    labels = torch.tensor([3, 999, IGNORED_LABEL, 0, 17, IGNORED_LABEL, 500])
+    weights = torch.randn(7, generator=generator).to(torch.promote_types(dtype, torch.float32))
+    raised = torch.promote_types(dtype, torch.float32)
+
+    def results(losses: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        leaf = logits.clone().requires_grad_()
+        found = losses(leaf)
+        (gradient,) = torch.autograd.grad(found @ weights, leaf, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.double().square().sum(), leaf)
+        return found, gradient, second
+
+    expected = results(lambda x: F.cross_entropy(x.to(raised), labels, reduction="none"))
+    monkeypatch.setattr(losses_module, "_PART", 1000 * rows)
+    for one, other in zip(results(lambda x: token_losses(x, labels)), expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+def test_a_large_vocabulary_keeps_no_copy_of_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses_module, "_PART", 2**16)
+    model = tiny_model("llama", "causal_lm")
+    batch = {"labels": torch.randint(0, 4096, (2, 64)), "attention_mask": torch.ones(2, 64, dtype=torch.int64)}
+    logits = torch.randn(2, 64, 4096, dtype=torch.bfloat16, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses = per_sample_loss(model, batch, SimpleNamespace(logits=logits))
+    copies = {address: size for address, size in kept.items() if address != logits.untyped_storage().data_ptr()}
+    assert sum(copies.values()) < 0.1 * logits.nbytes
+    losses.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.count_nonzero() > 0
+
+
+def test_a_sum_by_part_is_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, other = (torch.randn(11, 50, dtype=torch.float64, generator=generator) for _ in range(2))
+    monkeypatch.setattr(losses_module, "_PART", 50 * 4)
+    leaf = logits.clone().requires_grad_()
+    total = sum_by_part(lambda x, y: (x.sin() * y).sum(), leaf, other)
+    total.backward()
+    torch.testing.assert_close(total.detach(), (logits.sin() * other).sum())
+    torch.testing.assert_close(leaf.grad, logits.cos() * other)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pymape.forward import unlabelled
-from pymape.losses import IGNORED_LABEL, per_sample_loss, task_of, token_labels
+from pymape.losses import IGNORED_LABEL, per_sample_loss, sum_by_part, task_of, token_labels, token_losses
 
 __all__ = ["Step", "UnlearnBatch"]
 
@@ -99,7 +99,7 @@ class UnlearnBatch:
         if task in _SINGLE_LOSS:
             return self.losses()
         labels = token_labels(task, self.inputs)
-        return F.cross_entropy(self.scored_logits(), labels[labels != IGNORED_LABEL], reduction="none")
+        return token_losses(self._labelled_logits(), labels[labels != IGNORED_LABEL])
 
     def nll(self) -> Tensor:
         """[B] negative log-likelihood, summed over a record's labelled tokens (a classifier's cross-entropy)."""
@@ -131,6 +131,11 @@ class UnlearnBatch:
 
     def scored_logits(self) -> Tensor:
         """[n, C] logits at the labelled tokens of the batch (at its records for classifiers), fp32 or fp64."""
+        logits = self._labelled_logits()
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _labelled_logits(self) -> Tensor:
+        """The same in the model's dtype."""
         task, labels = task_of(self.model), self.inputs.get("labels")
         if labels is None or labels.is_floating_point():
             raise ValueError(
@@ -139,7 +144,7 @@ class UnlearnBatch:
         logits = self.outputs.logits
         if task != "classification":
             logits = logits[token_labels(task, self.inputs) != IGNORED_LABEL]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits
 
     def log_probs(self) -> Tensor:
         """[n, C] log-softmax of `scored_logits`."""
@@ -149,9 +154,8 @@ class UnlearnBatch:
         """Mean of KL(p_ref || p) per labelled token (per record for classifiers); padding has no part in it."""
         if self.reference_log_probs is None:
             raise ValueError("reference_log_probs must be known for kl, got None: register reference=['log_probs']")
-        log_probs = self.log_probs()
-        target = self.reference_log_probs.to(log_probs)
-        return F.kl_div(log_probs, target, reduction="sum", log_target=True) / self.tokens
+        logits = self._labelled_logits()
+        return sum_by_part(_kl, logits, self.reference_log_probs.to(logits.device)) / self.tokens
 
     def with_random_labels(self) -> UnlearnBatch:
         """The same records and outputs with random wrong labels, uniform and fixed for every record by its seed."""
@@ -223,6 +227,10 @@ def count_tokens(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         labels = inputs["labels" if task == "classification" else "start_positions"]
         return torch.ones(len(labels), dtype=torch.int64, device=labels.device)
     return (token_labels(task, inputs) != IGNORED_LABEL).sum(1)
+
+
+def _kl(logits: Tensor, reference: Tensor) -> Tensor:
+    return F.kl_div(logits.log_softmax(-1), reference.to(logits), reduction="sum", log_target=True)
 
 
 def _draw(seed: Sequence[int], classes: int, count: int) -> Tensor:
