@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -33,11 +34,13 @@ def emulated_core() -> ModuleType:
     sources = sorted((ROOT / "csrc").iterdir()) + sorted((ROOT / "tests" / "cuda_emulator").iterdir())
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     library = ROOT / "build" / "cuda_emulator" / digest / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            _compile(Path(folder) / library.name)
-            (Path(folder) / library.name).replace(library)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with open(library.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes that need it, one compiles
+        if not library.exists():
+            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+                _compile(Path(folder) / library.name)
+                (Path(folder) / library.name).replace(library)
     spec = importlib.util.spec_from_file_location("_C", library)
     assert spec is not None
     assert spec.loader is not None
