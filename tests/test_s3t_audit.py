@@ -442,3 +442,55 @@ def test_records_that_changed_since_ingest(folder: Path) -> None:
     with Ledger(folder) as ledger:
         live = [row for row in make_rows(ledger, 40) if ledger.locate([row.name])[row.name].request is None]
         assert ledger.add_records(live) == (0, 37)  # by digest: what is stored is for `verify` to check
+
+
+# Receipts that were kept elsewhere
+
+
+def test_an_older_copy_of_the_whole_folder_is_told_by_a_receipt(folder: Path, tmp_path: Path) -> None:
+    older = Path(shutil.copytree(folder, tmp_path / "older"))
+    with Ledger(folder, "write") as ledger:
+        ledger.tombstone([("third", names_in(ledger, 0, 2)[:1])])
+        tombstoned = ledger.receipt("third")
+        ledger.finish()
+        kept = ledger.requests()
+        assert ledger.verify([*kept, tombstoned])["problems"] == []  # a receipt may be older than its request's state
+        assert ledger.verify(kept)["checked"]["receipts"] == 3
+    assert problems(older) == []
+    with Ledger(older, "write") as ledger:
+        why = "the folder is an older copy put back, or another system's"
+        unknown = f"request 'third' has a receipt, and the ledger does not know it: {why}"
+        assert ledger.verify(kept)["problems"] == [unknown]
+        assert ledger.verify(kept[:2])["ok"]
+        ledger.tombstone([("third", names_in(ledger, 1, 0)[:1])])  # somebody hides it by another one of that name
+        ledger.finish()
+        assert ledger.verify(kept[:2])["ok"]
+        (problem,) = ledger.verify(kept)["problems"]
+        assert problem.startswith("request 'third' ")
+        assert problem.endswith(why)
+
+
+def test_a_request_is_not_less_than_its_receipt_says(folder: Path, tmp_path: Path) -> None:
+    with Ledger(folder, "write") as ledger:
+        ledger.tombstone([("third", names_in(ledger, 0, 2)[:1])])
+    older = Path(shutil.copytree(folder, tmp_path / "older"))
+    with Ledger(folder, "write") as ledger:
+        ledger.finish()
+        receipt = ledger.receipt("third")
+    ledger = Ledger(older, "read")
+    (problem,) = ledger.verify([receipt])["problems"]
+    ledger.close()
+    assert problem.startswith(
+        f"request 'third' was switched at {receipt['switched']} by its receipt, the ledger has None"
+    )
+
+
+@pytest.mark.parametrize("field", ["records", "received", "shards", "audit"])
+def test_a_receipt_that_was_changed(folder: Path, field: str) -> None:
+    ledger = Ledger(folder, "read")
+    receipt = ledger.receipt("second") | {field: "other"}
+    found = ledger.verify([receipt])["problems"]
+    ledger.close()
+    (problem,) = found
+    wrong = "was received at other by its receipt" if field == "received" else f"has another {field} in its receipt"
+    assert problem.startswith(f"request 'second' {wrong}")

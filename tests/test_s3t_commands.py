@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,25 @@ def test_verify_changes_nothing(tmp_path: Path, files: Path, capsys: pytest.Capt
     text = run(capsys, "verify", system, code=1)
     assert "is an older one put back" in text
     assert "checked database pages" in text
+
+
+def test_receipts_kept_elsewhere(tmp_path: Path, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    system, kept = tmp_path / "system", tmp_path / "receipts"
+    kept.mkdir()
+    with S3T.create(system, S3TConfig(str(files / "model"), shards=1, slices=2)) as opened:
+        opened.ingest(read_records(files / "train.csv", opened.config, Columns(id="id")))
+    older = shutil.copytree(system, tmp_path / "older")
+    receipt = run(capsys, "delete", system, "--request-id", "first", "--ids", files / "ids.txt", "--json")
+    (kept / "first.json").write_text(receipt)
+    for place in (kept, kept / "first.json"):
+        assert "receipts: 1\neverything is in order" in run(capsys, "verify", system, "--receipts", place)
+        text = run(capsys, "verify", older, "--receipts", place, code=1)
+        assert "PROBLEM: request 'first' has a receipt, and the ledger does not know it: the folder is an older" in text
+    (kept / "notes.json").write_text("[]")
+    assert "receipts must be what delete gave" in run(capsys, "verify", system, "--receipts", kept, code=2)
+    (kept / "notes.json").write_text("{")
+    assert "receipts must be readable JSON" in run(capsys, "verify", system, "--receipts", kept, code=2)
+    assert "folder of some" in run(capsys, "verify", system, "--receipts", files / "model" / "..", code=2)
 
 
 @pytest.mark.parametrize(

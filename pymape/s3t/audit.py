@@ -40,9 +40,9 @@ class AuditLog:
     """Rows chained by HMAC in the database, and the number and MAC of the last one in a small file, the anchor.
 
     Details hold no ids, only counts, names of stages and requests, and hashes. Whoever has the key can forge the log,
-    and whoever puts back a copy of the whole folder, anchor included, is not noticed: keep receipts, which name a row
-    and its MAC, elsewhere. The anchor is moved after a change, after a request only when it is finished, so it may lag
-    behind the log; it never leads.
+    and whoever puts back a copy of the whole folder, anchor included, is not noticed: receipts, which name a row and
+    its MAC, are to be kept elsewhere, for `Ledger.verify` to compare. The anchor is moved after a change, after a
+    request only when it is finished, so it may lag behind the log; it never leads.
 
     Args:
         database: of the ledger.

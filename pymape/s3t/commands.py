@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 from pymape.s3t.config import EngineName, S3TConfig
@@ -170,17 +171,20 @@ def finish(folder: str) -> dict[str, Any]:
         return {"requests": system.status()["requests"], "ok": not problems, "problems": problems}
 
 
-def verify(folder: str, replay: bool = False) -> dict[str, Any]:
+def verify(folder: str, replay: bool = False, receipts: str | None = None) -> dict[str, Any]:
     """Check audit chain, files and provenance; changes nothing, also while another process trains or deletes.
 
     Args:
         folder: the system's folder.
         replay: also train one served stage again and compare bit by bit.
+        receipts: a receipt kept elsewhere, as `delete --json` prints it, or a folder of such files: they tell whether
+            the system was set back.
     """
     from pymape.s3t.system import S3T
 
+    kept = [] if receipts is None else _receipts(Path(receipts))
     with S3T(folder, read_only=True) as system:
-        return system.verify(replay=replay)
+        return system.verify(replay=replay, receipts=kept)
 
 
 def forecast(folder: str, rate: float | None = None) -> dict[str, Any]:
@@ -266,6 +270,17 @@ def run_command(name: str, options: dict[str, Any], *, as_json: bool = False) ->
 
         print(describe(name, found))
     return bool(found.get("ok", True))
+
+
+def _receipts(path: Path) -> list[dict[str, Any]]:
+    """What a file holds, or every .json file of a folder."""
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"receipts must be a JSON file or a folder of some, got {str(path)!r} without one")
+    try:
+        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"receipts must be readable JSON, got {str(path)!r}: {error}") from error
 
 
 def _listed(path: str | None, argument: str) -> list[str]:

@@ -155,8 +155,11 @@ class Ledger(LedgerFinish):
             self._move_anchor()
         return planned
 
-    def verify(self) -> dict[str, Any]:
+    def verify(self, receipts: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
         """Check everything that can be checked without training.
+
+        Args:
+            receipts: that were kept elsewhere, to be compared with the ledger's own.
 
         Returns:
             {"ok": bool, "problems": [sentences that name what is wrong], "checked": {what: how many}, "unfinished":
@@ -164,7 +167,7 @@ class Ledger(LedgerFinish):
         """
         from pymape.s3t.ledger_verify import verify
 
-        return verify(self)
+        return verify(self, receipts)
 
     def audit_log(self) -> list[AuditEntry]:
         """All rows of the audit log."""

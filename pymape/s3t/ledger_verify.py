@@ -6,10 +6,10 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pymape.s3t.ledger_requests import names_digest
+from pymape.s3t.ledger_requests import STATES, names_digest
 from pymape.s3t.ledger_stages import StageRow, deepest
 from pymape.s3t.stages import row_digest, unpack_stage
 
@@ -22,13 +22,14 @@ _PAGE = 1000  # records read at a time, so that a writer is not kept waiting
 _SETTLE_SECONDS = 1.0  # what lies around for longer is not just being written
 
 
-def verify(ledger: Ledger) -> dict[str, Any]:
+def verify(ledger: Ledger, receipts: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
     """Check database, audit log, records, requests, stages and files.
 
     Another process may write meanwhile: what it ends between two looks is no problem.
 
     Args:
         ledger: open in either mode.
+        receipts: that were kept elsewhere, to be compared with the ledger's own.
 
     Returns:
         {"ok": bool, "problems": [sentences that name what is wrong], "checked": {what: how many}, "unfinished":
@@ -42,6 +43,8 @@ def verify(ledger: Ledger) -> dict[str, Any]:
         "stages": _stages,
         "files": _files,
     }
+    if receipts:
+        checks["receipts"] = lambda ledger: _kept(ledger, receipts)
     problems: list[str] = []
     checked = {}
     for name, check in checks.items():
@@ -126,6 +129,29 @@ def _requests(ledger: Ledger) -> tuple[int, list[str]]:
         if states != reached.get(name, set()):
             problems.append(f"request {name!r} is in another state than the audit log says")
     return len(stored), problems
+
+
+def _kept(ledger: Ledger, receipts: Sequence[Mapping[str, Any]]) -> tuple[int, list[str]]:
+    """Receipts from elsewhere agree with the ledger, which nobody has set back to an older state then."""
+    with ledger.snapshot():
+        own = {receipt["request"]: receipt for receipt in ledger.requests()}
+    found = (_difference(receipt, own.get(receipt["request"])) for receipt in receipts)
+    return len(receipts), [problem for problem in found if problem]
+
+
+def _difference(receipt: Mapping[str, Any], own: Mapping[str, Any] | None) -> str | None:
+    """How the ledger contradicts a receipt; what happened to a request after the receipt was given does not."""
+    name = f"request {receipt['request']!r}"
+    why = "the folder is an older copy put back, or another system's"
+    if own is None:
+        return f"{name} has a receipt, and the ledger does not know it: {why}"
+    for state in STATES:
+        if receipt.get(state) and receipt[state] != own.get(state):
+            return f"{name} was {state} at {receipt[state]} by its receipt, the ledger has {own.get(state)}: {why}"
+    for field in own.keys() - {*STATES, "state", "revoked"}:
+        if receipt.get(field) != own[field]:
+            return f"{name} has another {field} in its receipt than in the ledger: {why}"
+    return None
 
 
 def _stages(ledger: Ledger) -> tuple[int, list[str]]:

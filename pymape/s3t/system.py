@@ -299,7 +299,7 @@ class S3T:
         rate = self._ledger.request_rate() if rate is None else rate
         return forecast(self._ledger.live_prefixes(), self._ledger.counts(), rate=rate, **options)
 
-    def verify(self, *, replay: bool = False) -> dict[str, Any]:
+    def verify(self, *, replay: bool = False, receipts: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
         """Check everything that can be checked.
 
         Audit chain, database, checksum and provenance of every stage file, agreement of provenance with the records
@@ -308,11 +308,19 @@ class S3T:
 
         Args:
             replay: also train one served stage again and compare bit by bit.
+            receipts: what `delete` or `receipt` gave, kept outside the folder. Without one, nothing tells an older copy
+                of the whole folder that was put back.
 
         Returns:
             {"ok": bool, "problems": [sentences], "checked": {...}, "unfinished": [sentences: what `finish` has to do]}.
+
+        Raises:
+            ValueError: something that is no receipt.
         """
-        report = self._ledger.verify()
+        for receipt in receipts:
+            if not isinstance(receipt, Mapping) or not {"request", "audit"} <= receipt.keys():
+                raise ValueError(f"receipts must be what delete gave, got {str(receipt)[:80]!r}")
+        report = self._ledger.verify(receipts)
         report["problems"] += other_options(self._ledger, self.config)
         if replay:
             try:
