@@ -98,6 +98,7 @@ def parts(arch: str, place: Path) -> list[Part]:
         *(_benchmark(name, place) for name in BENCHMARKS if name in aimed_at),
         _sanitizer("memcheck", (*pytest, _OPERATORS, "-k", "tiny"), place, search),
         Part("models", (*pytest, *workers, *_MODEL_TESTS, "-k", "gpu"), place / source_digest("tests"), search),
+        Part("s3t", (*pytest, "tests/test_s3t_gpu.py"), place / source_digest("tests"), search, needs="peft"),
         *(_benchmark(name, place) for name in BENCHMARKS if name not in aimed_at),
         _sanitizer("racecheck", (*pytest, _OPERATORS, "-k", "tiny"), place, search),
     ]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from s3t_tools import make_job, make_records, options, parts, write_base
 
 from pymape.s3t.config import S3TConfig
@@ -188,6 +189,9 @@ def test_stage_of_a_killed_worker_is_trained_again_and_lands_once(tmp_path: Path
         killer.start()
         found = sorted(results(engine))
         killer.join()
+        numbers = [worker.number for worker in engine._started]
+        assert len(set(numbers)) == len(numbers)
+        assert set(numbers) <= {0, 1}
     assert found == [(shard, bytes([shard]) + (b"hang" if shard == 1 else b"")) for shard in range(4)]
     assert [len(noted(tmp_path, shard)) for shard in range(4)] == [1, 2, 1, 1]
 
@@ -289,3 +293,31 @@ def test_engines_by_name() -> None:
         LocalEngine(-1)
     with pytest.raises(ValueError, match="address must be given with the engine 'ray' only"):
         make_engine("local", address="head:6379")
+
+
+def visible_gpus(job: StageJob) -> bytes:
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "all").encode()
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(None, {"0", "1"}), ("5,GPU-7", {"5", "GPU-7"})])
+def test_every_worker_has_one_of_several_gpus(
+    visible: str | None, expected: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with make_engine("local", device="cuda") as engine:
+        assert engine.workers == 2
+        for shard in range(2):
+            engine.submit(job(shard))
+        assert {worker.number for worker in engine._started} == {0, 1}  # type: ignore[attr-defined]
+    with LocalEngine(3, visible_gpus) as engine:
+        for shard in range(3):
+            engine.submit(job(shard))
+        found = [engine.wait()[1] for _ in range(3)]
+    assert {result.decode() for result in found if isinstance(result, bytes)} == expected
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with make_engine("local", device="cuda") as engine:
+        assert engine.workers == 1  # which says that there is no GPU

@@ -135,6 +135,10 @@ def test_connections(cluster: Any) -> None:
         large.config.stage.threads = 3
         with pytest.raises(ValueError, match=r"stage.threads must be at most 1, the CPUs of the largest node, got 3"):
             engine.submit(large)
+        on_gpu = job(0)
+        on_gpu.config.stage.device = "cuda"
+        with pytest.raises(ValueError, match=r"stage\.device must be 'cpu' on a cluster without a GPU, got 'cuda'"):
+            engine.submit(on_gpu)
         engine.submit(job(0))
     assert ray.is_initialized()  # it was before
     with pytest.raises(RuntimeError, match="closed"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -40,7 +41,7 @@ from pymape.s3t.adapters import SlicedAdapters, load_base
 from pymape.s3t.config import LoraConfig, S3TConfig, StageConfig
 from pymape.s3t.rows import RecordCheck, stack_rows
 from pymape.s3t.stages import Provenance, StageKey, decode_row, encode_row, pack_stage, unpack_stage
-from pymape.s3t.training import StageJob, config_digest, stage_seed, train_stage
+from pymape.s3t.training import StageJob, config_digest, environment, stage_seed, train_stage
 
 
 @pytest.fixture
@@ -393,5 +394,47 @@ def test_seed_and_digest() -> None:
     ):
         assert config_digest(same) == config_digest(config)
     for name, value in dataclasses.asdict(config.stage).items():
-        changed = dataclasses.replace(config, stage=dataclasses.replace(config.stage, **{name: value + 1}))
+        other = "cuda" if name == "device" else value + 1
+        changed = dataclasses.replace(config, stage=dataclasses.replace(config.stage, **{name: other}))
         assert config_digest(changed) != config_digest(config)
+
+
+def test_options_of_systems_that_knew_no_device_keep_their_digest() -> None:
+    config = S3TConfig("m", slices=3, stage=StageConfig(threads=2, lr=0.5), lora=LoraConfig(r=4))
+    assert config_digest(config) == "d7b5739e69198a88e54a7c3ea115cd3d03c2c59d60dd616f151c1ec20bf73f26"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(bert: tuple[S3TConfig, Slices]) -> None:
+    config, slices = bert
+    config = options(config.model, stage=dataclasses.replace(config.stage, device="cuda"))
+    with pytest.raises(ValueError, match=r"stage\.device must be 'cpu' on a machine without a GPU, got 'cuda'"):
+        train_chain(config, (0,), slices)
+
+
+def test_on_a_gpu_what_has_no_deterministic_algorithm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+
+    def state() -> tuple[bool, ...]:
+        cudnn = torch.backends.cudnn
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        warns = torch.is_deterministic_algorithms_warn_only_enabled()
+        return deterministic, warns, cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
+
+    before = state()
+    with contextlib.suppress(ZeroDivisionError), training._deterministic_gpu() as number:
+        assert number == 3
+        assert state() == (True, False, True, False, False)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        raise ZeroDivisionError
+    assert state() == before
+
+
+def test_the_environment_names_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    own, other = environment("cpu"), environment("cuda")
+    assert own["device"] == "cpu"
+    assert other["device"] == "Some GPU"
+    assert other.keys() - own.keys() == {"cuda", "cudnn"}

@@ -90,6 +90,13 @@ class SlicedAdapters:
         self.model.requires_grad_(False).eval()
         self.set_depth(0)
 
+    def to(self, device: str) -> SlicedAdapters:
+        """Move the base and all adapters, those that are bypassed too."""
+        self.model.to(device)
+        for lora in self._lora_layers.values():
+            lora.to(device)
+        return self
+
     def group(self, stage: int) -> list[int]:
         """Indices of the layers that stage 1 ... L trains, rising."""
         if not 1 <= stage <= self.slices:

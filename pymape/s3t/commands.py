@@ -65,7 +65,7 @@ def train(
     Args:
         folder: the system's folder.
         engine: "local" worker processes, "inline" in this process, or "ray".
-        workers: stages trained at the same time; default: as many as there are CPUs.
+        workers: stages trained at the same time; default: as many as there are CPUs, or GPUs.
         address: of a Ray cluster; default: one is started here.
         cache: keep hidden states of frozen layers on disk while training.
     """
@@ -87,7 +87,7 @@ def repair(
     Args:
         folder: the system's folder.
         engine: "local" worker processes, "inline" in this process, or "ray".
-        workers: stages trained at the same time; default: as many as there are CPUs.
+        workers: stages trained at the same time; default: as many as there are CPUs, or GPUs.
         address: of a Ray cluster; default: one is started here.
         cache: keep hidden states of frozen layers on disk while training.
     """

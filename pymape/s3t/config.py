@@ -43,6 +43,8 @@ class StageConfig:
         weight_decay: of AdamW.
         max_grad_norm: gradients are clipped to this norm; inf: never.
         threads: of every operation. Bits depend on it, so it is recorded and set.
+        device: "cpu" or "cuda". Bits depend on it too, and on the kind of GPU. On one, torch's deterministic algorithms
+            are used; an operation that has none is refused.
     """
 
     epochs: int = 3
@@ -52,6 +54,7 @@ class StageConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     threads: int = 1
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 @dataclass
@@ -133,6 +136,8 @@ def check_config(config: S3TConfig) -> None:
     for name, (value, lowest) in least.items():
         if value < lowest:
             raise ValueError(f"{name} must be at least {lowest}, got {value}")
+    if stage.device not in ("cpu", "cuda"):
+        raise ValueError(f"stage.device must be 'cpu' or 'cuda', got {stage.device!r}")
     if config.prior is not None and len(config.prior) != config.slices:
         raise ValueError(f"prior must hold a probability for each of {config.slices} slices, got {config.prior}")
     if not 0 <= config.lora.dropout < 1:

@@ -18,6 +18,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Literal, Protocol
 
+import torch
+
 from pymape.s3t.training import StageJob, train_stage
 
 __all__ = [
@@ -157,7 +159,7 @@ class LocalEngine:
     """Worker processes on this machine, each training one stage at a time and keeping the base model loaded.
 
     A worker that dies is replaced, and its stage trained again. No worker outlives this process, not even one that was
-    killed. Methods are to be called from one thread at a time.
+    killed. Of several GPUs each has its own, in turn. Methods are to be called from one thread at a time.
 
     Args:
         workers: number of processes.
@@ -233,7 +235,8 @@ class LocalEngine:
             if worker is None:
                 if len(self._started) == self.workers:
                     return
-                worker = _Worker(self._work)
+                taken = {worker.number for worker in self._started}
+                worker = _Worker(self._work, min(set(range(self.workers)) - taken))
                 self._started.append(worker)
             worker.give(self._queue.popleft())
 
@@ -241,13 +244,16 @@ class LocalEngine:
 class _Worker:
     """A process that runs `serve`, and the task that it has."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, number: int) -> None:
+        self.number = number
         self.task: Task | None = None
         self._ready = False
         self.connection, other = Pipe()
         with other:
             command = [sys.executable, "-c", _WORKER, str(other.fileno()), str(os.getpid())]
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[other.fileno()])
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, pass_fds=[other.fileno()], env=os.environ | _own_gpu(number)
+            )
         self._send(sys.path)
         self._send(work)
 
@@ -286,6 +292,16 @@ class _Worker:
     def _send(self, value: object) -> None:
         with contextlib.suppress(OSError):  # the process is dead: `receive` finds out
             self.connection.send(value)
+
+
+def _own_gpu(number: int) -> dict[str, str]:
+    """The environment that leaves a worker one of several GPUs."""
+    count = torch.cuda.device_count()
+    if count < 2:
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(place) for place in range(count)]
+    return {"CUDA_VISIBLE_DEVICES": names[number % count]}
 
 
 def serve(connection: Connection, parent: int) -> None:
@@ -339,14 +355,18 @@ def require_pending(engine: Engine) -> None:
 
 
 def make_engine(
-    name: Literal["local", "inline", "ray"], workers: int | None = None, address: str | None = None
+    name: Literal["local", "inline", "ray"],
+    workers: int | None = None,
+    address: str | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
 ) -> Engine:
     """The engine of a name.
 
     Args:
         name: "local" (worker processes), "inline" (this process) or "ray".
-        workers: stages trained at the same time; default: as many as there are CPUs.
+        workers: stages trained at the same time; default: as many as there are CPUs, or GPUs.
         address: of a Ray cluster; default: a Ray started on this machine for as long as the engine is open.
+        device: that the stages are trained on.
 
     Raises:
         ValueError: another name, no workers, or an address for an engine that has none.
@@ -359,11 +379,12 @@ def make_engine(
     if name == "inline":
         return InlineEngine()
     if name == "local":
-        return LocalEngine(workers or len(os.sched_getaffinity(0)))
+        most = torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
+        return LocalEngine(workers or max(1, most))
     if name == "ray":
         from pymape.s3t.engine_ray import RayEngine
 
-        return RayEngine(workers, address)
+        return RayEngine(workers, address, device=device)
     raise ValueError(f"engine must be 'local', 'inline' or 'ray', got {name!r}")
 
 

@@ -11,7 +11,7 @@ import shutil
 import socket
 import tempfile
 from collections import deque
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,20 +28,21 @@ __all__ = ["RayEngine"]
 
 
 class RayEngine:
-    """Trains stages as tasks of a Ray cluster, each on as many CPUs as `config.stage.threads` says.
+    """Trains stages as tasks of a Ray cluster, each on as many CPUs as `config.stage.threads` says, and one GPU if any.
 
     A stage whose worker or node is lost is trained again elsewhere. What Ray stores in shared memory and, when that is
     full, in files is encrypted with a key that is used once and known only to this process and the worker, so nothing
     readable of a record is left there. docs/s3t_workers.md says what all nodes need to have in common.
 
     Args:
-        workers: stages trained at the same time at most; default: as many as the cluster has CPUs.
+        workers: stages trained at the same time at most; default: as many as the cluster has CPUs, or GPUs.
         address: of the cluster, for instance "head:6379"; default: the one this process is connected to, or else a Ray
             on this machine, which ends with the engine.
         temp_dir: where a Ray on this machine keeps its sockets and logs, in a folder removed at the end; default: the
             system's. Sockets forbid long paths.
         shared_cache: the system's folder is the same folder on all nodes, so that they may use its prefix cache.
             Otherwise they must not: deletions could not erase what they keep.
+        device: that the stages are trained on.
         work: what trains a stage; a function that the nodes can import.
 
     Raises:
@@ -56,12 +57,13 @@ class RayEngine:
         *,
         temp_dir: str | None = None,
         shared_cache: bool = False,
+        device: Literal["cpu", "cuda"] = "cpu",
         work: Work = train_stage,
     ) -> None:
         if workers is not None and workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}")
         self.reaches_cache = shared_cache
-        self._most, self._work = workers, work
+        self._most, self._work, self._resource = workers, work, "GPU" if device == "cuda" else "CPU"
         self._queue: deque[Task] = deque()
         self._running: dict[Any, tuple[Task, bytes]] = {}
         self._closed = self._connected = False
@@ -92,7 +94,7 @@ class RayEngine:
 
     @property
     def workers(self) -> int:
-        return self._most or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        return self._most or max(1, int(ray.cluster_resources().get(self._resource, 1)))
 
     @property
     def pending(self) -> int:
@@ -102,13 +104,15 @@ class RayEngine:
         """Take a stage; returns at once.
 
         Raises:
-            ValueError: no node has as many CPUs as the stage needs threads.
+            ValueError: no node has as many CPUs as the stage needs threads, or the GPU that it needs.
         """
         require_open(self._closed)
         threads = job.config.stage.threads
         most = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
         if threads > most:
             raise ValueError(f"stage.threads must be at most {most:g}, the CPUs of the largest node, got {threads}")
+        if job.config.stage.device == "cuda" and not ray.cluster_resources().get("GPU"):
+            raise ValueError("stage.device must be 'cpu' on a cluster without a GPU, got 'cuda'")
         self._queue.append(Task(job))
         self._distribute()
 
@@ -149,7 +153,9 @@ class RayEngine:
             task = self._queue.popleft()
             # Lost workers are counted here: Ray itself would run a stage that takes too much memory again without end,
             # and keep its rows for as long as the result is referred to.
-            remote = ray.remote(num_cpus=task.job.config.stage.threads, max_retries=0)(_train)
+            stage = task.job.config.stage
+            gpus = int(stage.device == "cuda")
+            remote = ray.remote(num_cpus=stage.threads, num_gpus=gpus, max_retries=0)(_train)
             key = secrets.token_bytes(32)
             job = _encrypt(pickle.dumps(task.job), key, "job")
             self._running[remote.remote(self._work, job, key)] = task, key

@@ -169,7 +169,7 @@ def train_planned(
     load_base(config.model, config.labels, ledger.base)  # what every worker would refuse is refused before they start
     done = {"trained": 0, "discarded": 0}
     failure: BaseException | None = None
-    chosen = make_engine(engine, workers=workers, address=address) if isinstance(engine, str) else engine
+    chosen = make_engine(engine, workers, address, config.stage.device) if isinstance(engine, str) else engine
     folder = str(ledger.folder / CACHE) if cache and chosen.reaches_cache else None
     submitted: set[StageKey] = set()
     open_jobs: set[StageKey] = set()

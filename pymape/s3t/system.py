@@ -146,7 +146,7 @@ class S3T:
 
         Args:
             engine: "local" (worker processes), "inline" (this process), "ray", or an engine of your own.
-            workers: stages trained at the same time; default: as many as there are CPUs.
+            workers: stages trained at the same time; default: as many as there are CPUs, or GPUs.
             address: of the Ray cluster; default: one started for this training.
             cache: keep hidden states of the frozen layers below a stage on disk (same bits, less time). Under Ray only
                 with an engine of your own that says that its nodes share the folder.

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import platform
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor
 from pymape.forward import unlabelled
 from pymape.losses import check_labels, per_sample_loss
 from pymape.s3t.adapters import SlicedAdapters, load_base
-from pymape.s3t.config import S3TConfig
+from pymape.s3t.config import S3TConfig, StageConfig
 from pymape.s3t.rows import stack_rows
 from pymape.s3t.stages import Provenance, StageKey, decode_row, pack_stage, row_digest, slice_digest, unpack_stage
 from pymape.s3t.states import StageStates, full_batch
@@ -103,12 +104,15 @@ def stage_seed(master: int, key: StageKey) -> int:
 
 def config_digest(config: S3TConfig) -> str:
     """sha256 over the options that a stage's bits depend on, beside the base and the seed."""
+    stage = dataclasses.asdict(config.stage)
+    if stage["device"] == "cpu":
+        del stage["device"]  # systems made before there was a choice have the same digest
     content = {
         "slices": config.slices,
         "layers_per_slice": config.layers_per_slice,
         "labels": config.labels,
         "lora": dataclasses.asdict(config.lora),
-        "stage": dataclasses.asdict(config.stage),
+        "stage": stage,
     }
     # 16 and 16.0 are one option.
     text = json.dumps(json.loads(json.dumps(content), parse_int=float), sort_keys=True)
@@ -133,13 +137,15 @@ def train_stage(job: StageJob, *, progress: Callable[[int, int], None] | None = 
 
     Raises:
         ValueError: rows, parents, options or base that are not those of the provenance, a record that the model cannot
-            be trained on, a loss that is no longer finite, or something frozen that changed.
+            be trained on, a loss that is no longer finite, something frozen that changed, or no GPU where one is
+            asked for.
+        RuntimeError: on a GPU, an operation that has no deterministic algorithm.
 
     Source: S3T (arXiv 2406.16257), section 3.2 and algorithm 1.
     """
     global _loaded
     key, stage = job.provenance.key, job.config.stage
-    with _LOCK, _surroundings(stage.threads):
+    with _LOCK, _surroundings(stage):
         parents = _checked_parents(job)
         adapters = _adapters(job)
         loaded, _loaded = _loaded, None  # if anything fails from here on, the next stage loads the base anew
@@ -149,18 +155,23 @@ def train_stage(job: StageJob, *, progress: Callable[[int, int], None] | None = 
         if adapters.base_hash() != job.provenance.base:
             raise ValueError(f"base must stay frozen, got one that changed while stage {key.name} was trained")
         _loaded = loaded
-        return pack_stage(tensors, dataclasses.replace(job.provenance, environment=environment()))
+        return pack_stage(tensors, dataclasses.replace(job.provenance, environment=environment(stage.device)))
 
 
-def environment() -> dict[str, str]:
-    """What the bits of a computation depend on beside its inputs."""
+def environment(device: str) -> dict[str, str]:
+    """What the bits of a computation on a device depend on beside its inputs."""
+    libraries = {}
+    if device == "cuda":
+        libraries = {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+        device = torch.cuda.get_device_name()
     return {
         "python": platform.python_version(),
         **{package: version(package) for package in ("torch", "transformers", "peft")},
         "threads": str(torch.get_num_threads()),
         "processor": _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "device": "cpu",
+        "device": device,
+        **libraries,
     }
 
 
@@ -179,7 +190,7 @@ def _train(adapters: SlicedAdapters, job: StageJob, progress: Callable[[int, int
     names = [name for rows in job.rows for name, _ in rows]
     data = stack_rows(adapters.base, [decode_row(row) for rows in job.rows for _, row in rows], stage.max_length)
     check_labels(adapters.base, data, names)
-    forward = _forward(adapters, job.cache, names, data, stage.batch_size)
+    forward = _forward(adapters, job.cache, names, data, stage)
     optimizer = torch.optim.AdamW(trained.values(), lr=stage.lr, weight_decay=stage.weight_decay, fused=True)
     batches = -(-len(names) // stage.batch_size)
     steps = stage.epochs * batches
@@ -189,7 +200,8 @@ def _train(adapters: SlicedAdapters, job: StageJob, progress: Callable[[int, int
         start = step % batches * stage.batch_size
         counting = order[start : start + stage.batch_size]
         rows = full_batch(counting, stage.batch_size)
-        losses = per_sample_loss(adapters.base, {name: value[rows] for name, value in data.items()}, forward(rows))
+        batch = {name: value[rows].to(stage.device) for name, value in data.items()}
+        losses = per_sample_loss(adapters.base, batch, forward(rows))
         loss = losses[: len(counting)].mean()
         if not torch.isfinite(loss):
             raise ValueError(
@@ -212,15 +224,16 @@ def _train(adapters: SlicedAdapters, job: StageJob, progress: Callable[[int, int
 
 
 def _forward(
-    adapters: SlicedAdapters, cache: str | None, names: Sequence[str], data: dict[str, Tensor], batch_size: int
+    adapters: SlicedAdapters, cache: str | None, names: Sequence[str], data: dict[str, Tensor], stage: StageConfig
 ) -> Callable[[Tensor], Any]:
     """What computes the model's outputs for some records, [B] rows."""
-    inputs: dict[str, Any] = unlabelled(data)
+    inputs = {name: value.to(stage.device) for name, value in unlabelled(data).items()}
     options = {"use_cache": False} if "use_cache" in signature(adapters.base.forward).parameters else {}
     if cache is None or adapters.first_layer(adapters.depth) == 0:
         return lambda rows: adapters.base(**{name: value[rows] for name, value in inputs.items()}, **options)
-    facts = json.dumps([environment(), {name: [batch_size, *value.shape[1:]] for name, value in data.items()}])
-    return StageStates(adapters, cache, names, inputs | options, batch_size, facts).run
+    shapes = {name: [stage.batch_size, *value.shape[1:]] for name, value in data.items()}
+    facts = json.dumps([environment(stage.device), shapes])
+    return StageStates(adapters, cache, names, inputs | options, stage.batch_size, facts).run
 
 
 def _rate(step: int, steps: int) -> float:
@@ -281,33 +294,49 @@ def _adapters(job: StageJob) -> SlicedAdapters:
     global _loaded
     config, expected = job.config, job.provenance.base
     lora = dataclasses.asdict(config.lora)
-    which = json.dumps([expected, config.labels, config.slices, config.layers_per_slice, lora])
+    which = json.dumps([expected, config.labels, config.slices, config.layers_per_slice, lora, config.stage.device])
     if _loaded is None or _loaded[0] != which:
         _loaded = None  # before the next one needs the memory
-        adapters = SlicedAdapters(load_base(config.model, config.labels, expected), config)
+        adapters = SlicedAdapters(load_base(config.model, config.labels, expected), config).to(config.stage.device)
         _loaded = which, adapters
     return _loaded[1]  # if it has changed since it was loaded, the check after training finds out
 
 
 @contextlib.contextmanager
-def _surroundings(threads: int) -> Iterator[None]:
+def _surroundings(stage: StageConfig) -> Iterator[None]:
     """Everything of the process that bits depend on, set, and put back afterwards."""
     before = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.get_default_dtype()
-    modes = torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False)
-    try:
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision("highest")
-        torch.set_default_dtype(torch.float32)
-        with contextlib.ExitStack() as stack:
-            for mode in (*modes, torch.random.fork_rng(devices=[])):
+    with contextlib.ExitStack() as stack:
+        gpus = [stack.enter_context(_deterministic_gpu())] if stage.device == "cuda" else []
+        modes = torch.inference_mode(False), torch.enable_grad(), torch.autocast(stage.device, enabled=False)
+        try:
+            torch.set_num_threads(stage.threads)
+            torch.set_float32_matmul_precision("highest")
+            torch.set_default_dtype(torch.float32)
+            for mode in (*modes, torch.random.fork_rng(devices=gpus)):
                 stack.enter_context(mode)
             if torch.get_default_device().type != "cpu":
                 stack.enter_context(torch.device("cpu"))  # not always: it costs time in every operation
             yield
+        finally:
+            torch.set_num_threads(before[0])
+            torch.set_float32_matmul_precision(before[1])
+            torch.set_default_dtype(before[2])
+
+
+@contextlib.contextmanager
+def _deterministic_gpu() -> Iterator[int]:
+    """The number of the present GPU, on which every operation gives the same bits again, or is refused."""
+    if not torch.cuda.is_available():
+        raise ValueError("stage.device must be 'cpu' on a machine without a GPU, got 'cuda'")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; torch refuses products without
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False):
+            yield torch.cuda.current_device()
     finally:
-        torch.set_num_threads(before[0])
-        torch.set_float32_matmul_precision(before[1])
-        torch.set_default_dtype(before[2])
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _processor() -> str:
