@@ -75,6 +75,7 @@ def test_what_is_left_after_a_deletion_is_what_training_without_it_gives(tmp_pat
         assert system.verify(replay=True)["problems"] == []
         logits = system.ensemble().to("cuda")(**_batch(records[1:5])).logits
         assert logits.is_cuda
+        assert 0 <= system.evaluate(make_records("bert", 8, seed=1))["accuracy"] <= 100
 
 
 def _batch(records: list) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from pymape.batching import bare_record
@@ -358,12 +359,16 @@ class S3T:
     ) -> dict[str, Any]:
         """Accuracy of the ensemble and of every live shard on records that are in no slice.
 
+        It runs where the stages are trained, on the CPU where that is a GPU that is not there.
+
         Args:
             records: as for `ingest`; ids are optional, subjects are not looked at.
             combination: as `ensemble`.
             batch_size: records a forward pass.
         """
         model = self.ensemble(combination)
+        if self.config.stage.device == "cuda" and torch.cuda.is_available():
+            model.to("cuda")
         scores = model.score([_fields(record) for record in records], batch_size=batch_size)
         return {"records": len(records), "combination": combination, "live_shards": list(model.shards), **scores}
 
