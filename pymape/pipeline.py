@@ -66,6 +66,13 @@ class Data:
     test: list[Record]
     unseen: list[Record]  # what the forget records are held against
 
+    def __post_init__(self) -> None:
+        """Refuse the training records as unseen ones; some texts may well stand in both."""
+        known = {tuple(record["input_ids"]) for record in (*self.forget, *self.retain)}
+        if self.unseen and all(tuple(record["input_ids"]) in known for record in self.unseen):
+            count = len(self.unseen)
+            raise ValueError(f"data.unseen must hold records of its own, got {count} that are all in data.path too")
+
     @property
     def sets(self) -> dict[str, list[Record]]:
         return {"forget": self.forget, "retain": self.retain} | ({"test": self.test} if self.test else {})
