@@ -327,9 +327,8 @@ def test_training_records_are_no_unseen_ones(files: Path, tmp_path: Path, capsys
     unseen.write_text("\n".join([header, *rows[5:9]]))
     line = _refused(_config(files, output, **options), output, capsys)
     assert "data.unseen must hold records of its own, got 4 that are all in data.path too" in line
-    unseen.write_text(
-        "\n".join([header, *rows[5:9], "new,w1 w2 w3 w4 w5 w6 w7 w8 w9,1"])
-    )  # texts that stand in both are no reason to refuse all
+    # Texts that stand in both are no reason to refuse all.
+    unseen.write_text("\n".join([header, *rows[5:9], "new,w1 w2 w3 w4 w5 w6 w7 w8 w9,1"]))
     _run(_config(files, output, **options), output)
 
 
