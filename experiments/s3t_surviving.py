@@ -3,7 +3,7 @@
     python experiments/s3t_surviving.py digits --work work
     python experiments/s3t_surviving.py sst2 --work work --model MiniLM --train train.tsv --validation dev.tsv \
         --test test.tsv
-    python experiments/s3t_surviving.py page --work work
+    python experiments/s3t_surviving_page.py --work work
 
 A shard of four slices is trained by S3T with the sequences of a chain cover (B = 6) and with cyclic ones (B = 6 and 4),
 and by SISA with as many checkpoints as need at least the bytes of the chain cover's stages. For each of the 15 nonempty
@@ -15,7 +15,7 @@ training alone.
 SISA's slices are others than S3T's, so a deletion is one of records: one random record of each slice that does not
 survive. What SISA keeps depends on the records; its figures are exact expectations over them.
 
-An interrupted run continues in its --work folder. `page` writes `s3t.md` and `s3t.json` into --output.
+An interrupted run continues in its --work folder.
 """
 
 from __future__ import annotations
@@ -72,13 +72,10 @@ TASKS: dict[str, dict[str, Any]] = {
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in (*TASKS, "page"):
+    for name in TASKS:
         command = commands.add_parser(name, allow_abbrev=False)
         command.add_argument("--work", required=True, help="folder of what is done so far, kept")
-        if name == "page":
-            command.add_argument("--output", default="docs/results", help="folder of the tables")
-        else:
-            command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+        command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
         if name == "sst2":
             command.add_argument("--model", required=True, help="folder of a pretrained encoder and its tokenizer")
             command.add_argument("--train", required=True, help="text TAB label lines without a header")
@@ -233,11 +230,6 @@ def main() -> None:
     arguments = options()
     work = Path(arguments.work)
     work.mkdir(parents=True, exist_ok=True)
-    if arguments.command == "page":
-        from s3t_surviving_page import write
-
-        write(work, Path(arguments.output))
-        return
     torch.set_num_threads(1)  # as the stages are trained
     begun = {name: value for name, value in vars(arguments).items() if name not in ("command", "work", "seeds")}
     begun |= {name: os.path.basename(value) for name, value in begun.items() if isinstance(value, str)}

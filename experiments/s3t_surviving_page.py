@@ -1,7 +1,13 @@
-"""The tables of `s3t_surviving.py`, from what its runs left in their work folder."""
+"""The tables of `s3t_surviving.py`, from what its runs left in their work folder.
+
+    python experiments/s3t_surviving_page.py --work work
+
+It writes `s3t.md` and `s3t.json` into --output.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -208,3 +214,15 @@ def write(work: Path, output: Path) -> None:
     with atomic_write(output / "s3t.md") as path:
         path.write_text(content, encoding="utf-8")
     print(content)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--work", type=Path, required=True, help="folder of finished runs")
+    parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder of the tables")
+    arguments = parser.parse_args()
+    write(arguments.work, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
