@@ -162,16 +162,26 @@ def test_a_benchmark_for_another_device_is_refused() -> None:
     assert "--device must be cpu for threads, got cuda" in result.stderr
 
 
-def test_a_misspelt_option_is_refused_and_of_all_what_no_benchmark_takes() -> None:
-    for op, arguments, unknown in (
+@pytest.mark.parametrize(
+    ("op", "arguments", "unknown"),
+    [
         ("threads", ["--treads", "1"], "--treads 1"),
         ("module_scores", ["--layers", "2"], "--layers 2"),
         ("all", ["--samples", "2", "--treads"], "--treads"),
-    ):
-        command = [sys.executable, "-m", "benchmarks", op, *arguments]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert result.returncode == 2
-        assert result.stderr.endswith(f"error: unrecognized arguments: {unknown}\n")
+    ],
+)
+def test_a_misspelt_option_is_refused_and_of_all_what_no_benchmark_takes(
+    op: str,
+    arguments: list[str],
+    unknown: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", op, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        run_benchmark()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: unrecognized arguments: {unknown}\n")
 
 
 def test_importance_is_checked_against_the_reference_on_a_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
