@@ -27,10 +27,6 @@ DEVICE = "cpu"
 STEPS: dict[str, Callable[..., Any]] = {"masked gradients": dense_step, "partial": partial_step}
 
 
-def add_options(parser: argparse.ArgumentParser, device: str) -> None:
-    parser.add_argument("--models", nargs="+", choices=sorted(LAYERS["cuda"]), default=sorted(LAYERS["cuda"]))
-
-
 def run(report: Report, options: argparse.Namespace) -> None:
     report.notes += [
         "the sizes of `bench_partial` on a GPU: 8 x 512 tokens, budget 10 %, bf16, fused AdamW; the second step of two",
@@ -38,15 +34,18 @@ def run(report: Report, options: argparse.Namespace) -> None:
         "gradients; peak GB: the most that lives at a time; TFLOP: of the products of a step, attention included",
         "checkpointed: activations inside the layers are computed anew in the backward pass, in both kinds of steps",
     ]
-    for name in options.models:
-        for suffix in ("", CHECKPOINTED):
-            report.add(count(name, LAYERS["cuda"][name], suffix))
+    for suffix in ("", CHECKPOINTED):
+        report.add(count(LAYERS["cuda"]["llama"], suffix))
 
 
-def count(name: str, layers: int, suffix: str = "") -> list[Case]:
-    """Both kinds of steps, as cases without times."""
+def count(layers: int, suffix: str = "") -> list[Case]:
+    """Both kinds of steps, as cases without times.
+
+    Of `bench_partial`'s models the Llama alone: BERT's dropout makes torch take another attention on a CPU, which keeps
+    all probabilities.
+    """
     cases = [
-        Case(f"{name} {layers} layers{suffix}", kind, figures=figures_of_step(make_step, name, layers, bool(suffix)))
+        Case(f"llama {layers} layers{suffix}", kind, figures=figures_of_step(make_step, layers, bool(suffix)))
         for kind, make_step in STEPS.items()
     ]
     dense, ours = (case.figures for case in cases)
@@ -54,14 +53,14 @@ def count(name: str, layers: int, suffix: str = "") -> list[Case]:
     return cases
 
 
-def figures_of_step(make_step: Callable[..., Any], name: str, layers: int, checkpointed: bool) -> dict[str, float]:
+def figures_of_step(make_step: Callable[..., Any], layers: int, checkpointed: bool) -> dict[str, float]:
     fake = FakeTensorMode(allow_non_fake_inputs=True)  # masks and their indices are real
     with fake:
-        model = make_model(name, layers, "cuda", on="cpu")
+        model = make_model("llama", layers, "cuda", on="cpu")
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     # No mask of ones: a GPU step finds that it hides nothing, which takes data.
-    batch = {key: fake.from_tensor(x) for key, x in make_batch(name, "cuda", on="cpu").items() if key[0] != "a"}
+    batch = {key: fake.from_tensor(x) for key, x in make_batch("llama", "cuda", on="cpu").items() if key[0] != "a"}
     # The digest for a delta file reads the weights.
     with (
         mock.patch("pymape.partial.inside_digest", return_value=""),

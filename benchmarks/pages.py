@@ -8,7 +8,6 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -198,16 +197,16 @@ def gpu_page(reports: Mapping[str, Mapping[str, Any]]) -> str:
         machines = [report["machine"] for report in reports.values()]
         gpus, torches, commits = (", ".join(dict.fromkeys(m[n] for m in machines)) for n in ("gpu", "torch", "commit"))
         where = f"Measured on {gpus}, torch {torches}, commit {commits}."
-    kept, anew = (case["figures"] for case in _partial_peak("llama*", "partial"))
+    kept, anew = (case["figures"] for case in _partial_peak("partial"))
     shown = {"kept": kept["x peak"], "anew": anew["x peak"], "work": kept["x TFLOP"], "bound": 1 / kept["x TFLOP"]}
     partial = _PARTIAL.format(**{name: f"{value:.2f}" for name, value in shown.items()})
     return f"{_GPU}\n{where}\n\n{targets.table(reports)}\n{_OPEN.format(partial=partial)}\n"
 
 
-def _partial_peak(shape: str, provider: str) -> list[dict[str, Any]]:
+def _partial_peak(provider: str) -> list[dict[str, Any]]:
     """What has been counted of the partial step: with activations kept, and with activations computed anew."""
     cases = json.loads((RESULTS / "partial_peak-cpu.json").read_text())["cases"]
-    return [case for case in cases if fnmatchcase(case["shape"], shape) and case["provider"] == provider]
+    return [case for case in cases if case["provider"] == provider]
 
 
 if __name__ == "__main__":

@@ -297,7 +297,7 @@ def test_steps_without_data_allocate_and_multiply_as_real_ones(
     for name, size in (("TOKENS", 32), ("VOCABULARY", 100)):
         monkeypatch.setitem(getattr(bench_partial, name), "cuda", size)
     suffix = bench_partial.CHECKPOINTED if checkpointed else ""
-    counted = bench_partial_peak.count("llama", 3, suffix)
+    counted = bench_partial_peak.count(3, suffix)
     assert 0 < counted[1].figures["x peak"] < 1
     assert 0 < counted[1].figures["x TFLOP"] < 1
     for case, make_step in zip(counted, bench_partial_peak.STEPS.values(), strict=True):
