@@ -3,8 +3,8 @@
 The masked-gradient step computes all gradients, zeroes them outside the masks and steps AdamW over everything;
 embeddings and LM head are frozen in both. What no partial step can save is the forward pass, the backward pass to the
 lowest selected projections, and the gradients of the selected rows and columns; their time bounds the speed-up that is
-possible. Memory is measured twice: as the steps are, and with gradient checkpointing in both, because no partial step
-saves activations either. On a GPU, `llama` is TinyLlama-1.1B with all its layers in bf16.
+possible. Memory is measured twice: as the steps are, and with gradient checkpointing in both, because most
+activations are needed in a partial step too. On a GPU, `llama` is TinyLlama-1.1B with all its layers in bf16.
 """
 
 from __future__ import annotations
