@@ -98,9 +98,9 @@ All ratios are to be taken in one run on an H100 or H200; of several shapes, the
 _PARTIAL = """
 counted on tensors without data ([partial_peak](../benchmarks.md#partial_peak-on-cpu)), the 22 layers
   need {kept} x the peak of masked gradients with activations kept, which are most of the peak in both kinds of steps,
-  and {anew} x with activations computed anew. So the first of the two targets would be missed, the second reached. Of the products'
-  operations {work} x are left, so that whatever is gained in time beyond {bound} x has to come from gradients and
-  optimizer state that are neither written nor read.
+  and {anew} x with activations computed anew. So the first of the two targets would be missed, the second reached. Of
+  the products' operations {work} x are left, so that whatever is gained in time beyond {bound} x has to come from
+  gradients and optimizer state that are neither written nor read.
 """.strip()
 
 _OPEN = """
