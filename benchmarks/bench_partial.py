@@ -64,7 +64,9 @@ def run(report: Report, options: argparse.Namespace) -> None:
         compare_memory(report, name, layers, options.threads, device)
 
 
-def make_model(name: str, layers: int, device: str = "cpu", dtype: torch.dtype | None = None, on: str = "") -> Any:
+def make_model(
+    name: str, layers: int, device: str = "cpu", dtype: torch.dtype | None = None, on: str | None = None
+) -> Any:
     """Layers of BERT-base or TinyLlama-1.1B, of the size and, unless another is given, in the dtype for a device.
 
     It lies there, or `on` another one.
@@ -84,7 +86,7 @@ def make_model(name: str, layers: int, device: str = "cpu", dtype: torch.dtype |
         return kind.from_config(config, dtype=dtype or DTYPE[device]).train()
 
 
-def make_batch(name: str, device: str = "cpu", on: str = "") -> dict[str, Tensor]:
+def make_batch(name: str, device: str = "cpu", on: str | None = None) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, VOCABULARY[device], (BATCH, TOKENS[device]), generator=generator)
     labels = ids if name == "llama" else torch.arange(BATCH) % 2
@@ -92,9 +94,9 @@ def make_batch(name: str, device: str = "cpu", on: str = "") -> dict[str, Tensor
     return {key: value.to(on or device) for key, value in batch.items()}
 
 
-def mean_loss(model: nn.Module, batch: dict[str, Tensor], run: Callable[..., Any]) -> Tensor:
+def mean_loss(model: nn.Module, batch: dict[str, Tensor], run: Callable[..., Any] | None = None) -> Tensor:
     """The loss that objectives are made of; the model's own holds several copies of its logits in fp32."""
-    return per_sample_loss(model, batch, run(**unlabelled(batch))).mean()
+    return per_sample_loss(model, batch, (run or model)(**unlabelled(batch))).mean()
 
 
 def make_masks(model: nn.Module, place: str) -> ModuleMasks:
@@ -126,7 +128,7 @@ def dense_step(model: Any, batch: dict[str, Tensor], place: str = "anywhere") ->
 
     def step() -> None:
         optimizer.zero_grad()
-        mean_loss(model, batch, model).backward()
+        mean_loss(model, batch).backward()
         for parameter, mask in inside.items():
             if parameter.grad is not None:
                 parameter.grad.mul_(mask)
@@ -144,7 +146,7 @@ def partial_step(
     partial.attach(optimizer)
     prefix = None if cache is None else FrozenPrefix(model, partial.lowest_layer or 0, cache)
     records = [str(row) for row in range(BATCH)]
-    run = model if prefix is None else lambda **inputs: prefix.run(records, inputs)
+    run = None if prefix is None else lambda **inputs: prefix.run(records, inputs)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -165,7 +167,7 @@ def needed_passes(model: Any, batch: dict[str, Tensor]) -> Callable[[], None]:
 
     def step() -> None:
         leaves.clear()
-        torch.autograd.grad(mean_loss(model, batch, model), leaves)
+        torch.autograd.grad(mean_loss(model, batch), leaves)
 
     return step
 

@@ -103,10 +103,10 @@ def _table(cases: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     figures = list(dict.fromkeys(name for case in cases for name in case["figures"]))
     reasons = ["not measured"] if any(case.get("reason") for case in cases) else []
     median = "device ms" if any(case.get("clock") == "device" for case in cases) else "median ms"
-    spread = ("median_s", "p20_s", "p80_s") if reasons or is_timed(cases) else ()
-    rows = [["shape", "provider", *(median, "p20", "p80")[: len(spread)], *figures, *reasons]]
+    columns = {median: "median_s", "p20": "p20_s", "p80": "p80_s"} if reasons or is_timed(cases) else {}
+    rows = [["shape", "provider", *columns, *figures, *reasons]]
     for case in cases:
-        times = ["" if case[name] is None else f"{1e3 * case[name]:.3f}" for name in spread]
+        times = ["" if case[name] is None else f"{1e3 * case[name]:.3f}" for name in columns.values()]
         values = [f"{case['figures'][name]:.3g}" if name in case["figures"] else "" for name in figures]
         rows.append([case["shape"], case["provider"], *times, *values, *(case.get("reason", "") for _ in reasons)])
     return rows

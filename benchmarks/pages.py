@@ -95,14 +95,6 @@ All ratios are to be taken in one run on an H100 or H200; of several shapes, the
 """.strip()
 
 
-_PARTIAL = """
-counted on tensors without data ([partial_peak](../benchmarks.md#partial_peak-on-cpu)), the 22 layers
-  need {kept} x the peak of masked gradients with activations kept, which are most of the peak in both kinds of steps,
-  and {anew} x with activations computed anew. So the first of the two targets would be missed, the second reached. Of
-  the products' operations {work} x are left, so that whatever is gained in time beyond {bound} x has to come from
-  gradients and optimizer state that are neither written nor read.
-""".strip()
-
 _OPEN = """
 ## What the first run has to decide
 
@@ -113,7 +105,11 @@ _OPEN = """
 - `masked_ffn`: `auto` takes Triton's own product at every width. The rows `block step, ...` of `pymape, cuda`, cuBLAS
   with a fused activation, tell at which widths that is right.
 - `greedy_swap`: one block works on a layer; whether that is enough for its target.
-- The partial step: {partial}
+- The partial step: counted on tensors without data ([partial_peak](../benchmarks.md#partial_peak-on-cpu)), its peak with
+  22 layers is {kept:.2f} x that of masked gradients with activations kept, which are most of the peak in both kinds of
+  steps, and {anew:.2f} x with activations computed anew. Of the products' operations {work:.2f} x are left, so that
+  whatever is gained in time beyond {bound:.2f} x has to come from gradients and optimizer state that are neither
+  written nor read.
 """.strip()
 
 
@@ -197,16 +193,11 @@ def gpu_page(reports: Mapping[str, Mapping[str, Any]]) -> str:
         machines = [report["machine"] for report in reports.values()]
         gpus, torches, commits = (", ".join(dict.fromkeys(m[n] for m in machines)) for n in ("gpu", "torch", "commit"))
         where = f"Measured on {gpus}, torch {torches}, commit {commits}."
-    kept, anew = (case["figures"] for case in _partial_peak("partial"))
-    shown = {"kept": kept["x peak"], "anew": anew["x peak"], "work": kept["x TFLOP"], "bound": 1 / kept["x TFLOP"]}
-    partial = _PARTIAL.format(**{name: f"{value:.2f}" for name, value in shown.items()})
-    return f"{_GPU}\n{where}\n\n{targets.table(reports)}\n{_OPEN.format(partial=partial)}\n"
-
-
-def _partial_peak(provider: str) -> list[dict[str, Any]]:
-    """What has been counted of the partial step: with activations kept, and with activations computed anew."""
-    cases = json.loads((RESULTS / "partial_peak-cpu.json").read_text())["cases"]
-    return [case for case in cases if case["provider"] == provider]
+    counted = json.loads((RESULTS / "partial_peak-cpu.json").read_text())["cases"]
+    kept, anew = (case["figures"] for case in counted if case["provider"] == "partial")
+    work = kept["x TFLOP"]
+    still_open = _OPEN.format(kept=kept["x peak"], anew=anew["x peak"], work=work, bound=1 / work)
+    return f"{_GPU}\n{where}\n\n{targets.table(reports)}\n{still_open}\n"
 
 
 if __name__ == "__main__":

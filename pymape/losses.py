@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 __all__ = [
     "IGNORED_LABEL",
+    "LOGITS_AT_A_TIME",
     "base_model",
     "check_labels",
     "per_sample_loss",
@@ -22,7 +23,7 @@ __all__ = [
 ]
 
 IGNORED_LABEL = -100
-_PART = 2**24  # logits raised to fp32 at a time: 64 MiB
+LOGITS_AT_A_TIME = 2**24  # raised to fp32: 64 MiB
 
 # Part of the model's class name -> task; the first that fits decides, as in transformers itself.
 _TASKS = {
@@ -230,13 +231,13 @@ def _classification_loss(logits: Tensor, labels: Tensor, problem: str) -> Tensor
 
 def _by_part(term: Callable[[Tensor, Tensor], Tensor], logits: Tensor, other: Tensor) -> list[Tensor]:
     """`term` of a part of the rows after the other, each keeping nothing for its backward but its rows of logits."""
-    rows = max(1, _PART // logits.shape[1])
-    if len(logits) <= rows:
-        return [term(_at_least_fp32(logits), other)]
 
     def raised(part: Tensor, of_other: Tensor) -> Tensor:
         return term(_at_least_fp32(part), of_other)
 
+    rows = max(1, LOGITS_AT_A_TIME // logits.shape[1])
+    if len(logits) <= rows:
+        return [raised(logits, other)]
     parts = zip(logits.split(rows), other.split(rows), strict=True)
     return [checkpoint(raised, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
 

@@ -68,8 +68,8 @@ class Data:
 
     def __post_init__(self) -> None:
         """Refuse the training records as unseen ones; some texts may well stand in both."""
-        known = {tuple(record["input_ids"]) for record in (*self.forget, *self.retain)}
-        if self.unseen and all(tuple(record["input_ids"]) in known for record in self.unseen):
+        unseen = {tuple(record["input_ids"]) for record in self.unseen}
+        if unseen and unseen <= {tuple(record["input_ids"]) for record in (*self.forget, *self.retain)}:
             count = len(self.unseen)
             raise ValueError(f"data.unseen must hold records of its own, got {count} that are all in data.path too")
 

@@ -162,14 +162,14 @@ def test_a_part_of_the_tokens_at_a_time_gives_the_same_bits(
         return found, gradient, second
 
     expected = results(lambda x: F.cross_entropy(x.to(raised), labels, reduction="none"))
-    monkeypatch.setattr(losses_module, "_PART", 1000 * rows)
+    monkeypatch.setattr(losses_module, "LOGITS_AT_A_TIME", 1000 * rows)
     for one, other in zip(results(lambda x: token_losses(x, labels)), expected, strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
 
 
 def test_a_large_vocabulary_keeps_no_copy_of_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses_module, "_PART", 2**16)
+    monkeypatch.setattr(losses_module, "LOGITS_AT_A_TIME", 2**16)
     model = tiny_model("llama", "causal_lm")
     batch = {"labels": torch.randint(0, 4096, (2, 64)), "attention_mask": torch.ones(2, 64, dtype=torch.int64)}
     logits = torch.randn(2, 64, 4096, dtype=torch.bfloat16, requires_grad=True)
@@ -191,7 +191,7 @@ def test_a_large_vocabulary_keeps_no_copy_of_its_logits(monkeypatch: pytest.Monk
 def test_a_sum_by_part_is_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     logits, other = (torch.randn(11, 50, dtype=torch.float64, generator=generator) for _ in range(2))
-    monkeypatch.setattr(losses_module, "_PART", 50 * 4)
+    monkeypatch.setattr(losses_module, "LOGITS_AT_A_TIME", 50 * 4)
     leaf = logits.clone().requires_grad_()
     total = sum_by_part(lambda x, y: (x.sin() * y).sum(), leaf, other)
     total.backward()

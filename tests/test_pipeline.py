@@ -323,13 +323,13 @@ def test_bad_options(
 def test_training_records_are_no_unseen_ones(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output, unseen = tmp_path / "run", tmp_path / "unseen.csv"
     header, *rows = (files / "train.csv").read_text().splitlines()
-    options = {"objective": "match", "data__unseen": str(unseen)}
+    config = _config(files, output, objective="match", data__unseen=str(unseen))
     unseen.write_text("\n".join([header, *rows[5:9]]))
-    line = _refused(_config(files, output, **options), output, capsys)
-    assert "data.unseen must hold records of its own, got 4 that are all in data.path too" in line
+    message = "data.unseen must hold records of its own, got 4 that are all in data.path too"
+    assert message in _refused(config, output, capsys)
     # Texts that stand in both are no reason to refuse all.
     unseen.write_text("\n".join([header, *rows[5:9], "new,w1 w2 w3 w4 w5 w6 w7 w8 w9,1"]))
-    _run(_config(files, output, **options), output)
+    _run(config, output)
 
 
 def test_an_encoder_without_a_head_is_explained(

@@ -458,7 +458,7 @@ def test_an_older_copy_of_the_whole_folder_is_told_by_a_receipt(folder: Path, tm
         assert ledger.verify(kept)["checked"]["receipts"] == 3
     assert problems(older) == []
     with Ledger(older, "write") as ledger:
-        why = "the folder is an older copy put back, or another system's"
+        why = "the folder is an older copy put back or another system's, or the receipt was changed"
         unknown = f"request 'third' has a receipt, and the ledger does not know it: {why}"
         assert ledger.verify(kept)["problems"] == [unknown]
         assert ledger.verify(kept[:2])["ok"]

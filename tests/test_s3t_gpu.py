@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,17 +13,10 @@ pytest.importorskip("peft")
 from s3t_tools import SEQUENCE, Slices, make_job, make_records, setting, tensors_of, train_chain, write_base
 
 from pymape.s3t import S3T, LoraConfig, S3TConfig, StageConfig
+from pymape.s3t.engine import LocalEngine
 from pymape.s3t.stages import StageKey, unpack_stage
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-
-WORKER = """
-import pickle, sys, torch
-torch.rand(5, device="cuda")
-from pymape.s3t.training import train_stage
-jobs = pickle.load(open(sys.argv[1], "rb"))
-pickle.dump([train_stage(job) for job in jobs], open(sys.argv[2], "wb"))
-"""
 
 
 def on_gpu(folder: Path, family: str) -> tuple[S3TConfig, Slices]:
@@ -46,10 +36,10 @@ def test_stages_have_the_same_bits_again(family: str, tmp_path: Path) -> None:
     for _ in range(2):  # states are computed, then read
         assert train_chain(config, SEQUENCE, slices, cache=tmp_path / "cache") == files
     jobs = [make_job(config, StageKey(0, SEQUENCE[:n]), slices, files[: n - 1]) for n in range(4, 0, -1)]
-    (tmp_path / "jobs").write_bytes(pickle.dumps(jobs))
-    command = [sys.executable, "-c", WORKER, str(tmp_path / "jobs"), str(tmp_path / "out")]
-    subprocess.run(command, check=True, timeout=300)
-    assert pickle.loads((tmp_path / "out").read_bytes()) == files[::-1]
+    with LocalEngine() as engine:  # another process
+        for job in jobs:
+            engine.submit(job)
+        assert [engine.wait()[1] for _ in jobs] == files[::-1]
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -62,7 +52,7 @@ def test_stages_are_those_of_a_cpu_up_to_rounding(family: str, tmp_path: Path) -
         torch.testing.assert_close(tensor, other[name], rtol=1e-2, atol=1e-3)
 
 
-def test_what_is_left_after_a_deletion_is_what_training_without_it_gives(tmp_path: Path) -> None:
+def test_a_system_deletes_repairs_and_trains_again_what_it_serves(tmp_path: Path) -> None:
     model = write_base(tmp_path / "base", "bert")
     stage = StageConfig(epochs=2, lr=1e-2, batch_size=4, max_length=12, device="cuda")
     records = make_records("bert", 24)

@@ -422,13 +422,15 @@ def test_on_a_gpu_what_has_no_deterministic_algorithm_is_refused(monkeypatch: py
         cudnn = torch.backends.cudnn
         deterministic = torch.are_deterministic_algorithms_enabled()
         warns = torch.is_deterministic_algorithms_warn_only_enabled()
-        return deterministic, warns, cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
+        return deterministic, warns, cudnn.enabled, cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
 
     before = state()
     with contextlib.suppress(ZeroDivisionError), training._deterministic_gpu() as number:
         assert number == 3
-        assert state() == (True, False, True, False, False)
+        assert state() == (True, False, True, True, False, False)
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+            torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
         raise ZeroDivisionError
     assert state() == before
 

@@ -18,7 +18,7 @@ from pymape.batching import RecordBatches
 from pymape.errors import NotFinite
 from pymape.files import atomic_write
 from pymape.forward import eval_mode, on_device, unlabelled
-from pymape.losses import check_labels, per_sample_loss, task_of
+from pymape.losses import LOGITS_AT_A_TIME, check_labels, per_sample_loss, task_of
 from pymape.metrics.classification import Predictions
 from pymape.metrics.forward import model_batches, task_logits
 
@@ -29,7 +29,6 @@ LANGUAGE_MODEL = "causal language model"
 _FORMAT = "pymape.scores.1"
 _TERMS = ("log_probs", "means", "stds", "predicted", "labels")
 _OPTIONAL = ("logits", "gradient_norms", "text_bytes")
-_CHUNK = 2**24  # log-probabilities held at a time: 64 MiB in fp32
 
 
 @dataclass(frozen=True, eq=False)
@@ -316,7 +315,7 @@ def _score(model: nn.Module, task: str, batch: Mapping[str, Any], ids: Sequence[
 
 def _statistics(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """`RecordScores`' term values from logits [n, V] and labels [n], a part at a time: V may be a whole vocabulary."""
-    rows = max(1, _CHUNK // logits.shape[1])
+    rows = max(1, LOGITS_AT_A_TIME // logits.shape[1])
     parts = []
     for part, wanted in zip(logits.split(rows), labels.split(rows), strict=True):
         log_p = part.to(torch.promote_types(part.dtype, torch.float32)).log_softmax(-1)

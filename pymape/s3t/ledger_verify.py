@@ -31,10 +31,16 @@ def verify(ledger: Ledger, receipts: Sequence[Mapping[str, Any]] = ()) -> dict[s
         ledger: open in either mode.
         receipts: that were kept elsewhere, to be compared with the ledger's own.
 
+    Raises:
+        ValueError: something that is no receipt.
+
     Returns:
         {"ok": bool, "problems": [sentences that name what is wrong], "checked": {what: how many}, "unfinished":
         [sentences that name what `Ledger.finish` has still to do, which is no problem]}.
     """
+    for receipt in receipts:
+        if not isinstance(receipt, Mapping) or not {"request", "audit"} <= receipt.keys():
+            raise ValueError(f"receipts must be what delete gave, got {str(receipt)[:80]!r}")
     checks: dict[str, Callable[[Ledger], tuple[int, list[str]]]] = {
         "database_pages": _database,
         "audit_rows": _audit,
@@ -135,14 +141,14 @@ def _kept(ledger: Ledger, receipts: Sequence[Mapping[str, Any]]) -> tuple[int, l
     """Receipts from elsewhere agree with the ledger, which nobody has set back to an older state then."""
     with ledger.snapshot():
         own = {receipt["request"]: receipt for receipt in ledger.requests()}
-    found = (_difference(receipt, own.get(receipt["request"])) for receipt in receipts)
+    found = (_contradiction(receipt, own.get(receipt["request"])) for receipt in receipts)
     return len(receipts), [problem for problem in found if problem]
 
 
-def _difference(receipt: Mapping[str, Any], own: Mapping[str, Any] | None) -> str | None:
+def _contradiction(receipt: Mapping[str, Any], own: Mapping[str, Any] | None) -> str | None:
     """How the ledger contradicts a receipt; what happened to a request after the receipt was given does not."""
     name = f"request {receipt['request']!r}"
-    why = "the folder is an older copy put back, or another system's"
+    why = "the folder is an older copy put back or another system's, or the receipt was changed"
     if own is None:
         return f"{name} has a receipt, and the ledger does not know it: {why}"
     for state in STATES:

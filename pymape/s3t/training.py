@@ -190,6 +190,7 @@ def _train(adapters: SlicedAdapters, job: StageJob, progress: Callable[[int, int
     names = [name for rows in job.rows for name, _ in rows]
     data = stack_rows(adapters.base, [decode_row(row) for rows in job.rows for _, row in rows], stage.max_length)
     check_labels(adapters.base, data, names)
+    data = {name: value.to(stage.device) for name, value in data.items()}
     forward = _forward(adapters, job.cache, names, data, stage)
     optimizer = torch.optim.AdamW(trained.values(), lr=stage.lr, weight_decay=stage.weight_decay, fused=True)
     batches = -(-len(names) // stage.batch_size)
@@ -200,8 +201,7 @@ def _train(adapters: SlicedAdapters, job: StageJob, progress: Callable[[int, int
         start = step % batches * stage.batch_size
         counting = order[start : start + stage.batch_size]
         rows = full_batch(counting, stage.batch_size)
-        batch = {name: value[rows].to(stage.device) for name, value in data.items()}
-        losses = per_sample_loss(adapters.base, batch, forward(rows))
+        losses = per_sample_loss(adapters.base, {name: value[rows] for name, value in data.items()}, forward(rows))
         loss = losses[: len(counting)].mean()
         if not torch.isfinite(loss):
             raise ValueError(
@@ -227,7 +227,7 @@ def _forward(
     adapters: SlicedAdapters, cache: str | None, names: Sequence[str], data: dict[str, Tensor], stage: StageConfig
 ) -> Callable[[Tensor], Any]:
     """What computes the model's outputs for some records, [B] rows."""
-    inputs = {name: value.to(stage.device) for name, value in unlabelled(data).items()}
+    inputs: dict[str, Any] = unlabelled(data)
     options = {"use_cache": False} if "use_cache" in signature(adapters.base.forward).parameters else {}
     if cache is None or adapters.first_layer(adapters.depth) == 0:
         return lambda rows: adapters.base(**{name: value[rows] for name, value in inputs.items()}, **options)
@@ -306,22 +306,22 @@ def _adapters(job: StageJob) -> SlicedAdapters:
 def _surroundings(stage: StageConfig) -> Iterator[None]:
     """Everything of the process that bits depend on, set, and put back afterwards."""
     before = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.get_default_dtype()
-    with contextlib.ExitStack() as stack:
-        gpus = [stack.enter_context(_deterministic_gpu())] if stage.device == "cuda" else []
-        modes = torch.inference_mode(False), torch.enable_grad(), torch.autocast(stage.device, enabled=False)
-        try:
-            torch.set_num_threads(stage.threads)
-            torch.set_float32_matmul_precision("highest")
-            torch.set_default_dtype(torch.float32)
+    try:
+        torch.set_num_threads(stage.threads)
+        torch.set_float32_matmul_precision("highest")
+        torch.set_default_dtype(torch.float32)
+        with contextlib.ExitStack() as stack:
+            gpus = [stack.enter_context(_deterministic_gpu())] if stage.device == "cuda" else []
+            modes = torch.inference_mode(False), torch.enable_grad(), torch.autocast(stage.device, enabled=False)
             for mode in (*modes, torch.random.fork_rng(devices=gpus)):
                 stack.enter_context(mode)
             if torch.get_default_device().type != "cpu":
                 stack.enter_context(torch.device("cpu"))  # not always: it costs time in every operation
             yield
-        finally:
-            torch.set_num_threads(before[0])
-            torch.set_float32_matmul_precision(before[1])
-            torch.set_default_dtype(before[2])
+    finally:
+        torch.set_num_threads(before[0])
+        torch.set_float32_matmul_precision(before[1])
+        torch.set_default_dtype(before[2])
 
 
 @contextlib.contextmanager
@@ -333,7 +333,7 @@ def _deterministic_gpu() -> Iterator[int]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     try:
-        with torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             yield torch.cuda.current_device()
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
