@@ -105,10 +105,10 @@ _OPEN = """
 - `masked_ffn`: `auto` takes Triton's own product at every width. The rows `block step, ...` of `pymape, cuda`, cuBLAS
   with a fused activation, tell at which widths that is right.
 - `greedy_swap`: one block works on a layer; whether that is enough for its target.
-- The partial step: counted on tensors without data ([partial_peak](../benchmarks.md#partial_peak-on-cpu)), its peak with
-  22 layers is {kept:.2f} x that of masked gradients with activations kept, which are most of the peak in both kinds of
-  steps, and {anew:.2f} x with activations computed anew. Of the products' operations {work:.2f} x are left, so that
-  whatever is gained in time beyond {bound:.2f} x has to come from gradients and optimizer state that are neither
+- The partial step: counted on tensors without data ([partial_peak](../benchmarks.md#partial_peak-on-cpu)), its peak
+  with 22 layers is {kept:.2f} x that of masked gradients with activations kept, which are most of the peak in both
+  kinds of steps, and {anew:.2f} x with activations computed anew. Of the products' operations {work:.2f} x are left, so
+  that whatever is gained in time beyond {bound:.2f} x has to come from gradients and optimizer state that are neither
   written nor read.
 """.strip()
 
