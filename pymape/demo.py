@@ -52,7 +52,7 @@ from pymape.experiments.tasks import (
 )
 from pymape.metrics import Predictions, mean_gap, predict, summarise
 from pymape.results import aggregate, paired_differences
-from pymape.runs import environment, quiet_transformers, run_folder, write_summary
+from pymape.runs import MODEL, environment, quiet_transformers, run_folder, write_summary
 
 __all__ = ["run_demo"]
 
@@ -172,7 +172,7 @@ def _run_seed(
                     winners[objective] = best
         shown = "gd" if "gd" in winners else config.objectives[0]
         if seed == config.first_seed and setting == config.settings[0]:
-            winners[shown].model.save_pretrained(folder / "model")
+            winners[shown].model.save_pretrained(folder / MODEL)
         run = {
             "setting": setting,
             "seed": seed,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pymape import __version__
 from pymape.architectures import ModelLayout, find_layers
 from pymape.architectures import layout as layout_of
 from pymape.files import atomic_write
@@ -29,8 +30,6 @@ COLOR = "#1c4e80"
 
 def versions() -> dict[str, str]:
     """Versions of pymape and torch, for provenance records."""
-    from pymape import __version__  # the package imports this module before it is complete itself
-
     return {"pymape": __version__, "torch": torch.__version__}
 
 

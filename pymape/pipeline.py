@@ -31,7 +31,7 @@ from pymape.masks import ModuleMasks
 from pymape.metrics import Predictions, mean_gap, measure_cost, predict, summarise
 from pymape.objectives import get_objective
 from pymape.prefix_cache import PrefixCache
-from pymape.runs import environment, quiet_transformers, run_folder, write_summary
+from pymape.runs import MASKS, MODEL, environment, quiet_transformers, run_folder, write_summary
 from pymape.search import search
 from pymape.stopping import StopWhenForgotten
 from pymape.trainer import UnlearnTrainer
@@ -120,10 +120,10 @@ def run_unlearn(config: UnlearnConfig) -> dict[str, Any]:
             with clock.phase("unlearn"):
                 stopped = unlearn(config, model, data, masks, encode.collate, scratch)
             models["unlearned"] = judge(model, data, config, encode.collate)
-            model.save_pretrained(folder / "model")
-            tokenizer.save_pretrained(folder / "model")
+            model.save_pretrained(folder / MODEL)
+            tokenizer.save_pretrained(folder / MODEL)
             if masks is not None:
-                masks.save(folder / "masks.safetensors")
+                masks.save(folder / MASKS)
             if start is not None:
                 with clock.phase("retrain"):
                     forgotten = set(split.forget)

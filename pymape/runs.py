@@ -21,9 +21,19 @@ from typing import Any
 from pymape import __version__
 from pymape.files import atomic_write, sync_tree, umask
 
-__all__ = ["SUMMARY", "environment", "quiet_transformers", "run_folder", "write_summary"]
+__all__ = [
+    "IMPORTANCE",
+    "MASKS",
+    "MODEL",
+    "SUMMARY",
+    "environment",
+    "quiet_transformers",
+    "run_folder",
+    "write_summary",
+]
 
-SUMMARY = "summary.json"
+# What a run leaves in its folder.
+SUMMARY, MODEL, MASKS, IMPORTANCE = "summary.json", "model", "masks.safetensors", "importance.safetensors"
 _PACKAGES = ("torch", "transformers", "accelerate", "peft", "numpy", "scikit-learn")
 
 

@@ -16,12 +16,11 @@ from typing import Any, get_type_hints
 
 from pymape.config import UnlearnConfig, check_config
 from pymape.data import Records, load_ids, load_records, read_table, split_forget
-from pymape.runs import environment, write_summary
+from pymape.runs import IMPORTANCE, MODEL, environment, write_summary
 from pymape.store import FIRST, STATE, FolderStore
 
 __all__ = ["UnlearnSession", "run_request", "stored_options", "weights_hash"]
 
-MODEL, IMPORTANCE = "model", "importance.safetensors"
 KIND, FORMAT = "session", "pymape.receipt.1"
 _RECEIPT = "receipt.json"
 # What belongs to one command, not to the session.

@@ -16,13 +16,10 @@ from pymape.data import Records
 from pymape.encoding import Encoder
 from pymape.importance import Importance
 from pymape.pipeline import Clock, Data, check_objective, fine_tune, judge, learn_masks, model_figures, unlearn
-from pymape.runs import quiet_transformers
-from pymape.session import IMPORTANCE, MODEL
+from pymape.runs import IMPORTANCE, MASKS, MODEL, quiet_transformers
 from pymape.store import file_hash
 
 __all__ = ["meet", "start"]
-
-MASKS = "masks.safetensors"
 
 
 def start(config: UnlearnConfig, records: Records, folder: Path) -> None:

@@ -39,7 +39,7 @@ from s3t_life import ACKNOWLEDGED, BATCHES, PARTIAL, live, state_of
 from pymape.prefix_cache import PrefixCache
 from pymape.s3t import faults
 from pymape.s3t.ledger import Ledger
-from pymape.s3t.ledger_stages import CACHE
+from pymape.s3t.ledger_folder import CACHE
 
 SYSCALLS = ("pwrite64", "write", "fsync", "fdatasync", "ftruncate", "unlink", "rename", "openat")
 _EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "shutil.rmtree")

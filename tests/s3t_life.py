@@ -14,7 +14,7 @@ from s3t_ledger_tools import BASE, make_rows, make_stage, name_of
 
 from pymape.prefix_cache import PrefixCache
 from pymape.s3t.ledger import Ledger
-from pymape.s3t.ledger_stages import CACHE
+from pymape.s3t.ledger_folder import CACHE
 from pymape.store import file_hash
 
 KEY = bytes(range(32))  # all lives have the same names

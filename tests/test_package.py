@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import platform
 import re
 import shutil
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,19 @@ def test_every_public_name_resolves(name: str) -> None:
 def test_functions_that_share_their_modules_name_stay_functions(name: str) -> None:
     code = f"import pymape, importlib; importlib.import_module('pymape.{name}'); print(callable(pymape.{name}))"
     assert fresh(code).strip() == "True"
+
+
+def test_imports_go_down_only() -> None:
+    """No module imports, not even inside a function, one that imports it."""
+    root = Path(pymape.__file__).parent
+    files = {".".join(path.relative_to(root.parent).with_suffix("").parts): path for path in root.rglob("*.py")}
+    graph = {}
+    for name, path in files.items():
+        found = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        names = {f"{node.module}.{alias.name}" for node in found for alias in node.names}
+        graph[name] = (names | {str(node.module) for node in found}) & files.keys()
+    assert len([name for names in graph.values() for name in names]) > len(files)
+    TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def test_unknown_name() -> None:

@@ -16,7 +16,9 @@ import torch
 from s3t_tools import make_job, make_records, options, parts, write_base
 
 from pymape.s3t.config import S3TConfig
-from pymape.s3t.engine import RETRIES, Engine, InlineEngine, LocalEngine, WorkerLostError, make_engine
+from pymape.s3t.engine import RETRIES, Engine, InlineEngine, WorkerLostError
+from pymape.s3t.engine_local import LocalEngine
+from pymape.s3t.engines import make_engine
 from pymape.s3t.stages import Provenance, StageKey
 from pymape.s3t.training import StageJob
 

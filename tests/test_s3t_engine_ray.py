@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 from test_s3t_engine import PREFIXES, SECONDS, echo, end_as_told, eventually, job, noted, results, train_all
 
-from pymape.s3t.engine import InlineEngine, WorkerLostError, make_engine
+from pymape.s3t.engine import InlineEngine, WorkerLostError
+from pymape.s3t.engines import make_engine
 from pymape.s3t.training import StageJob, train_stage
 
 # Before Ray is imported, which reads it once; without it, Ray leaves a token in the home folder.

@@ -33,10 +33,10 @@ from pymape.metrics import (
 )
 from pymape.metrics.costs import added_memory
 from pymape.metrics.scores import LANGUAGE_MODEL
+from pymape.runs import MASKS
 
-__all__ = ["MASKS", "SETS", "Evidence", "Subject", "subjects"]
+__all__ = ["SETS", "Evidence", "Subject", "subjects"]
 
-MASKS = "masks.safetensors"
 SETS = ("forget", "retain", "test")
 _FOLDER = "evidence"
 # Raised by hand whenever a change of the code changes what a file of evidence contains.

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from pymape.experiments.claims import learned_selection, mean_gaps
-from pymape.experiments.evidence import MASKS, SETS
+from pymape.experiments.evidence import SETS
 from pymape.experiments.summaries import Outcome, group
 from pymape.masks import ModuleMasks
 from pymape.metrics import Predictions, RecordScores
 from pymape.report import Figure, Section, evidence_section
+from pymape.runs import MASKS
 
 __all__ = ["SavedEvidence", "example_sections", "gap_figures", "glance_figures", "relearning_figures"]
 

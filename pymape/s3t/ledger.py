@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import secrets
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
-from pymape.files import atomic_write, sync_tree, take_lock
+from pymape.files import atomic_write, take_lock
 from pymape.s3t import faults
-from pymape.s3t.audit import AuditEntry, AuditLog, first_entry
+from pymape.s3t.audit import AuditLog, first_entry
 from pymape.s3t.database import Database, create_database, now
 from pymape.s3t.erasure import erase_files, try_each
-from pymape.s3t.ledger_finish import LedgerFinish
+from pymape.s3t.ledger_folder import ANCHOR, DATABASE, KEY, LOCK, STAGES, check_free, write_key
 from pymape.s3t.ledger_records import FoundRecord, RecordRow
-from pymape.s3t.ledger_stages import STAGES, StageRow
+from pymape.s3t.ledger_stages import StageRow
+from pymape.s3t.ledger_verify import LedgerVerify
 
 __all__ = ["FoundRecord", "Ledger", "RecordRow", "StageRow"]
 
-_DATABASE, _KEY, _LOCK, _ANCHOR = "ledger.sqlite", "key", "lock", "audit.head"
-# Files that a crash leaves while one of these is written.
-_TEMPORARY = re.compile(rf"\.({re.escape(_DATABASE)}|{re.escape(_ANCHOR)}|{_KEY})\..*")
 
-
-class Ledger(LedgerFinish):
+class Ledger(LedgerVerify):
     """Records, stages, requests and audit log of a system, in a folder that survives crashes.
 
     One process writes at a time; its threads may share the ledger. Whatever kills it, the folder holds the state before
@@ -49,9 +44,9 @@ class Ledger(LedgerFinish):
         self.folder = Path(folder).absolute()
         self._lock: int | None = None
         if mode == "write":
-            if not (self.folder / _DATABASE).is_file():
-                raise ValueError(f"ledger must be a folder with a {_DATABASE}, got {str(folder)!r} without")
-            self._lock = take_lock(self.folder / _LOCK, "ledger")
+            if not (self.folder / DATABASE).is_file():
+                raise ValueError(f"ledger must be a folder with a {DATABASE}, got {str(folder)!r} without")
+            self._lock = take_lock(self.folder / LOCK, "ledger")
         try:
             self._open(write=mode == "write")
         except BaseException:
@@ -87,18 +82,18 @@ class Ledger(LedgerFinish):
         if key is not None and len(key) != 32:
             raise ValueError(f"key must be 32 bytes, got {len(key)}")
         target = Path(folder).absolute()
-        _check_free(target)
-        lock = take_lock(target / _LOCK, "ledger")
+        check_free(target)
+        lock = take_lock(target / LOCK, "ledger")
         try:
-            _check_free(target)  # now that nobody else can be making it
+            check_free(target)  # now that nobody else can be making it
             key = secrets.token_bytes(32) if key is None else key
-            _write_key(target / _KEY, key)
+            write_key(target / KEY, key)
             faults.checkpoint("create: key written")
             (target / STAGES).mkdir(exist_ok=True)
-            entry = first_entry(key, target / _ANCHOR, "created", shards=len(orders), base=base)
+            entry = first_entry(key, target / ANCHOR, "created", shards=len(orders), base=base)
             faults.checkpoint("create: anchor written")
             values = {"settings": json.dumps(dict(settings)), "base": base, "created": now()}
-            with atomic_write(target / _DATABASE) as path:
+            with atomic_write(target / DATABASE) as path:
                 create_database(path, orders, values, (entry.seq, entry.time, entry.event, entry.detail, entry.mac))
             faults.checkpoint("create: database written")
         finally:
@@ -118,10 +113,6 @@ class Ledger(LedgerFinish):
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-
-    def snapshot(self) -> AbstractContextManager[None]:
-        """A block in which what is read fits together: no request is accepted meanwhile."""
-        return self._db.snapshot()
 
     def repair(self) -> int:
         """Plan what deletions have ended anew, on the records that are left, as the next generation of each shard.
@@ -155,26 +146,8 @@ class Ledger(LedgerFinish):
             self._move_anchor()
         return planned
 
-    def verify(self, receipts: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-        """Check everything that can be checked without training.
-
-        Args:
-            receipts: that were kept elsewhere, to be compared with the ledger's own.
-
-        Returns:
-            {"ok": bool, "problems": [sentences that name what is wrong], "checked": {what: how many}, "unfinished":
-            [sentences that name what `finish` has still to do, which is no problem]}.
-        """
-        from pymape.s3t.ledger_verify import verify
-
-        return verify(self, receipts)
-
-    def audit_log(self) -> list[AuditEntry]:
-        """All rows of the audit log."""
-        return self._audit.entries()
-
     def _open(self, *, write: bool) -> None:
-        self._db = Database(self.folder / _DATABASE, write=write)
+        self._db = Database(self.folder / DATABASE, write=write)
         values = dict(self._db.rows("SELECT name, value FROM system"))
         self.settings: dict[str, Any] = json.loads(values["settings"])
         self.base = values["base"]
@@ -182,12 +155,12 @@ class Ledger(LedgerFinish):
         for shard, slices in self._db.rows("SELECT shard, slices FROM sequences ORDER BY shard, number"):
             self.sequences[shard].append(tuple(map(int, slices.split("."))))
         try:
-            self.key = (self.folder / _KEY).read_bytes()
+            self.key = (self.folder / KEY).read_bytes()
         except OSError as error:
             raise ValueError(
-                f"ledger must have a readable key, got {str(self.folder / _KEY)!r}: {error.strerror}"
+                f"ledger must have a readable key, got {str(self.folder / KEY)!r}: {error.strerror}"
             ) from error
-        self._audit = AuditLog(self._db, self.key, self.folder / _ANCHOR)
+        self._audit = AuditLog(self._db, self.key, self.folder / ANCHOR)
         self._start_records()
         self._start_stages()
         self._start_finish()
@@ -206,16 +179,6 @@ class Ledger(LedgerFinish):
             try_each(self._erase_cached, [name.hex() for (name,) in names])
         self._sweep_exports()
         self._finish()
-
-    def _orphans(self) -> list[str]:
-        """Files that nothing refers to, relative to the folder."""
-        with self._db.lock:
-            landing = ", ".join(map(str, self._landing)) or "NULL"
-            rows = self._stage_rows(f"s.state IN ('trained', 'tombstoned') OR s.stage IN ({landing})")
-            kept = {self.path(row.key).name for row in rows}
-            stages = {entry.name for entry in (self.folder / STAGES).iterdir() if entry.is_file()}
-        found = sorted(f"{STAGES}/{name}" for name in stages - kept)
-        return found + sorted(entry.name for entry in self.folder.iterdir() if _TEMPORARY.fullmatch(entry.name))
 
     def _damaged(self) -> list[StageRow]:
         """Trained stages that cannot be served."""
@@ -255,29 +218,3 @@ def _check_sequences(orders: Sequence[Sequence[tuple[int, ...]]]) -> None:
                 raise ValueError(
                     f"sequences must be orders of the slices 0 to {slices - 1}, got {sequence} in shard {shard}"
                 )
-
-
-def _check_free(folder: Path) -> None:
-    """Make the folder, and refuse one that holds more than an interrupted creation."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        names = {entry.name for entry in folder.iterdir() if not _TEMPORARY.fullmatch(entry.name)}
-        names |= {f"{STAGES}/{entry.name}" for entry in (folder / STAGES).iterdir()} if STAGES in names else set()
-    except OSError as error:
-        raise ValueError(f"ledger must be a writable folder, got {str(folder)!r}: {error.strerror}") from error
-    foreign = sorted(names - {_KEY, _LOCK, _ANCHOR, STAGES})
-    if foreign:
-        raise ValueError(f"ledger must be made in a new or empty folder, got {str(folder)!r} with {foreign[0]!r}")
-
-
-def _write_key(path: Path, key: bytes) -> None:
-    """Write the key so that nobody else can read it at any moment."""
-    temporary = path.with_name(f".{path.name}.new")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    try:
-        os.write(descriptor, key)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    temporary.replace(path)
-    sync_tree(path.parent, deep=False)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from pymape.s3t.audit import AuditLog
+from pymape.s3t.audit import AuditEntry, AuditLog
 from pymape.s3t.database import Database
 from pymape.s3t.stages import row_digest, slice_digest
 
@@ -85,6 +85,14 @@ class LedgerRecords:
 
     def _start_records(self) -> None:
         self._digests: dict[tuple[int, int], str] = {}  # of slices; kept by the writer, who knows when they change
+
+    def snapshot(self) -> AbstractContextManager[None]:
+        """A block in which what is read fits together: no request is accepted meanwhile."""
+        return self._db.snapshot()
+
+    def audit_log(self) -> list[AuditEntry]:
+        """All rows of the audit log."""
+        return self._audit.entries()
 
     @property
     def slices(self) -> int:

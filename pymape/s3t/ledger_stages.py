@@ -11,12 +11,12 @@ from pymape.files import atomic_write
 from pymape.prefix_cache import PrefixCache
 from pymape.s3t import faults
 from pymape.s3t.erasure import erase_files
+from pymape.s3t.ledger_folder import CACHE, STAGES
 from pymape.s3t.ledger_records import LedgerRecords
 from pymape.s3t.stages import Provenance, StageKey, row_digest, unpack_stage
 
-__all__ = ["CACHE", "STAGES", "LedgerStages", "StageRow", "deepest"]
+__all__ = ["LedgerStages", "StageRow", "deepest"]
 
-STAGES, CACHE = "stages", "cache"
 SUFFIX = ".safetensors"
 _COLUMNS = (
     "SELECT s.stage, s.shard, s.prefix, s.generation, s.state, s.parent, f.sha256, f.size "
