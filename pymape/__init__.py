@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
-
 # These two functions share their names with the modules that define them, so they are bound here, before anything can
 # import the submodules first. Both modules need torch alone.
 from pymape.importance import importance
 from pymape.search import search
+from pymape.version import __version__
 
 # Public name -> module that defines it. Nothing here is imported before it is used: `import pymape` stays cheap and
 # needs neither transformers nor triton.

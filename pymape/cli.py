@@ -15,11 +15,11 @@ from typing import Any, get_origin, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from pymape import __version__
 from pymape.config import DemoConfig, UnlearnConfig
 from pymape.evaluate import EvaluateConfig
 from pymape.s3t.commands import COMMANDS, run_command
 from pymape.s3t.config import S3TConfig, S3TDemoConfig
+from pymape.version import __version__
 
 __all__ = ["main"]
 

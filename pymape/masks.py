@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pymape import __version__
 from pymape.architectures import ModelLayout, find_layers
 from pymape.architectures import layout as layout_of
 from pymape.files import atomic_write
+from pymape.version import __version__
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pymape import __version__
 from pymape.files import atomic_write, sync_tree, umask
+from pymape.version import __version__
 
 __all__ = [
     "IMPORTANCE",

@@ -16,9 +16,8 @@ import torch
 from s3t_tools import make_job, make_records, options, parts, write_base
 
 from pymape.s3t.config import S3TConfig
-from pymape.s3t.engine import RETRIES, Engine, InlineEngine, WorkerLostError
-from pymape.s3t.engine_local import LocalEngine
-from pymape.s3t.engines import make_engine
+from pymape.s3t.engines import Engine, InlineEngine, LocalEngine, WorkerLostError, make_engine
+from pymape.s3t.engines.base import RETRIES
 from pymape.s3t.stages import Provenance, StageKey
 from pymape.s3t.training import StageJob
 
@@ -212,7 +211,7 @@ def test_a_stage_that_kills_its_workers_is_given_up_and_named(tmp_path: Path) ->
 
 
 def test_exit_code_of_a_lost_worker_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pymape.s3t.engine.RETRIES", 0)
+    monkeypatch.setattr("pymape.s3t.engines.base.RETRIES", 0)
     with LocalEngine(1, end_as_told) as engine:
         engine.submit(job(0, tmp_path, b"exit"))
         assert str(engine.wait()[1]).endswith("got 1 lost, the last one with exit code 7")

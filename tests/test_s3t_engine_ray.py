@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 from test_s3t_engine import PREFIXES, SECONDS, echo, end_as_told, eventually, job, noted, results, train_all
 
-from pymape.s3t.engine import InlineEngine, WorkerLostError
-from pymape.s3t.engines import make_engine
+from pymape.s3t.engines import InlineEngine, WorkerLostError, make_engine
 from pymape.s3t.training import StageJob, train_stage
 
 # Before Ray is imported, which reads it once; without it, Ray leaves a token in the home folder.
@@ -71,7 +70,7 @@ def in_shared_memory(content: bytes) -> bool:
 
 
 def test_killed_node_loses_nothing(cluster: Any, tmp_path: Path) -> None:
-    from pymape.s3t.engine_ray import RayEngine
+    from pymape.s3t.engines.ray import RayEngine
 
     def kill() -> None:
         eventually((tmp_path / "hangs").exists)
@@ -91,7 +90,7 @@ def test_killed_node_loses_nothing(cluster: Any, tmp_path: Path) -> None:
 
 
 def test_ray_keeps_nothing_readable(cluster: Any) -> None:
-    from pymape.s3t.engine_ray import RayEngine
+    from pymape.s3t.engines.ray import RayEngine
 
     def used() -> float:
         name = "object_store_memory"
@@ -109,9 +108,9 @@ def test_ray_keeps_nothing_readable(cluster: Any) -> None:
 
 
 def test_errors_and_lost_workers(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pymape.s3t.engine_ray import RayEngine
+    from pymape.s3t.engines.ray import RayEngine
 
-    monkeypatch.setattr("pymape.s3t.engine.RETRIES", 0)
+    monkeypatch.setattr("pymape.s3t.engines.base.RETRIES", 0)
     with RayEngine(1, cluster.address, work=end_as_told) as engine:
         for shard, how in enumerate([b"value error", b"exit", b""]):
             engine.submit(job(shard, tmp_path, how))
@@ -125,7 +124,7 @@ def test_errors_and_lost_workers(cluster: Any, tmp_path: Path, monkeypatch: pyte
 
 
 def test_connections(cluster: Any) -> None:
-    from pymape.s3t.engine_ray import RayEngine
+    from pymape.s3t.engines.ray import RayEngine
 
     ray.init(cluster.address, log_to_driver=False)
     with RayEngine(work=echo, shared_cache=True) as engine:
@@ -152,7 +151,7 @@ def test_connections(cluster: Any) -> None:
 
 
 def test_missing_ray_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "pymape.s3t.engine_ray", raising=False)
+    monkeypatch.delitem(sys.modules, "pymape.s3t.engines.ray", raising=False)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match="pip install ray"):
         make_engine("ray")

@@ -13,7 +13,7 @@ pytest.importorskip("peft")
 from s3t_tools import SEQUENCE, Slices, make_job, make_records, setting, tensors_of, train_chain, write_base
 
 from pymape.s3t import S3T, LoraConfig, S3TConfig, StageConfig
-from pymape.s3t.engine_local import LocalEngine
+from pymape.s3t.engines import LocalEngine
 from pymape.s3t.stages import StageKey, unpack_stage
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

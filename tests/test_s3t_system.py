@@ -20,7 +20,7 @@ from s3t_tools import make_records, options, same_tensors, write_base
 
 from pymape.prefix_cache import PrefixCache
 from pymape.s3t import S3T, LoraConfig, S3TConfig, StageConfig
-from pymape.s3t.engine import InlineEngine
+from pymape.s3t.engines import InlineEngine
 from pymape.s3t.ledger import Ledger
 from pymape.s3t.ledger_training import stage_job
 from pymape.s3t.partition import place, record_name

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pymape import __version__
 from pymape.experiments.config import ExperimentConfig
 from pymape.experiments.tasks import Task
+from pymape.version import __version__
 
 __all__ = ["CELLS", "CODE", "REFERENCES", "Cell", "Place", "cell_file", "cells_of", "digest", "read_rows", "training"]
 

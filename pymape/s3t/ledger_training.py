@@ -11,8 +11,7 @@ from tqdm import tqdm
 
 from pymape.s3t.adapters import load_base
 from pymape.s3t.config import EngineName, S3TConfig
-from pymape.s3t.engine import Engine
-from pymape.s3t.engines import make_engine
+from pymape.s3t.engines import Engine, make_engine
 from pymape.s3t.ledger import Ledger, StageRow
 from pymape.s3t.ledger_folder import CACHE
 from pymape.s3t.stages import StageKey, unpack_stage

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import pickle
 import secrets
@@ -13,18 +12,20 @@ import tempfile
 from collections import deque
 from typing import Any, Literal
 
-import numpy as np
-
-from pymape.s3t.engine import Task, Work, require_open, require_pending, run
+from pymape.s3t.engines.base import Task, Work, require_open, require_pending, run
 from pymape.s3t.training import StageJob, train_stage
 
 try:
     import ray
+    from cryptography.hazmat.primitives.ciphers import Cipher
+    from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
     from ray.exceptions import RayError, RayTaskError
 except ImportError as error:
-    raise ImportError(f"engine 'ray' needs Ray ({error}): pip install ray") from error
+    raise ImportError(f"engine 'ray' needs Ray and cryptography ({error}): pip install ray cryptography") from error
 
 __all__ = ["RayEngine"]
+
+_JOB, _RESULT = b"job", b"result"
 
 
 class RayEngine:
@@ -124,7 +125,7 @@ class RayEngine:
             task, key = self._running.pop(finished[0])
             result: bytes | BaseException | None
             try:
-                result = pickle.loads(_encrypt(ray.get(finished[0]), key, "result"))
+                result = pickle.loads(_encrypt(ray.get(finished[0]), key, _RESULT))
             except RayTaskError as error:  # `run` raises nothing: this node cannot even read the job
                 result = error
             except RayError as error:
@@ -157,7 +158,7 @@ class RayEngine:
             gpus = int(stage.device == "cuda")
             remote = ray.remote(num_cpus=stage.threads, num_gpus=gpus, max_retries=0)(_train)
             key = secrets.token_bytes(32)
-            job = _encrypt(pickle.dumps(task.job), key, "job")
+            job = _encrypt(pickle.dumps(task.job), key, _JOB)
             self._running[remote.remote(self._work, job, key)] = task, key
 
 
@@ -174,10 +175,9 @@ def _require_cluster(address: str | None) -> None:
 
 def _train(work: Work, job: bytes, key: bytes) -> bytes:
     """What a Ray worker runs."""
-    return _encrypt(pickle.dumps(run(work, pickle.loads(_encrypt(job, key, "job")))), key, "result")
+    return _encrypt(pickle.dumps(run(work, pickle.loads(_encrypt(job, key, _JOB)))), key, _RESULT)
 
 
-def _encrypt(content: bytes, key: bytes, purpose: str) -> bytes:
-    """Encrypt or decrypt: XOR with the SHAKE-256 stream of a key that is used for one message of each purpose."""
-    stream = hashlib.shake_256(key + purpose.encode()).digest(len(content))
-    return np.bitwise_xor(np.frombuffer(content, np.uint8), np.frombuffer(stream, np.uint8)).tobytes()
+def _encrypt(content: bytes, key: bytes, purpose: bytes) -> bytes:
+    """Encrypt or decrypt with ChaCha20; a key is used for one message of each purpose."""
+    return Cipher(ChaCha20(key, purpose.rjust(16, b"\0")), mode=None).encryptor().update(content)

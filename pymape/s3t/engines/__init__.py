@@ -1,4 +1,4 @@
-"""The engine of a name."""
+"""What trains stages: this process, worker processes of this machine, or a Ray cluster (`engines.ray`)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Literal
 
 import torch
 
-from pymape.s3t.engine import Engine, InlineEngine
-from pymape.s3t.engine_local import LocalEngine
+from pymape.s3t.engines.base import Engine, InlineEngine, WorkerLostError
+from pymape.s3t.engines.local import LocalEngine
 
-__all__ = ["make_engine"]
+__all__ = ["Engine", "InlineEngine", "LocalEngine", "WorkerLostError", "make_engine"]
 
 
 def make_engine(
@@ -41,7 +41,7 @@ def make_engine(
         most = torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
         return LocalEngine(workers or max(1, most))
     if name == "ray":
-        from pymape.s3t.engine_ray import RayEngine
+        from pymape.s3t.engines.ray import RayEngine
 
         return RayEngine(workers, address, device=device)
     raise ValueError(f"engine must be 'local', 'inline' or 'ray', got {name!r}")

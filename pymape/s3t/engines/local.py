@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 
 import torch
 
-from pymape.s3t.engine import Task, Work, require_open, require_pending, run
+from pymape.s3t.engines.base import Task, Work, require_open, require_pending, run
 from pymape.s3t.training import StageJob, train_stage
 
 __all__ = ["LocalEngine", "serve"]
@@ -31,7 +31,7 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)
 from multiprocessing.connection import Connection
 connection = Connection(int(sys.argv[1]))
 sys.path[:] = connection.recv()
-from pymape.s3t.engine_local import serve
+from pymape.s3t.engines.local import serve
 serve(connection, parent=int(sys.argv[2]))
 """
 

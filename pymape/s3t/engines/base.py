@@ -1,4 +1,4 @@
-"""What trains stages, and what all such engines share; `engines` makes the one of a name."""
+"""What an engine is, what all of them share, and the one that needs nothing else."""
 
 from __future__ import annotations
 
