@@ -70,7 +70,7 @@ def _parsed(words: list[str]) -> Namespace:
     """The options of a command line.
 
     Raises:
-        ArgumentError, ValueError: words, or a file of options, that are none.
+        ArgumentError, ValueError: invalid words, or an invalid file of options.
     """
     file = (_values(words, "--config") or [""])[-1]  # a session's own come first
     try:

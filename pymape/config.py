@@ -28,7 +28,8 @@ class DataConfig:
         retain: ids to keep, in the same form; default: every record that is not forgotten.
         test: records the model has never seen, for the test accuracy and the membership attack.
         unseen: records the model has never seen, of the kind of those to forget: "match" gives the records
-            to forget the losses of these, `stop_when_forgotten` waits for it. Better not the test records, which judge.
+            to forget the losses of these, `stop_when_forgotten` waits for it. Do not give the test records: they
+            measure the result.
         id_column: column of unique ids.
         text_column: column of the text.
         text_pair_column: column of a second text (premise and hypothesis and the like).
@@ -87,7 +88,7 @@ class TrainConfig:
     Args:
         lr: peak learning rate, with linear decay.
         epochs: passes over the data.
-        batch_size: records a step.
+        batch_size: records per step.
         weight_decay: of AdamW.
         group_by_length: put records of about one length into a batch, which saves padding.
     """
@@ -111,7 +112,7 @@ class UnlearnConfig:
         objective_options: values for its own options, for instance {"layer": 7} for "rmu".
         lr: learning rate of the unlearning.
         epochs: passes over the longer of the sets that the objective reads (forget, retain).
-        batch_size: forget records a step, and as many retain records.
+        batch_size: forget records per step, and as many retain records.
         alpha: weight of the retain term.
         retain: the retain term of objectives that leave the choice: "nll", or "kl" from the original model.
         beta: inverse temperature of "npo", "simnpo" and "dpo".
@@ -126,7 +127,7 @@ class UnlearnConfig:
         train_first: fine-tune the model on all data before unlearning; this is how a plain encoder gets its task head.
         train: settings of that fine-tuning.
         compare_retrain: also retrain from the same start without the forget set and report the gap (needs train_first).
-        eval_batch_size: records a forward pass where nothing is trained.
+        eval_batch_size: records per forward pass where nothing is trained.
         seed: of every random choice.
         session: folder of successive requests: the first one starts it from `model` and `data`, later ones continue
             from the last weights, with the same options unless they are given anew.
@@ -178,7 +179,7 @@ class DemoConfig:
         random_lam: the same, where random records are.
         lrs: learning rates that masked and unmasked unlearning choose from.
         steps: optimizer steps of an unlearning run.
-        batch_size: forget records a step, and as many retain records where the objective reads them.
+        batch_size: forget records per step, and as many retain records where the objective reads them.
         train_epochs: passes over the data when the original and the retrained model are trained.
     """
 

@@ -75,7 +75,7 @@ def write_page(path: Path, summary: Mapping[str, Any], evidence: Sequence[Eviden
     Args:
         path: the file to write.
         summary: what `summary.json` holds.
-        evidence: what the pictures show, one a setting.
+        evidence: what the pictures show, one per setting.
     """
     settings = summary["config"]["settings"]
     forgotten = " and, separately, ".join(dict.fromkeys(shown.run["forgotten"] for shown in evidence))

@@ -1,4 +1,4 @@
-"""What every installation has to try things on: scikit-learn's digits, and a small Vision Transformer for them."""
+"""scikit-learn's digits and a small Vision Transformer: data and a model that every installation has."""
 
 from __future__ import annotations
 

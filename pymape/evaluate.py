@@ -56,7 +56,7 @@ class RelearnConfig:
         steps: optimizer steps; 0 leaves the attack out.
         lr: learning rate.
         share: share of the forget set to fine-tune on, in (0, 1].
-        batch_size: records a step.
+        batch_size: records per step.
         tolerance: percentage points below the original model's accuracy that count as relearned.
         every: steps between two measurements.
     """
@@ -84,11 +84,11 @@ class EvaluateConfig:
         reference: folder of a model that has not seen the records, for the reference attack.
         shadows: folders of two or more classifiers that have seen neither the forget nor the test set, for the
             likelihood-ratio attack.
-        gradients: also attack by gradient norms, one backward pass a record.
+        gradients: also attack by gradient norms, one backward pass per record.
         k: share of the least likely tokens that Min-K and Min-K++ look at, in (0, 1].
         questions: questions in TOFU's form.
         relearn: the relearning attack.
-        batch_size: records a forward pass.
+        batch_size: records per forward pass.
         seed: of every random choice.
     """
 

@@ -30,10 +30,10 @@ class BatchScores:
     heads: Tensor  # [B, L, H]
     filters: Tensor  # [B, L, F]
     finite: Tensor  # [3, B] bool: losses, heads, filters
-    event: torch.cuda.Event | None  # what a GPU passes when it has sent them
+    event: torch.cuda.Event | None  # recorded behind the copy to the CPU; None on a CPU
 
-    def arrived(self) -> tuple[Tensor, Tensor]:
-        """Wait for them, but not for what was queued later, and return heads and filters.
+    def wait(self) -> tuple[Tensor, Tensor]:
+        """Wait for the copy, but not for what was queued after it, and return heads and filters.
 
         Raises:
             ValueError: a loss or a gradient is NaN or infinite.

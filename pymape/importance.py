@@ -269,7 +269,7 @@ def importance(
                     yield rows, run(batch, [names[row] for row in rows.tolist()])
 
             for rows, scores in one_behind(started()):
-                heads[rows], filters[rows] = scores.arrived()
+                heads[rows], filters[rows] = scores.wait()
                 bar.update(len(rows) * world_size())
     share_rows((heads, filters), batches.shares)
     for own, theirs in zip(batches.shares, exchange(names), strict=True):

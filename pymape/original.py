@@ -19,7 +19,7 @@ __all__ = ["OriginalModel"]
 
 
 class OriginalModel:
-    """Reference values of the original model: of every record where that is little, else asked step by step.
+    """Reference values of the original model: stored for every record where they are small, computed at each step else.
 
     Losses and the log-probabilities of classifiers are computed once. Tokens x vocabulary, and activations, would be
     too much to store: for those the same model runs with its original parameters swapped in.

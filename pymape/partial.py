@@ -186,7 +186,8 @@ class PartialParameters:
     def merge(self) -> nn.Module:
         """Return the plain model with the trained values, every entry outside the masks bit-identical to before.
 
-        The model gets its own `forward` methods, parameters and `requires_grad` flags back; this object has served.
+        The model gets its own `forward` methods, parameters and `requires_grad` flags back; this object must not be
+        used afterwards.
         """
         self.sync()
         self._restore()

@@ -58,7 +58,7 @@ def exchange(value: Any) -> list[Any]:
     answers = _exchange(value)
     failed = [(number, error) for number, (_, error) in enumerate(answers) if error is not None]
     if failed:
-        raise _PeerError(f"every process must succeed, got from process {failed[0][0]}: {failed[0][1]}")
+        raise _PeerError(f"process {failed[0][0]} failed: {failed[0][1]}")
     return [value for value, _ in answers]
 
 
@@ -97,7 +97,7 @@ def share_rows(tensors: Sequence[Tensor], rows: Sequence[Sequence[int]]) -> None
 
 
 def add_up(tensors: Sequence[Tensor]) -> None:
-    """Replace tensors by their sums over the processes, of which all get the same bits."""
+    """Replace tensors by their sums over the processes, bit-identical on all of them."""
     if world_size() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)

@@ -17,7 +17,7 @@ def aggregate(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row a setting and model, over all seeds.
 
     Args:
-        runs: one a setting and seed, with "original", "retrained" and "methods".
+        runs: one per setting and seed, with "original", "retrained" and "methods".
 
     Returns:
         Rows with "setting", "model", "masked" and, for each figure, {"mean", "std", "values"}; std is the sample

@@ -172,12 +172,12 @@ def test_a_batch_is_taken_care_of_once_the_next_one_is_started(
     monkeypatch: pytest.MonkeyPatch, batch_size: int
 ) -> None:
     events: list[str] = []
-    call, arrived = GradientPass.__call__, BatchScores.arrived
+    call, wait = GradientPass.__call__, BatchScores.wait
     monkeypatch.setattr(GradientPass, "__call__", lambda *given: events.append("start") or call(*given))
-    monkeypatch.setattr(BatchScores, "arrived", lambda scores: events.append("arrived") or arrived(scores))
+    monkeypatch.setattr(BatchScores, "wait", lambda scores: events.append("wait") or wait(scores))
     importance(tiny_model("bert"), make_records("bert"), batch_size=batch_size)
     batches = -(-COUNT // batch_size)
-    assert events == ["start", *["start", "arrived"] * (batches - 1), "arrived"]
+    assert events == ["start", *["start", "wait"] * (batches - 1), "wait"]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

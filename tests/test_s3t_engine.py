@@ -205,7 +205,7 @@ def test_a_stage_that_kills_its_workers_is_given_up_and_named(tmp_path: Path) ->
     assert found[4] == bytes([4])
     assert isinstance(found[3], WorkerLostError)
     name = job(3).provenance.key.name
-    assert str(found[3]) == f"stage {name} must leave its worker alive, got {RETRIES + 1} lost, the last one by SIGKILL"
+    assert str(found[3]) == f"stage {name} lost {RETRIES + 1} workers, the last one ended by SIGKILL"
     assert len(noted(tmp_path, 3)) == len(set(noted(tmp_path, 3))) == RETRIES + 1
     assert len(noted(tmp_path, 4)) == 1
 
@@ -214,7 +214,7 @@ def test_exit_code_of_a_lost_worker_is_told(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("pymape.s3t.engines.base.RETRIES", 0)
     with LocalEngine(1, end_as_told) as engine:
         engine.submit(job(0, tmp_path, b"exit"))
-        assert str(engine.wait()[1]).endswith("got 1 lost, the last one with exit code 7")
+        assert str(engine.wait()[1]).endswith("lost 1 workers, the last one ended with exit code 7")
 
 
 def test_errors_of_the_training_are_returned_and_not_retried(tmp_path: Path) -> None:

@@ -308,7 +308,7 @@ def test_bad_requests_change_nothing(ledger: Ledger) -> None:
         ([("new", ["r1"])], "names must be 64 hexadecimal digits, got 'r1'"),
         ([("first", [one])], "request_id must be new for other records, got 'first', which is known"),
         ([("first", [gone, one])], "request_id must be new for other records"),
-        ([("new", [one]), ("new", [two])], "request_id must be another one for every request"),
+        ([("new", [one]), ("new", [two])], "request_id must differ between requests"),
         ([("new", [one]), ("other", [two, one])], f"must not be in two requests, got '{one}' in 'new' and 'other'"),
         ([("", [one])], "request_id must be a printable, non-empty string, got ''"),
         ([("a\nb", [one])], "request_id must be a printable"),

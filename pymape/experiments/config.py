@@ -47,7 +47,7 @@ class TaskConfig:
         options: further arguments of the task, see `pymape.experiments.tasks`.
         epochs: passes over the data when the original and the retrained model are trained.
         lr: their peak learning rate.
-        batch_size: their records a step.
+        batch_size: their records per step.
         weight_decay: theirs.
     """
 
@@ -168,7 +168,7 @@ class EvidenceConfig:
         relearn_every: steps between two of its measurements.
         relearn_lr: its learning rate.
         shadows: classifiers retrained from other initial weights, for the likelihood-ratio attack; 0 leaves it out.
-        gradients: also attack by gradient norms, one backward pass a record.
+        gradients: also attack by gradient norms, one backward pass per record.
         max_new_tokens: most tokens of an answer to a question, which ROUGE judges; 0 leaves ROUGE out.
     """
 
@@ -215,7 +215,7 @@ class ExperimentConfig:
         steps: optimizer steps of an unlearning run.
         every: optimizer steps between two looks at the model of a run: the rule that chooses the value of what is tuned
             chooses the step too. None looks at the last step only.
-        batch_size: forget records a step, and as many retain records.
+        batch_size: forget records per step, and as many retain records.
         baselines: selections that the others are held against, objective by objective.
         title: heading of the report.
         note: sentence about the experiment for the report.

@@ -1,4 +1,4 @@
-"""What kinds of task there are, and how they differ for those who have no data at hand."""
+"""The kinds of task, and what is known of each without loading its data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looks at a model while it unlearns, and back to where it was best."""
+"""Evaluates a model while it unlearns, and puts it back to its best state."""
 
 from __future__ import annotations
 

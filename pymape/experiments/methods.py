@@ -33,9 +33,9 @@ __all__ = ["Chosen", "Measured", "check_methods", "choose", "pass_size", "unlear
 
 Record = dict[str, Any]
 
-_BATCH = 256  # most records a pass where nothing is trained
+_BATCH = 256  # most records per pass where nothing is trained
 _GATE_BATCH = 64
-# Most tokens a pass, with padding. On a core, larger passes only pad more and fall out of its caches.
+# Most tokens per pass, with padding. On a core, larger passes only pad more and fall out of its caches.
 _CPU_TOKENS, _TOKENS = 2**11, 2**16
 
 
@@ -208,7 +208,7 @@ def unlearn(
         retain: records to keep.
         unseen: records that the model has never seen, for objectives that need some.
         steps: optimizer steps, where the objective takes any.
-        batch_size: forget records a step, and as many retain records.
+        batch_size: forget records per step, and as many retain records.
         seed: of order, pairing and random labels.
         judge: of a model: of those that it is shown, the one that it finds lowest is given back.
         every: steps between two models that `judge` is shown; None gives the model of the last step.

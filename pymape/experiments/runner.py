@@ -34,10 +34,10 @@ def run_experiment(
 ) -> dict[str, Any]:  # fmt: skip
     """Run what is missing of an experiment, print its tables and write them.
 
-    First the grid: the folder gets one file a cell while the experiment runs, and `results.jsonl` (a line a cell). Then
-    the evidence on the chosen models: one file a model in `evidence/`, beside a folder with its scores of every record,
-    and `evidence.jsonl` (a line a model). In the end `tables.md` and `summary.json`. An interrupted experiment goes on
-    where it was; a changed one keeps the cells that the change leaves alone.
+    First the grid: the folder gets one file per cell while the experiment runs, and `results.jsonl` (a line per cell).
+    Then the evidence on the chosen models: one file per model in `evidence/`, beside a folder with its scores of every
+    record, and `evidence.jsonl` (a line per model). In the end `tables.md` and `summary.json`. An interrupted
+    experiment goes on where it was; a changed one keeps the cells that the change leaves alone.
 
     Args:
         name: a YAML file, or the name of one in `experiments/`.

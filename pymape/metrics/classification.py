@@ -152,7 +152,7 @@ def predict(
         model: Hugging Face classifier (logits [B, C], labels [B]) or causal LM (logits [B, T, V], labels [B, T],
             -100 and padding by the `attention_mask` [B, T] ignored).
         data: map-style data set of dicts with "labels"; a key "id" is not handed to the model.
-        batch_size: records a forward pass.
+        batch_size: records per forward pass.
         collate_fn: makes one batch of a list of records; default: pad on the right and stack.
 
     Returns:

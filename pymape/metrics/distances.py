@@ -73,7 +73,7 @@ def model_distance(
         model: Hugging Face model with a task head.
         other: one for the same task and with as many classes or tokens.
         data: map-style data set of dicts with the model's inputs and labels.
-        batch_size: records a forward pass.
+        batch_size: records per forward pass.
         collate_fn: list of records without `id` -> dict of tensors; default pads on the right.
 
     Returns:

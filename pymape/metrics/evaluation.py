@@ -45,14 +45,14 @@ def evaluate(
         forget: records the model should not know.
         retain: records it should know.
         test: records it has never seen; for class forgetting pass the remaining classes only.
-        batch_size: records a forward pass.
+        batch_size: records per forward pass.
         collate_fn: makes one batch of a list of records; default: pad on the right and stack.
         seed: seed of the attack's draw.
         retrained: the model retrained without the forget set: adds "gap", "privleak" and the distances on the forget
             set of `ModelDistance.figures`.
         reference: a model that has not seen the records, for "mia_reference".
         shadows: two or more classifiers that have seen neither the forget nor the test set, for "mia_lira".
-        gradients: also attack by gradient norms, one backward pass a record.
+        gradients: also attack by gradient norms, one backward pass per record.
         decode: token ids -> text, for the zlib attack on language models.
         end_token: a language model's end-of-text token.
 

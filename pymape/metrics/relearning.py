@@ -71,7 +71,7 @@ def relearning_attack(
         lr: learning rate.
         steps: optimizer steps.
         every: steps between two measurements; the last step is measured too.
-        batch_size: records a step, at most those drawn.
+        batch_size: records per step, at most those drawn.
         collate_fn: list of records without `id` -> dict of tensors; default pads on the right.
         seed: of the draw and the order.
 

@@ -109,7 +109,7 @@ class RecordScores:
         return torch.zeros(len(self), dtype=torch.float64).index_add_(0, rows, terms.double()) / self.counts
 
     def by_record(self, terms: Tensor) -> tuple[Tensor, ...]:
-        """N views of [T] values, one a record."""
+        """N views of [T] values, one per record."""
         return terms.split(self.counts.tolist())
 
     def require_same_records(self, other: RecordScores, argument: str) -> None:
@@ -190,9 +190,9 @@ def record_scores(
         model: Hugging Face model with a task head, where it is to run; its training flags are put back.
         data: map-style data set of dicts with the model's inputs and `labels` (for question answering
             `start_positions` and `end_positions`), or a DataLoader over one. An `id` field names the records.
-        batch_size: records a forward pass.
+        batch_size: records per forward pass.
         collate_fn: list of records without `id` -> dict of tensors; default pads on the right.
-        gradients: also find `gradient_norms`, one backward pass a record.
+        gradients: also find `gradient_norms`, one backward pass per record.
         decode: token ids -> text, for `text_bytes`.
         progress: show a progress bar; default only on a terminal.
 

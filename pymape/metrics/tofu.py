@@ -160,7 +160,7 @@ def score_answers(
         questions: the questions.
         template: text of a record with {question} and {answer}, as the model was trained with.
         max_length: tokens a text is cut to.
-        batch_size: records a forward pass.
+        batch_size: records per forward pass.
         max_new_tokens: most tokens of the model's own answer; 0 leaves ROUGE out.
 
     Returns:

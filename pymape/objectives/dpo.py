@@ -17,8 +17,7 @@ def dpo(step: Step) -> Tensor:
 
     with NLL_n(y') that of record n's alternative answer, all summed over labelled tokens (cross-entropies of the label
     and the alternative label for classifiers), and NLL_ref the original model's. Scaled as `npo`, which is the same
-    without the
-    alternative: the gradient at the start is that of NLL_n(y') - NLL_n.
+    without the alternative: the gradient at the start is that of NLL_n(y') - NLL_n.
 
     Source: Rafailov et al. 2023 (arXiv 2305.18290); for unlearning as in Zhang et al. 2024 (arXiv 2404.05868).
     """

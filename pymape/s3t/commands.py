@@ -232,7 +232,7 @@ def evaluate(
         text_column: column of the text.
         text_pair_column: column of a second text.
         label_column: column of the labels.
-        batch_size: records a forward pass.
+        batch_size: records per forward pass.
     """
     from pymape.s3t.system import S3T
     from pymape.s3t.tables import Columns, read_records

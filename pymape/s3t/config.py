@@ -38,7 +38,8 @@ class StageConfig:
     Args:
         epochs: passes over the records of the stage's slices.
         lr: peak learning rate of AdamW; it rises over the first tenth of the steps and falls linearly to zero.
-        batch_size: records a step; every batch has this many rows, the last one filled up with rows that do not count.
+        batch_size: records per step; every batch has this many rows, the last one filled up with rows that count
+            for nothing.
         max_length: tokens that every text is padded or cut to, so that batches have one shape.
         weight_decay: of AdamW.
         max_grad_norm: gradients are clipped to this norm; inf: never.

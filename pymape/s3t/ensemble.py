@@ -172,7 +172,7 @@ class Ensemble(nn.Module):
 
         Args:
             data: map-style data set of dicts with the model's inputs and `labels`; `id` is not handed to the model.
-            batch_size: records a forward pass.
+            batch_size: records per forward pass.
             progress: show a progress bar; default: on a terminal.
 
         Raises:
@@ -185,7 +185,7 @@ class Ensemble(nn.Module):
 
         Args:
             data: as for `predict`.
-            batch_size: records a forward pass.
+            batch_size: records per forward pass.
 
         Returns:
             {"accuracy": in percent (of language models: mean share of right tokens), "shard_accuracy": {shard: same}}.

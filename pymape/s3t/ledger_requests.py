@@ -131,7 +131,7 @@ class LedgerRequests(LedgerExports):
             if not isinstance(request, str) or not request or not request.isprintable():
                 raise ValueError(f"request_id must be a printable, non-empty string, got {request!r}")
         if len(set(ids)) < len(ids):
-            raise ValueError(f"request_id must be another one for every request, got {len(ids)} with repetitions")
+            raise ValueError(f"request_id must differ between requests, got {len(ids)} with repetitions")
         known = {
             name: row for name, row in self._db.rows_in("SELECT name, request FROM requests WHERE name IN ({})", ids)
         }

@@ -130,12 +130,12 @@ def require_served(ledger: Ledger) -> Served:
     served = read_served(ledger)
     if not served.chains:
         if not ledger.deleted:
-            missing = "nothing is trained: train it first"
+            missing = "nothing is trained yet: train the system first"
         elif any(map(any, ledger.counts())):
-            missing = "every shard is dead: repair it first"
+            missing = "every shard is dead: repair the system first"
         else:
             missing = "every record is deleted"
-        raise ValueError(f"system must serve a shard, got one of which {missing}")
+        raise ValueError(f"no shard can be served: {missing}")
     return served
 
 

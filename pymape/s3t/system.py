@@ -186,7 +186,7 @@ class S3T:
             ValueError: as `train`, or every record is deleted.
         """
         if self._ledger.deleted and not any(map(any, self._ledger.counts())):
-            raise ValueError("system must have records left to repair it, got one of which every record is deleted")
+            raise ValueError("the system cannot be repaired: every record is deleted")
         self._ledger.repair()
         return train_planned(self._ledger, self.config, engine, workers, address, cache, progress)
 
@@ -361,7 +361,7 @@ class S3T:
         Args:
             records: as for `ingest`; ids are optional, subjects are not looked at.
             combination: as `ensemble`.
-            batch_size: records a forward pass.
+            batch_size: records per forward pass.
         """
         model = self.ensemble(combination)
         if self.config.stage.device == "cuda" and torch.cuda.is_available():

@@ -124,7 +124,7 @@ class Task:
         if self.losses <= RETRIES:
             return None
         name = self.job.provenance.key.name
-        return WorkerLostError(f"stage {name} must leave its worker alive, got {self.losses} lost, the last one {how}")
+        return WorkerLostError(f"stage {name} lost {self.losses} workers, the last one ended {how}")
 
 
 def run(work: Work, job: StageJob) -> bytes | BaseException:
