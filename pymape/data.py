@@ -312,6 +312,8 @@ def _checked_columns(columns: dict[str, list[Any]], path: Path, argument: str) -
 
 
 def _as_id(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():  # as tables hold ids where some are missing
+        value = int(value)
     return "" if value is None else str(value).strip()
 
 

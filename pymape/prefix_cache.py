@@ -9,6 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -16,12 +17,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pymape.delta import tensor_digest
-from pymape.files import discard, overwrite, sync_tree
+from pymape.files import at_work, await_workers, discard, overwrite, sync_tree
 
 __all__ = ["PrefixCache"]
 
 _SUFFIX = ".safetensors"
 _STATES = "states"
+_IN_USE = "in-use"
 _HEADER = 1024  # at most what a file needs beside the states
 _RESCAN_SECONDS = 10.0
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # what file systems without hard links say
@@ -125,6 +127,18 @@ class PrefixCache:
             raise
         self._bytes += len(content)
         return True
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """A block in which records are computed and put; `wait_until_unused` waits for it, in any process."""
+        return at_work(self.path / _IN_USE)
+
+    def wait_until_unused(self) -> None:
+        """Wait until nobody is in a block of `in_use`.
+
+        Raises:
+            ValueError: somebody is still there after ten seconds.
+        """
+        await_workers(self.path / _IN_USE)
 
     def erase(self, records: Iterable[str]) -> int:
         """Remove all that is stored of some records, under every prefix: overwrite the files with zeros, then delete.

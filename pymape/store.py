@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pymape.files import atomic_write, sync_tree, take_lock
+from pymape.files import FileLock, atomic_write, sync_tree
 
 __all__ = ["FIRST", "STATE", "FolderStore", "Step", "file_hash"]
 
@@ -63,7 +63,7 @@ class FolderStore:
         self.folder, self.kind = Path(folder).absolute(), kind
         self.content: dict[str, Any] = {}
         self.files: dict[str, str] = {}
-        self._lock: int | None = None
+        self._lock: FileLock | None = None
         if mode == "create":
             self._check_free()
         elif not (self.folder / STATE).is_file():
@@ -71,7 +71,7 @@ class FolderStore:
         if mode == "read":
             self._read()
             return
-        self._lock = take_lock(self.folder / _LOCK, kind)
+        self._lock = FileLock(self.folder / _LOCK, kind)
         try:
             if mode == "write":
                 self._read()
@@ -150,7 +150,7 @@ class FolderStore:
     def close(self) -> None:
         """Let other processes write."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
     def _commit(self, change: Step) -> None:

@@ -14,7 +14,7 @@ from s3t_ledger_tools import BASE, make_rows, make_stage, name_of
 
 from pymape.prefix_cache import PrefixCache
 from pymape.s3t.ledger import Ledger
-from pymape.s3t.ledger_folder import CACHE
+from pymape.s3t.ledger.folder import CACHE
 from pymape.store import file_hash
 
 KEY = bytes(range(32))  # all lives have the same names
@@ -32,7 +32,10 @@ Report = Callable[[str], Any]
 def live(folder: Path, export: Path, report: Report = lambda request: None) -> None:
     """Lead a life from wherever it is to its end."""
     there = (folder / "ledger.sqlite").exists()
-    with Ledger(folder) if there else Ledger.create(folder, {}, BASE, [CYCLIC] * 2, KEY) as book:
+    late, away = export.with_name("late"), export.with_name("away")  # on a disk that is not there for a while
+    with (
+        Ledger(folder, accept_lost_anchor=True) if there else Ledger.create(folder, {}, BASE, [CYCLIC] * 2, KEY) as book
+    ):
         if not sum(map(sum, book.counts())) + book.deleted:
             book.add_records(make_rows(book, RECORDS))
         book.plan()
@@ -48,7 +51,15 @@ def live(folder: Path, export: Path, report: Report = lambda request: None) -> N
             with landing(book):
                 pass
             write_export(book, export)
+            shutil.rmtree(away, ignore_errors=True)
+            write_export(book, late)
+            late.rename(away)
         delete(book, LAST, report)
+        if away.exists():
+            away.rename(late)
+            book.finish()
+    (folder / "audit.head").unlink()
+    Ledger(folder, accept_lost_anchor=True).close()
 
 
 def delete(book: Ledger, batches: list[list[tuple[str, list[int]]]], report: Report) -> None:

@@ -104,6 +104,12 @@ def test_ids_come_from_text_or_from_a_table(tmp_path: Path) -> None:
     text.write_text("\ufeffb\n\n a \n", encoding="utf-8")
     assert load_ids(text) == ["b", "a"]
     assert load_ids(_write(tmp_path / "ids.csv", ROWS[:2])) == ["a", "b"]
+    (tmp_path / "ids.json").write_text('[{"person": 7.0}, {"person": 7.5}, {"person": "7.0"}]')
+    assert load_ids(tmp_path / "ids.json", "person") == [
+        "7",
+        "7.5",
+        "7.0",
+    ]  # as tables hold 7 beside gaps
 
 
 def test_no_character_but_a_newline_ends_an_id(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from pymape.files import atomic_write, overwrite, take_lock
+from pymape.files import FileLock, at_work, atomic_write, await_workers, overwrite, written_elsewhere
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from pymape.files import take_lock
-take_lock(Path(sys.argv[1]), "store")
+from pymape.files import FileLock
+lock = FileLock(Path(sys.argv[1]), "store")
 print("held", flush=True)
 time.sleep(60)
 """
@@ -81,20 +81,20 @@ def test_a_lock_has_one_holder(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     message = f"store must have one writer at a time, got '{tmp_path}', which is open for writing elsewhere"
     before = len(os.listdir("/proc/self/fd"))
-    held = take_lock(path, "store")
+    held = FileLock(path, "store")
     with pytest.raises(ValueError) as error:
-        take_lock(path, "store")
+        FileLock(path, "store")
     assert str(error.value) == message
-    os.close(held)
-    os.close(take_lock(path, "store"))
+    held.release()
+    FileLock(path, "store").release()
     assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_holder_that_is_just_ending_is_waited_for(tmp_path: Path) -> None:
-    held = take_lock(tmp_path / "lock", "store")
+    held = FileLock(tmp_path / "lock", "store")
     started = time.monotonic()
-    threading.Timer(0.2, os.close, [held]).start()
-    os.close(take_lock(tmp_path / "lock", "store"))
+    threading.Timer(0.2, held.release).start()
+    FileLock(tmp_path / "lock", "store").release()
     assert time.monotonic() - started >= 0.2
 
 
@@ -105,6 +105,44 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match="store must have one writer at a time"):
-            take_lock(path, "store")
+            FileLock(path, "store")
         holder.send_signal(signal.SIGKILL)
-    os.close(take_lock(path, "store"))
+    FileLock(path, "store").release()
+
+
+def test_a_forked_child_does_not_keep_a_lock(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    held = FileLock(path, "store")
+    child = os.fork()
+    if child == 0:
+        held.release()  # of a child that closes what it has inherited: the lock is not its own
+        time.sleep(60)
+        os._exit(0)
+    try:
+        with pytest.raises(ValueError, match="store must have one writer at a time"):
+            FileLock(path, "store")
+        held.release()
+        held.release()
+        FileLock(path, "store").release()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_whether_somebody_else_writes(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    assert not written_elsewhere(path)
+    held = FileLock(path, "store")
+    assert written_elsewhere(path)
+    held.release()
+    assert not written_elsewhere(path)
+
+
+def test_workers_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "folder" / "at-work"
+    await_workers(path)  # nobody has ever worked here
+    with at_work(path), at_work(path):
+        monkeypatch.setattr("pymape.files._WORK_SECONDS", 0.1)
+        with pytest.raises(ValueError, match="workers of a process that was killed must have ended, got one"):
+            await_workers(path)
+    await_workers(path)

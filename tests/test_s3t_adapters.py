@@ -272,6 +272,12 @@ def test_what_is_refused(tmp_path: Path) -> None:
         SlicedAdapters(model, config)
     with pytest.raises(ValueError, match=r"lora.targets must be one of qv, attention, all, got 'some'"):
         SlicedAdapters(load_base(config.model), options(config.model, lora=LoraConfig(targets="some")))
+    questions = tiny_model("bert", "question_answering", num_hidden_layers=4)
+    with pytest.raises(ValueError, match="model must give one tensor of logits, got a BertForQuestionAnswering"):
+        SlicedAdapters(questions, config)
+    for family in ("llama", "gpt2"):  # they read the last token before the padding
+        with pytest.raises(ValueError, match=r"model must have a pad_token_id in its config.json, got"):
+            SlicedAdapters(tiny_model(family, "sequence_classification", pad_token_id=None), options("", slices=2))
     from transformers import T5Config, T5ForConditionalGeneration
 
     with pytest.raises(ValueError, match="architecture 't5' is not supported"):

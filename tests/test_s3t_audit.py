@@ -14,9 +14,9 @@ import torch
 from s3t_ledger_tools import make_content, make_rows, make_stage, name_of, names_in, trained_ledger
 
 from pymape.prefix_cache import PrefixCache
-from pymape.s3t.audit import AuditLog, first_entry
-from pymape.s3t.database import Database, create_database
 from pymape.s3t.ledger import Ledger, StageRow
+from pymape.s3t.ledger.audit import AuditLog, first_entry
+from pymape.s3t.ledger.database import Database, create_database
 from pymape.s3t.partition import subject_name
 from pymape.s3t.stages import Provenance, StageKey, pack_stage, row_digest, unpack_stage
 

@@ -82,6 +82,26 @@ def test_from_init_to_evaluate(tmp_path: Path, files: Path, capsys: pytest.Captu
     assert "everything is in order" in run(capsys, "verify", system)
 
 
+def test_what_deletions_ended_before_it_was_trained_is_left_to_repair(
+    tmp_path: Path, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    system, table = tmp_path / "system", tmp_path / "ids.csv"
+    table.write_text("person\nr1\nr2\n")
+    run(capsys, "init", system, "--model", files / "model", "--shards", 1, "--slices", 2, "--stage.max_length", 8)
+    run(capsys, "ingest", system, "--data", files / "train.csv")
+    assert "workers must be at least 1" in run(capsys, "train", system, "--workers", 0, code=2)
+    assert result(capsys, "status", system)["stages"] == {}  # a refused training plans nothing
+    with S3T(system) as opened:
+        opened._ledger.plan()  # as an interrupted training does
+    ids = ("--ids", table, "--id-column", "person")
+    assert result(capsys, "plan", system, *ids)["cancelled"] >= 2
+    ended = result(capsys, "delete", system, "--request-id", "early", *ids)["cancelled"]
+    words = f"{4 - ended} stages trained; {ended} are switched off: `repair` trains them anew\n"
+    assert run(capsys, "train", system, "--engine", "inline") == words
+    assert run(capsys, "repair", system, "--engine", "inline") == f"{ended} stages trained\n"
+    assert "everything is in order" in run(capsys, "verify", system)
+
+
 def test_what_is_wrong_is_named(tmp_path: Path, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     system = tmp_path / "system"
     run(capsys, "init", system, "--model", files / "model", "--shards", 1, "--slices", 2, "--stage.max_length", 8)
@@ -191,16 +211,21 @@ def test_receipts_kept_elsewhere(tmp_path: Path, files: Path, capsys: pytest.Cap
     with S3T.create(system, S3TConfig(str(files / "model"), shards=1, slices=2)) as opened:
         opened.ingest(read_records(files / "train.csv", opened.config, Columns(id="id")))
     older = shutil.copytree(system, tmp_path / "older")
-    receipt = run(capsys, "delete", system, "--request-id", "first", "--ids", files / "ids.txt", "--json")
-    (kept / "first.json").write_text(receipt)
+    words = ("--request-id", "first", "--ids", files / "ids.txt", "--receipt", kept / "first.json")
+    receipt = run(capsys, "delete", system, *words, "--json")
+    assert json.loads((kept / "first.json").read_text()).items() <= json.loads(receipt).items()
+    before = (kept / "first.json").read_bytes()
+    run(capsys, "delete", system, "--request-id", "second", *words[2:], code=2)
+    assert (kept / "first.json").read_bytes() == before  # a refused request leaves what was kept
     for place in (kept, kept / "first.json"):
         assert "receipts: 1\neverything is in order" in run(capsys, "verify", system, "--receipts", place)
         text = run(capsys, "verify", older, "--receipts", place, code=1)
         assert "PROBLEM: request 'first' has a receipt, and the ledger does not know it: the folder is an older" in text
-    (kept / "notes.json").write_text("[]")
-    assert "receipts must be what delete gave" in run(capsys, "verify", system, "--receipts", kept, code=2)
-    (kept / "notes.json").write_text("{")
-    assert "receipts must be readable JSON" in run(capsys, "verify", system, "--receipts", kept, code=2)
+    for content, problem in (("[]", "is none"), ("{", "cannot be read"), ("", "cannot be read")):
+        (kept / "notes.json").write_text(content)
+        text = run(capsys, "verify", system, "--receipts", kept, code=1)
+        assert f"PROBLEM: receipt '{kept / 'notes.json'}' {problem}" in text
+        assert "receipts: 1\nnot in order" in text  # the others are compared all the same
     assert "folder of some" in run(capsys, "verify", system, "--receipts", files, code=2)
 
 

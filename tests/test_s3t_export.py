@@ -188,6 +188,8 @@ def test_a_folder_with_files_is_left_alone(bert: str, content: Mapping[str, str]
         export_ensemble(target, config, make_chains(config, [1]))
     with pytest.raises(ValueError, match="folder must be new or without files, got"):
         export_ensemble(target / next(iter(content)), config, make_chains(config, [1]))
+    with pytest.raises(ValueError, match="folder must be one that can be replaced, got the mount point '/proc'"):
+        export_ensemble("/proc", config, make_chains(config, [1]))
     assert files(target) == before
     assert list(tmp_path.iterdir()) == [target]
 

@@ -32,8 +32,9 @@ from s3t_ledger_tools import (
 
 import pymape.files
 from pymape.prefix_cache import PrefixCache
-from pymape.s3t import faults, ledger_stages
+from pymape.s3t import faults
 from pymape.s3t.ledger import Ledger, RecordRow
+from pymape.s3t.ledger import stages as ledger_stages
 from pymape.s3t.stages import Provenance, StageKey
 
 
@@ -105,7 +106,7 @@ for change in (ledger.plan, ledger.repair, lambda: ledger.tombstone([("second", 
 def test_a_reader_that_never_ends_stops_erasure_with_a_clear_message(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pymape.s3t.database._BUSY_SECONDS", 0.1)
+    monkeypatch.setattr("pymape.s3t.ledger.database._BUSY_SECONDS", 0.1)
     reader = sqlite3.connect(f"file:{ledger.folder / 'ledger.sqlite'}?mode=ro", uri=True, isolation_level=None)
     reader.execute("BEGIN")
     reader.execute("SELECT count(*) FROM audit").fetchall()
@@ -363,7 +364,7 @@ def test_finishing_on_a_full_disk_continues_later(ledger: Ledger, monkeypatch: p
             real([*paths][:3])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        patch.setattr("pymape.s3t.ledger_finish.erase_files", fail)
+        patch.setattr("pymape.s3t.ledger.finish.erase_files", fail)
         with pytest.raises(OSError, match="No space left"):
             ledger.finish()
     assert ledger.receipt("first")["state"] == "switched"

@@ -354,6 +354,10 @@ def _check(model: Any, lora: LoraConfig) -> None:
             raise ValueError(
                 f"model must have no BatchNorm, whose outputs depend on the rest of the batch, got {name!r}"
             )
+    if task_of(model) == "question answering":
+        raise ValueError(f"model must give one tensor of logits, got a {type(model).__name__}")
+    if hasattr(model, "score") and model.config.get_text_config().pad_token_id is None:  # it reads a text's last token
+        raise ValueError(f"model must have a pad_token_id in its config.json, got {type(model).__name__} without one")
     if lora.targets not in _TARGETS:
         raise ValueError(f"lora.targets must be one of {', '.join(_TARGETS)}, got {lora.targets!r}")
 

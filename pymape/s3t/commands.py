@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from pymape.files import atomic_write
 from pymape.s3t.config import EngineName, S3TConfig
 
 __all__ = ["COMMANDS", "run_command"]
@@ -60,14 +61,14 @@ def train(
     address: str | None = None,
     cache: bool = True,
 ) -> dict[str, Any]:
-    """Train every stage that is missing.
+    """Train every stage that has not been trained; `repair` trains those anew that deletions switched off.
 
     Args:
         folder: the system's folder.
         engine: "local" worker processes, "inline" in this process, or "ray".
         workers: stages trained at the same time; default: as many as there are CPUs, or GPUs.
         address: of a Ray cluster; default: one is started here.
-        cache: keep hidden states of frozen layers on disk while training.
+        cache: keep hidden states of frozen layers in the folder, for later stages and repairs.
     """
     from pymape.s3t.system import S3T
 
@@ -89,7 +90,7 @@ def repair(
         engine: "local" worker processes, "inline" in this process, or "ray".
         workers: stages trained at the same time; default: as many as there are CPUs, or GPUs.
         address: of a Ray cluster; default: one is started here.
-        cache: keep hidden states of frozen layers on disk while training.
+        cache: keep hidden states of frozen layers in the folder, for later stages and repairs.
     """
     from pymape.s3t.system import S3T
 
@@ -108,32 +109,44 @@ def status(folder: str) -> dict[str, Any]:
     return S3T(folder, read_only=True).status()
 
 
-def plan(folder: str, ids: str | None = None, subjects: str | None = None) -> dict[str, Any]:
+def plan(folder: str, ids: str | None = None, subjects: str | None = None, id_column: str = "id") -> dict[str, Any]:
     """Show what a deletion would do, without doing it.
 
     Args:
         folder: the system's folder.
-        ids: file of the ids of records, one a line.
-        subjects: file of the ids of subjects, one a line: all records of these people.
+        ids: file of the ids of records, one per line, or a table.
+        subjects: file of the ids of subjects, one per line, or a table: all records of these people.
+        id_column: of such a table.
     """
     from pymape.s3t.system import S3T
 
-    return S3T(folder, read_only=True).plan(_listed(ids, "ids"), subjects=_listed(subjects, "subjects"))
+    named, people = (_listed(file, kind, id_column) for file, kind in ((ids, "ids"), (subjects, "subjects")))
+    return S3T(folder, read_only=True).plan(named, subjects=people)
 
 
-def delete(folder: str, request_id: str, ids: str | None = None, subjects: str | None = None) -> dict[str, Any]:
+def delete(
+    folder: str,
+    request_id: str,
+    ids: str | None = None,
+    subjects: str | None = None,
+    id_column: str = "id",
+    receipt: str | None = None,
+) -> dict[str, Any]:
     """Delete records: switch off and erase everything that was trained on them.
 
     Args:
         folder: the system's folder.
         request_id: your name of the request; repeating it is harmless.
-        ids: file of the ids of records, one a line.
-        subjects: file of the ids of subjects, one a line: all records of these people.
+        ids: file of the ids of records, one per line, or a table.
+        subjects: file of the ids of subjects, one per line, or a table: all records of these people.
+        id_column: of such a table.
+        receipt: file to keep the receipt in as JSON, outside the folder, for `verify --receipts`.
     """
     from pymape.s3t.system import S3T, not_finished
 
     with S3T(folder) as system:
-        system.delete(_listed(ids, "ids"), request_id, subjects=_listed(subjects, "subjects"), finish=False)
+        named, people = (_listed(file, kind, id_column) for file, kind in ((ids, "ids"), (subjects, "subjects")))
+        system.delete(named, request_id, subjects=people, finish=False)
         found = system.finish(check=False)
         problems = [not_finished(request_id, found.pop(request_id))] if request_id in found else []
         others = [not_finished(request, problem) for request, problem in found.items()]
@@ -142,6 +155,9 @@ def delete(folder: str, request_id: str, ids: str | None = None, subjects: str |
             if outcome["changed"]:
                 names = ", ".join(outcome["changed"])
                 problems.append(f"export {outcome['path']!r} has files that were changed and are left there: {names}")
+        if receipt is not None:
+            with atomic_write(receipt) as path:
+                path.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         return {**state, "ok": not problems, "problems": problems, "unfinished": others}
 
 
@@ -158,15 +174,17 @@ def receipt(folder: str, request_id: str) -> dict[str, Any]:
         return system.receipt(request_id)
 
 
-def finish(folder: str) -> dict[str, Any]:
+def finish(folder: str, accept_lost_anchor: bool = False) -> dict[str, Any]:
     """Go on with the requests that are not finished: erase and verify what could not be erased before.
 
     Args:
         folder: the system's folder.
+        accept_lost_anchor: open the system without its file audit.head, after you have made sure that the rest of the
+            folder is not an older copy; the audit log notes it.
     """
     from pymape.s3t.system import S3T, not_finished
 
-    with S3T(folder) as system:
+    with S3T(folder, accept_lost_anchor=accept_lost_anchor) as system:
         problems = [not_finished(request, problem) for request, problem in system.finish(check=False).items()]
         return {"requests": system.status()["requests"], "ok": not problems, "problems": problems}
 
@@ -177,14 +195,15 @@ def verify(folder: str, replay: bool = False, receipts: str | None = None) -> di
     Args:
         folder: the system's folder.
         replay: also train one served stage again and compare bit by bit.
-        receipts: a receipt kept elsewhere, as `delete --json` prints it, or a folder of such files: they tell whether
-            the system was set back.
+        receipts: a receipt kept elsewhere, as `delete --receipt` writes it, or a folder of such files: they tell
+            whether the system was set back.
     """
     from pymape.s3t.system import S3T
 
-    kept = [] if receipts is None else _receipts(Path(receipts))
+    kept, unreadable = ([], []) if receipts is None else _receipts(Path(receipts))
     with S3T(folder, read_only=True) as system:
-        return system.verify(replay=replay, receipts=kept)
+        found = system.verify(replay=replay, receipts=kept)
+    return found | {"ok": found["ok"] and not unreadable, "problems": [*unreadable, *found["problems"]]}
 
 
 def forecast(folder: str, rate: float | None = None) -> dict[str, Any]:
@@ -272,18 +291,28 @@ def run_command(name: str, options: dict[str, Any], *, as_json: bool = False) ->
     return bool(found.get("ok", True))
 
 
-def _receipts(path: Path) -> list[dict[str, Any]]:
-    """What a file holds, or every .json file of a folder."""
+def _receipts(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """What a file holds, or every .json file of a folder, and a sentence for each file that holds no receipt."""
+    from pymape.s3t.ledger.requests import is_receipt
+
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"receipts must be a JSON file or a folder of some, got {str(path)!r} without one")
-    try:
-        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"receipts must be readable JSON, got {str(path)!r}: {error}") from error
+    receipts, problems = [], []
+    for file in files:
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            problems.append(f"receipt {str(file)!r} cannot be read: {error}")
+            continue
+        if is_receipt(content):
+            receipts.append(content)
+        else:
+            problems.append(f"receipt {str(file)!r} is none")
+    return receipts, problems
 
 
-def _listed(path: str | None, argument: str) -> list[str]:
+def _listed(path: str | None, argument: str, id_column: str) -> list[str]:
     from pymape.data import load_ids
 
-    return [] if path is None else load_ids(path, argument=argument)
+    return [] if path is None else load_ids(path, id_column, argument=argument)

@@ -179,6 +179,10 @@ def _readme(adapters: SlicedAdapters, config: S3TConfig, combination: Combinatio
 
 
 def _check_free(folder: Path) -> None:
+    if os.path.ismount(folder):
+        raise ValueError(
+            f"folder must be one that can be replaced, got the mount point {str(folder)!r}: name one in it"
+        )
     if folder.is_dir():
         found = next((path for path in sorted(folder.rglob("*")) if not path.is_dir()), None)
     else:

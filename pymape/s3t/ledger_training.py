@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from pymape.s3t.adapters import load_base
 from pymape.s3t.config import EngineName, S3TConfig
 from pymape.s3t.engines import Engine, make_engine
 from pymape.s3t.ledger import Ledger, StageRow
-from pymape.s3t.ledger_folder import CACHE
+from pymape.s3t.ledger.folder import CACHE
 from pymape.s3t.stages import StageKey, unpack_stage
 from pymape.s3t.training import StageJob, config_digest, stage_seed, train_stage
 
@@ -113,9 +114,14 @@ class ServedStages:
     @property
     def _ledger(self) -> Ledger:
         process = os.getpid()
-        if process not in self._ledgers:
-            self._ledgers[process] = Ledger(self._folder, "read")
-        return self._ledgers[process]
+        ledger = self._ledgers.get(process)
+        if ledger is not None and ledger.replaced():
+            self._seen = None
+            self._ledgers.pop(process).close()
+            ledger = None
+        if ledger is None:
+            ledger = self._ledgers[process] = Ledger(self._folder, "read")
+        return ledger
 
     def _now(self) -> tuple[int, int]:
         return os.getpid(), self._ledger.version()
@@ -142,17 +148,19 @@ def require_served(ledger: Ledger) -> Served:
 def train_planned(
     ledger: Ledger,
     config: S3TConfig,
+    plan: Callable[[], object],
     engine: EngineName | Engine = "local",
     workers: int | None = None,
     address: str | None = None,
     cache: bool = True,
     progress: bool | None = None,
 ) -> dict[str, int]:
-    """Train all stages that a ledger has planned.
+    """Plan stages and train all that are planned.
 
     Args:
         ledger: open for writing.
         config: of the system.
+        plan: `ledger.plan` or `ledger.repair`; called once the base and the engine are there.
         engine: the name of one, which is closed afterwards, or an engine that stays open. After an interruption what
             such an engine has begun is waited for, and dropped.
         workers: as `make_engine`.
@@ -161,7 +169,8 @@ def train_planned(
         progress: show a progress bar; default: on a terminal.
 
     Returns:
-        Number of stages "trained", and of those "discarded" because a request deleted their records meanwhile.
+        Number of stages "trained", of those "discarded" because a request deleted their records meanwhile, and of those
+        that stay "switched_off" by requests.
 
     Raises:
         ValueError: a base model that has changed, or a stage whose training failed; all that finished has landed.
@@ -171,6 +180,12 @@ def train_planned(
     failure: BaseException | None = None
     chosen = make_engine(engine, workers, address, config.stage.device) if isinstance(engine, str) else engine
     folder = str(ledger.folder / CACHE) if cache and chosen.reaches_cache else None
+    try:
+        plan()
+    except BaseException:
+        if chosen is not engine:
+            chosen.close()
+        raise
     submitted: set[StageKey] = set()
     open_jobs: set[StageKey] = set()
     total = ledger.stage_counts().get("planned", 0)
@@ -210,7 +225,7 @@ def train_planned(
                 ledger.erase_late(key)
     if failure is not None:
         raise failure
-    return done
+    return done | {"switched_off": ledger.switched_off()}
 
 
 def stage_job(ledger: Ledger, config: S3TConfig, row: StageRow, cache: str | None = None) -> StageJob | None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pymape.losses import IGNORED_LABEL, check_labels, task_of
+from pymape.positions import most_tokens
 from pymape.s3t.adapters import model_class
 from pymape.s3t.config import S3TConfig
 from pymape.s3t.stages import decode_row, encode_row
@@ -91,7 +92,7 @@ def _padded(model: Any, row: Mapping[str, Tensor], max_length: int) -> dict[str,
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         low, high = int(tokens.min()), int(tokens.max())
         raise ValueError(f"input_ids must lie in [0, {config.vocab_size}), got values from {low} to {high}")
-    longest = _longest(config)
+    longest = most_tokens(model)
     if longest is not None and max_length > longest:
         raise ValueError(f"max_length must be at most {longest} for this model, got {max_length}")
     task, length = task_of(model), len(tokens)
@@ -104,13 +105,6 @@ def _padded(model: Any, row: Mapping[str, Tensor], max_length: int) -> dict[str,
         cut = value[:max_length] if per_token else value
         padded[name] = F.pad(cut, (0, max_length - len(cut)), value=fill.get(name, 0)) if per_token else cut
     return padded
-
-
-def _longest(config: Any) -> int | None:
-    """Number of tokens that a model with learned positions can read."""
-    if config.model_type == "roberta":  # positions count from behind the padding token's
-        return config.max_position_embeddings - config.pad_token_id - 1
-    return getattr(config, "max_position_embeddings", None)
 
 
 def _form(row: Mapping[str, Tensor]) -> dict[str, tuple[Any, ...]]:

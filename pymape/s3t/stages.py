@@ -121,7 +121,7 @@ class Provenance:
             content["key"] = StageKey(key["shard"], tuple(key["prefix"]), key["generation"])
             content["records"] = {int(part): digest for part, digest in content["records"].items()}
             return cls(**content)
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"provenance must be one that this version wrote, got {error}") from error
 
     def difference(self, other: Provenance) -> str | None:

@@ -22,7 +22,7 @@ from pymape.s3t.engines import Engine
 from pymape.s3t.ensemble import Combination, Ensemble
 from pymape.s3t.export import export_ensemble
 from pymape.s3t.ledger import Ledger, RecordRow
-from pymape.s3t.ledger_requests import names_digest
+from pymape.s3t.ledger.requests import names_digest
 from pymape.s3t.ledger_training import (
     ServedStages,
     other_options,
@@ -50,6 +50,7 @@ class S3T:
     Args:
         folder: the system's folder; `S3T.create` makes one.
         read_only: look only: takes no lock and finishes nothing.
+        accept_lost_anchor: as `Ledger`.
 
     Raises:
         ValueError: no system there, another process writing it, or a file that is missing or damaged.
@@ -64,8 +65,10 @@ class S3T:
     Source: S3T (arXiv 2406.16257); docs/s3t.md says what is exact and what is not.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, read_only: bool = False) -> None:
-        self._open(Ledger(folder, "read" if read_only else "write"))
+    def __init__(
+        self, folder: str | os.PathLike[str], *, read_only: bool = False, accept_lost_anchor: bool = False
+    ) -> None:
+        self._open(Ledger(folder, "read" if read_only else "write", accept_lost_anchor=accept_lost_anchor))
 
     def _open(self, ledger: Ledger) -> None:
         self.folder, self._ledger = Path(ledger.folder), ledger
@@ -143,18 +146,20 @@ class S3T:
         cache: bool = True,
         progress: bool | None = None,
     ) -> dict[str, Any]:
-        """Train every stage that is missing.
+        """Train every stage that has never been planned or not been trained yet; `repair` those that are switched off.
 
         Args:
             engine: "local" (worker processes), "inline" (this process), "ray", or an engine of your own.
             workers: stages trained at the same time; default: as many as there are CPUs, or GPUs.
             address: of the Ray cluster; default: one started for this training.
-            cache: keep hidden states of the frozen layers below a stage on disk (same bits, less time). Under Ray only
-                with an engine of your own that says that its nodes share the folder.
+            cache: keep hidden states of the frozen layers below a stage in the system's folder, for later stages and
+                repairs (same bits, less time). Under Ray only with an engine of your own that says that its nodes share
+                the folder.
             progress: show a progress bar; default: on a terminal.
 
         Returns:
-            Number of stages "trained", and of those "discarded" because a request deleted their records meanwhile.
+            Number of stages "trained", of those "discarded" because a request deleted their records meanwhile, and of
+            those that stay "switched_off" by requests.
 
         Raises:
             ValueError: a slice without records, a base model that has changed, or a stage whose training failed; all
@@ -166,8 +171,7 @@ class S3T:
                 f"records must fill every slice, got none in slice {empty[0][1]} of shard {empty[0][0]} "
                 f"({len(empty)} of {self.config.shards * self.config.slices} are empty): use fewer shards or slices"
             )
-        self._ledger.plan()
-        return train_planned(self._ledger, self.config, engine, workers, address, cache, progress)
+        return train_planned(self._ledger, self.config, self._ledger.plan, engine, workers, address, cache, progress)
 
     def repair(
         self,
@@ -187,8 +191,7 @@ class S3T:
         """
         if self._ledger.deleted and not any(map(any, self._ledger.counts())):
             raise ValueError("the system cannot be repaired: every record is deleted")
-        self._ledger.repair()
-        return train_planned(self._ledger, self.config, engine, workers, address, cache, progress)
+        return train_planned(self._ledger, self.config, self._ledger.repair, engine, workers, address, cache, progress)
 
     def plan(self, ids: Sequence[str] = (), *, subjects: Sequence[str] = ()) -> dict[str, Any]:
         """What `delete` would do, without doing it.
@@ -399,7 +402,9 @@ class S3T:
     ) -> list[dict[str, Any]]:
         """The receipts of requests, each with the keyed names of its records; `asked` as `Ledger.tombstone`."""
         receipts = self._ledger.tombstone(requests, asked)
-        if finish:
+        if not finish:
+            self._ledger.move_anchor()
+        else:
             problems = self.finish(check=False)
             own = [problems.pop(request) for request, _ in requests if request in problems]
             for request, problem in problems.items():

@@ -46,7 +46,8 @@ def _ingest(found: dict[str, Any]) -> str:
 
 def _train(found: dict[str, Any]) -> str:
     discarded = f", {found['discarded']} discarded (their records were deleted meanwhile)" if found["discarded"] else ""
-    return f"{found['trained']} stages trained{discarded}"
+    off = f"; {found['switched_off']} are switched off: `repair` trains them anew" if found["switched_off"] else ""
+    return f"{found['trained']} stages trained{discarded}{off}"
 
 
 def _deletion(found: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import os
 import platform
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from inspect import signature
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from pymape.forward import unlabelled
 from pymape.losses import check_labels, per_sample_loss
+from pymape.prefix_cache import PrefixCache
 from pymape.s3t.adapters import SlicedAdapters, load_base
 from pymape.s3t.config import S3TConfig, StageConfig
 from pymape.s3t.rows import stack_rows
@@ -145,7 +147,7 @@ def train_stage(job: StageJob, *, progress: Callable[[int, int], None] | None = 
     """
     global _loaded
     key, stage = job.provenance.key, job.config.stage
-    with _LOCK, _surroundings(stage):
+    with _LOCK, _surroundings(stage), _announced(job.cache):
         parents = _checked_parents(job)
         adapters = _adapters(job)
         loaded, _loaded = _loaded, None  # if anything fails from here on, the next stage loads the base anew
@@ -156,6 +158,11 @@ def train_stage(job: StageJob, *, progress: Callable[[int, int], None] | None = 
             raise ValueError(f"base must stay frozen, got one that changed while stage {key.name} was trained")
         _loaded = loaded
         return pack_stage(tensors, dataclasses.replace(job.provenance, environment=environment(stage.device)))
+
+
+def _announced(cache: str | None) -> AbstractContextManager[None]:
+    """Let a new writer of the system know that this process may be writing states of records into the cache."""
+    return contextlib.nullcontext() if cache is None else PrefixCache(cache).in_use()
 
 
 def environment(device: str) -> dict[str, str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pymape.s3t.database import now
 from pymape.s3t.erasure import erase_files, try_each
-from pymape.s3t.ledger_requests import LedgerRequests
-from pymape.s3t.ledger_stages import StageRow
+from pymape.s3t.ledger.database import now
+from pymape.s3t.ledger.requests import LedgerRequests
+from pymape.s3t.ledger.stages import StageRow
 
 __all__ = ["LedgerFinish"]
 
@@ -50,12 +50,23 @@ class LedgerFinish(LedgerRequests):
     def _finish(self) -> dict[int | None, Exception]:
         """Do what is left to do; what keeps each request from its end, and under None what `repair` has ended."""
         with self._finishing:
+            self._db.require_in_place()  # files are erased by their paths
             last = self._db.value("SELECT max(request) FROM requests") or 0
-            self._switch(self._waiting("switched IS NULL", last))
-            problems = self._erase(self._waiting("switched NOTNULL AND erased IS NULL", last))
-            for request, problem in self._verify_requests(self._waiting("erased NOTNULL", last)).items():
-                problems[request] = problem
-            self._move_anchor()
+            problems: dict[int | None, Exception] = {}
+            steps: Sequence[tuple[str, Callable[[Sequence[int]], Mapping[Any, Exception]]]] = (
+                ("switched IS NULL", self._switch),
+                ("switched NOTNULL AND erased IS NULL", self._erase),
+                ("erased NOTNULL", self._verify_requests),
+            )
+            for condition, step in steps:
+                requests = self._waiting(condition, last)
+                try:
+                    problems |= step(requests)
+                except (OSError, ValueError) as error:  # of a commit, such as a full disk: nothing of it has happened
+                    owners: list[int | None] = [*requests] if requests else [None]
+                    problems |= dict.fromkeys(owners, error)
+            self._revoke_late()
+            self.move_anchor()
             return problems
 
     def _waiting(self, condition: str, last: int) -> list[int]:
@@ -64,11 +75,12 @@ class LedgerFinish(LedgerRequests):
         )
         return sorted(request for (request,) in rows)
 
-    def _switch(self, requests: Sequence[int]) -> None:
+    def _switch(self, requests: Sequence[int]) -> dict[int, Exception]:
         if requests:
             with self._db.transaction("switch"):
                 depths = self._serve_deepest(self._shards_of(requests))
                 self._advance(requests, "switched", depths=depths)
+        return {}
 
     def _erase(self, requests: Sequence[int]) -> dict[int | None, Exception]:
         """Erase what requests have ended, and damaged stages; the first error of each request, which is tried again.

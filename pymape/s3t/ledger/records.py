@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from pymape.s3t.audit import AuditEntry, AuditLog
-from pymape.s3t.database import Database
+from pymape.s3t.ledger.audit import AuditEntry, AuditLog
+from pymape.s3t.ledger.database import Database
 from pymape.s3t.stages import row_digest, slice_digest
 
 __all__ = ["FoundRecord", "LedgerRecords", "RecordRow"]
@@ -89,6 +89,10 @@ class LedgerRecords:
     def snapshot(self) -> AbstractContextManager[None]:
         """A block in which what is read fits together: no request is accepted meanwhile."""
         return self._db.snapshot()
+
+    def replaced(self) -> bool:
+        """Whether another ledger lies in the folder by now than the one that was opened, or none."""
+        return self._db.replaced()
 
     def audit_log(self) -> list[AuditEntry]:
         """All rows of the audit log."""
@@ -256,10 +260,13 @@ class LedgerRecords:
         with self._db.lock:
             with self._db.transaction(name):
                 yield
-            self._move_anchor()
+            self.move_anchor()
 
-    def _move_anchor(self) -> None:
-        # What was committed stays: an error here would deny it. The anchor may lag; the next change moves it.
+    def move_anchor(self) -> None:
+        """Bring the anchor of the audit log up to its last row, if it can be written.
+
+        What was committed stays: an error here would deny it. The anchor may lag; the next change moves it.
+        """
         with self._db.lock, contextlib.suppress(OSError):
             self._audit.anchor()
 

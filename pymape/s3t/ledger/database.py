@@ -94,8 +94,11 @@ class Database:
         self.lock = threading.RLock()
         if not path.is_file():
             raise ValueError(f"ledger must be a folder with a {path.name}, got {str(path.parent)!r} without")
+        # SQLite makes files beside the database even to read it, unless it is told that nobody writes.
+        self._frozen = not write and not _log(path).exists() and not os.access(path.parent, os.W_OK)
+        self._place = self._present_place()
         with self._translated():
-            uri = f"{path.absolute().as_uri()}?mode={'rw' if write else 'ro'}"
+            uri = f"{path.absolute().as_uri()}?mode={'rw' if write else 'ro'}{'&immutable=1' if self._frozen else ''}"
             self._connection = sqlite3.connect(
                 uri, uri=True, timeout=1.0, isolation_level=None, check_same_thread=False
             )
@@ -123,10 +126,26 @@ class Database:
                     self._erase_log()
             self._connection.close()
 
+    def replaced(self) -> bool:
+        """Whether another file lies in the place of this one by now, or none, as after a restored backup."""
+        return self._present_place() != self._place
+
+    def require_in_place(self) -> None:
+        """Refuse to go on beside a file that has taken the place of this one.
+
+        Raises:
+            ValueError: it was replaced.
+        """
+        if self.replaced():
+            raise ValueError(f"ledger must stay where it was opened, got {str(self.path)!r}, which was replaced")
+
     def rows(self, statement: str, parameters: Sequence[Any] = ()) -> list[Any]:
         """All rows of a query: no cursor stays open, since an open one would hold the write-ahead log."""
         with self.lock, self._translated():
-            return self._connection.execute(statement, parameters).fetchall()
+            found = self._connection.execute(statement, parameters).fetchall()
+        if self._frozen and self.replaced():
+            raise ValueError(f"ledger must not change while it is read without write access, got {str(self.path)!r}")
+        return found
 
     def value(self, statement: str, parameters: Sequence[Any] = ()) -> Any:
         """The first column of the first row; None where there is none."""
@@ -162,6 +181,7 @@ class Database:
         """
         if not self.write:
             raise ValueError(f"ledger must be open for writing, got {str(self.path)!r} open read-only")
+        self.require_in_place()
         with self.lock, self._translated():
             self._connection.execute("BEGIN IMMEDIATE")
             try:
@@ -206,10 +226,10 @@ class Database:
 
     def _erase_log(self) -> bool:
         """The same at once; whether nobody's reading was in the way."""
-        log = self.path.with_name(f"{self.path.name}-wal")
+        log = _log(self.path)
         with self.lock:
             faults.checkpoint("log: erasure")
-            if not log.exists() or not log.stat().st_size:
+            if self.replaced() or not log.exists() or not log.stat().st_size:
                 return True
             if self.rows("PRAGMA wal_checkpoint(RESTART)")[0][0]:
                 return False
@@ -225,6 +245,15 @@ class Database:
             busy = self.rows("PRAGMA wal_checkpoint(TRUNCATE)")[0][0]
             faults.checkpoint("log: cut off")
             return not busy
+
+    def _present_place(self) -> tuple[int, ...] | None:
+        """Which file lies at the path; where it was opened as one that nobody writes, with what tells a change."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None
+        place = (found.st_dev, found.st_ino)
+        return (*place, found.st_mtime_ns, found.st_size, _log(self.path).exists()) if self._frozen else place
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -268,9 +297,20 @@ def create_database(
             raise _sentence(error, str(path)) from error
 
 
+def _log(path: Path) -> Path:
+    """SQLite's write-ahead log of a database."""
+    return path.with_name(f"{path.name}-wal")
+
+
 def now() -> str:
     """The time in UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _disk_is_full(path: str) -> bool:
+    with contextlib.suppress(OSError):
+        return os.statvfs(os.path.dirname(path)).f_bavail == 0
+    return False
 
 
 def _configure(connection: sqlite3.Connection) -> None:
@@ -284,7 +324,7 @@ def _sentence(error: sqlite3.Error, path: str) -> Exception:
     if isinstance(error, sqlite3.ProgrammingError) and "closed" in str(error):
         return ValueError(f"ledger must be open, got {path!r}, which is closed")
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-    if code == sqlite3.SQLITE_FULL:
+    if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR and _disk_is_full(path)):
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
     if code == sqlite3.SQLITE_IOERR:
         return OSError(errno.EIO, f"ledger must be readable and writable: {error} ({error.sqlite_errorname})", path)

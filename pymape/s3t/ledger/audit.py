@@ -11,7 +11,7 @@ from typing import Any
 
 from pymape.files import atomic_write
 from pymape.s3t import faults
-from pymape.s3t.database import Database, now
+from pymape.s3t.ledger.database import Database, now
 
 __all__ = ["AuditEntry", "AuditLog", "first_entry"]
 
@@ -42,7 +42,7 @@ class AuditLog:
     Details hold no ids, only counts, names of stages and requests, and hashes. Whoever has the key can forge the log,
     and whoever puts back a copy of the whole folder, anchor included, is not noticed: receipts, which name a row and
     its MAC, are to be kept elsewhere, for `Ledger.verify` to compare. The anchor is moved after a change, after a
-    request only when it is finished, so it may lag behind the log; it never leads.
+    request when it is finished or put off, so it may lag behind the log; it never leads.
 
     Args:
         database: of the ledger.
@@ -84,6 +84,13 @@ class AuditLog:
             _write_anchor(self._anchor, head)
             self._anchored = head.seq
             faults.checkpoint("anchor: written")
+
+    def check_key(self) -> list[str]:
+        """Compare the log's beginning with the key: what is wrong, in sentences."""
+        first = self._db.rows("SELECT * FROM audit WHERE seq = 1")
+        if first and AuditEntry(*first[0]).follows(self._key, _START):
+            return []
+        return ["a key that did not write row 1 of its audit log: it is another system's, or the row was changed"]
 
     def check_head(self) -> list[str]:
         """Compare the log's end with the anchor: what is wrong, in sentences."""

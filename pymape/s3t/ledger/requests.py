@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from pymape.s3t.database import now
-from pymape.s3t.ledger_exports import LedgerExports
-from pymape.s3t.ledger_records import FoundRecord
-from pymape.s3t.ledger_stages import StageRow, deepest
+from pymape.s3t.ledger.database import now
+from pymape.s3t.ledger.exports import LedgerExports
+from pymape.s3t.ledger.records import FoundRecord
+from pymape.s3t.ledger.stages import StageRow, deepest
 
-__all__ = ["STATES", "LedgerRequests", "names_digest"]
+__all__ = ["STATES", "LedgerRequests", "is_receipt", "names_digest"]
 
 FORMAT = "pymape.deletion.1"
 _KNOWN = "request_id must be new for other records, got {!r}, which is known"
@@ -243,6 +243,11 @@ class LedgerRequests(LedgerExports):
             receipt |= {"revoked": outcomes.get(row, []), "audit": {"seq": seq, "mac": mac and mac.hex()}}
             found.append(receipt)
         return found
+
+
+def is_receipt(value: Any) -> bool:
+    """Whether a value has the form of a receipt."""
+    return isinstance(value, Mapping) and {"request", "audit"} <= value.keys()
 
 
 def names_digest(names: Iterable[str]) -> str:

@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pymape.s3t.database import now
 from pymape.s3t.erasure import erase_folder, revoke_export
-from pymape.s3t.ledger_stages import LedgerStages
+from pymape.s3t.ledger.database import now
+from pymape.s3t.ledger.stages import LedgerStages
 from pymape.s3t.stages import StageKey
 
 __all__ = ["LedgerExports"]
 
+# Revoked, and no later export took the place.
+_OVER = "outcome NOTNULL AND NOT EXISTS (SELECT 1 FROM exports l WHERE l.path = e.path AND l.export > e.export)"
 _PARTIAL = ".partial"  # how the folder of an export is called while it is written
 
 
@@ -159,6 +161,32 @@ class LedgerExports(LedgerStages):
             with self._db.transaction("revoke"):
                 self._db.run("UPDATE exports SET outcome = ? WHERE export = ?", (json.dumps(outcome), export))
         return failed
+
+    def _revoke_late(self) -> None:
+        """Erase files of revoked exports that were missing when they were to be erased, and are there again.
+
+        They may lie on a disk that was not mounted then. A file that cannot be erased is tried again.
+        """
+        for export, name, path, files, text in self._db.rows(
+            f"SELECT export, q.name, path, files, outcome FROM exports e JOIN requests q USING (request) WHERE {_OVER}"
+        ):
+            outcome = json.loads(text)
+            missing = {file: json.loads(files)[file] for file in outcome["missing"]}
+            with contextlib.suppress(OSError):
+                late = revoke_export(Path(path), missing)
+                if len(late["missing"]) == len(missing):
+                    continue
+                outcome |= {"missing": late["missing"]}
+                outcome |= {kind: sorted([*outcome[kind], *late[kind]]) for kind in ("erased", "changed")}
+                with self._change("revoke late"):
+                    self._db.run("UPDATE exports SET outcome = ? WHERE export = ?", (json.dumps(outcome), export))
+                    self._audit.append("export erased late", request=name, files=len(late["erased"]))
+
+    def _returned(self) -> list[str]:
+        """Files of revoked exports that were missing when they were to be erased, and are there again."""
+        rows = self._db.rows(f"SELECT path, outcome FROM exports e WHERE {_OVER}")
+        paths = (Path(path) / name for path, outcome in rows for name in json.loads(outcome)["missing"])
+        return [str(path) for path in paths if path.exists()]
 
     def _outcomes(self, requests: Sequence[int]) -> list[dict[str, Any]]:
         """What became of the exports that requests revoked."""

@@ -11,8 +11,8 @@ from pymape.files import atomic_write
 from pymape.prefix_cache import PrefixCache
 from pymape.s3t import faults
 from pymape.s3t.erasure import erase_files
-from pymape.s3t.ledger_folder import CACHE, STAGES
-from pymape.s3t.ledger_records import LedgerRecords
+from pymape.s3t.ledger.folder import CACHE, STAGES
+from pymape.s3t.ledger.records import LedgerRecords
 from pymape.s3t.stages import Provenance, StageKey, row_digest, unpack_stage
 
 __all__ = ["LedgerStages", "StageRow", "deepest"]
@@ -83,6 +83,12 @@ class LedgerStages(LedgerRecords):
         """Number of stages in every state that occurs."""
         return dict(self._db.rows("SELECT state, count(*) FROM stages GROUP BY state ORDER BY min(stage)"))
 
+    def switched_off(self) -> int:
+        """Number of stages that requests have ended and that `repair` would plan anew."""
+        live = {(row.key.shard, row.key.prefix) for row in self.stages()}
+        known = {(shard, _prefix(prefix)) for shard, prefix in self._db.rows("SELECT shard, prefix FROM stages")}
+        return sum(place in known and place not in live for place in self._plannable())
+
     def generation(self, shard: int) -> int:
         """How often a shard has been repaired."""
         return int(self._db.value("SELECT generation FROM shards WHERE shard = ?", (shard,)))
@@ -111,9 +117,16 @@ class LedgerStages(LedgerRecords):
         return self.folder / STAGES / (key.name + SUFFIX)
 
     def provenance(self, row: StageRow) -> Provenance:
-        """What a live stage was made from."""
+        """What a live stage was made from.
+
+        Raises:
+            ValueError: naming the stage: the ledger does not say.
+        """
         content = self._db.value("SELECT provenance FROM files WHERE stage = ?", (row.stage,))
-        return Provenance.from_json(bytes(content).decode())
+        try:
+            return Provenance.from_json(bytes(content or b"").decode())
+        except ValueError as error:
+            raise ValueError(f"stage {row.key.name} must have a provenance in the ledger: {error}") from error
 
     def read_stage(self, row: StageRow) -> bytes:
         """The file of a trained stage.
@@ -167,6 +180,7 @@ class LedgerStages(LedgerRecords):
             problem = self._difference(row, provenance)
             if problem:
                 raise ValueError(f"stage {key.name} must be made from what the ledger holds, got {problem}")
+            self._db.require_in_place()
             self._landing.add(row.stage)
         path = self.path(key)
         try:
@@ -257,7 +271,7 @@ class LedgerStages(LedgerRecords):
         """Leave no file where nothing was committed, whatever the reason."""
         with self._db.lock:
             try:
-                if self._state(row) != "trained":
+                if self._state(row) != "trained" and not self._db.replaced():
                     erase_files([self.path(row.key)])
             finally:
                 self._landing.discard(row.stage)
@@ -320,13 +334,17 @@ class LedgerStages(LedgerRecords):
 
     def _provenance_problems(self, shard: int) -> list[str]:
         """Trained stages that were not made from what the ledger holds now."""
-        rows = [row for row in self.stages(shard) if row.state == "trained"]
-        found = ((row, self._difference(row, self.provenance(row))) for row in rows)
-        return [
-            f"stage {row.key.name} must be made from what the ledger holds, got {problem}"
-            for row, problem in found
-            if problem
-        ]
+        found = []
+        for row in self.stages(shard):
+            if row.state == "trained":
+                try:
+                    problem = self._difference(row, self.provenance(row))
+                except ValueError as error:
+                    found.append(str(error))
+                    continue
+                if problem:
+                    found.append(f"stage {row.key.name} must be made from what the ledger holds, got {problem}")
+        return found
 
     def _stage_rows(self, where: str, values: Sequence[object] = ()) -> list[StageRow]:
         return [

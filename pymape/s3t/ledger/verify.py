@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
-from pymape.s3t.ledger_finish import LedgerFinish
-from pymape.s3t.ledger_folder import STAGES, TEMPORARY
-from pymape.s3t.ledger_requests import STATES, names_digest
-from pymape.s3t.ledger_stages import StageRow, deepest
+from pymape.files import written_elsewhere
+from pymape.s3t.ledger.finish import LedgerFinish
+from pymape.s3t.ledger.folder import LOCK, STAGES, TEMPORARY
+from pymape.s3t.ledger.requests import STATES, is_receipt, names_digest
+from pymape.s3t.ledger.stages import StageRow, deepest
 from pymape.s3t.stages import row_digest, unpack_stage
 
 __all__ = ["LedgerVerify"]
@@ -40,7 +41,7 @@ class LedgerVerify(LedgerFinish):
             ValueError: something that is no receipt.
         """
         for receipt in receipts:
-            if not isinstance(receipt, Mapping) or not {"request", "audit"} <= receipt.keys():
+            if not is_receipt(receipt):
                 raise ValueError(f"receipts must be what delete gave, got {str(receipt)[:80]!r}")
         checks: dict[str, Callable[[], tuple[int, list[str]]]] = {
             "database_pages": self._check_database,
@@ -70,7 +71,10 @@ class LedgerVerify(LedgerFinish):
         with self.snapshot():
             found = [f"request {receipt['request']!r} is {receipt['state']}" for receipt in self.unfinished()]
             damaged = self._stage_rows("s.state = 'tombstoned' AND s.request IS NULL")
-        return found + [f"stage {row.key.name} was damaged, and is not erased" for row in damaged]
+        found += [f"stage {row.key.name} was damaged, and is not erased" for row in damaged]
+        if self._being_written():
+            found += [f"file {str(self.folder / name)!r} is being written" for name in self._orphans()]
+        return found
 
     def _check_database(self) -> tuple[int, list[str]]:
         db = self._db
@@ -213,9 +217,16 @@ class LedgerVerify(LedgerFinish):
             time.sleep(_SETTLE_SECONDS)
             found = [name for name in self._orphans() if name in found]
             cached = self._cached(cached)
+            if self._being_written():
+                found = []
         count = sum(row.state == "trained" for row in self.stages())
         problems = [f"file {str(self.folder / name)!r} belongs to nothing" for name in found]
+        problems += [f"file {name!r} of a revoked export is there again: finish erases it" for name in self._returned()]
         return count, problems + [f"record {name} is erased, and its states are cached" for name in cached]
+
+    def _being_written(self) -> bool:
+        """Whether another process may be writing files of stages."""
+        return not self._db.write and written_elsewhere(self.folder / LOCK)
 
     def _orphans(self) -> list[str]:
         """Files that nothing refers to, relative to the folder."""

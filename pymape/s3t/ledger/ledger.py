@@ -9,17 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pymape.files import atomic_write, take_lock
+from pymape.files import FileLock, atomic_write
 from pymape.s3t import faults
-from pymape.s3t.audit import AuditLog, first_entry
-from pymape.s3t.database import Database, create_database, now
 from pymape.s3t.erasure import erase_files, try_each
-from pymape.s3t.ledger_folder import ANCHOR, DATABASE, KEY, LOCK, STAGES, check_free, write_key
-from pymape.s3t.ledger_records import FoundRecord, RecordRow
-from pymape.s3t.ledger_stages import StageRow
-from pymape.s3t.ledger_verify import LedgerVerify
+from pymape.s3t.ledger.audit import AuditLog, first_entry
+from pymape.s3t.ledger.database import Database, create_database, now
+from pymape.s3t.ledger.folder import ANCHOR, DATABASE, KEY, LOCK, STAGES, check_free, write_key
+from pymape.s3t.ledger.stages import StageRow
+from pymape.s3t.ledger.verify import LedgerVerify
 
-__all__ = ["FoundRecord", "Ledger", "RecordRow", "StageRow"]
+__all__ = ["Ledger"]
 
 
 class Ledger(LedgerVerify):
@@ -35,20 +34,28 @@ class Ledger(LedgerVerify):
     Args:
         folder: the system's folder; `Ledger.create` makes one.
         mode: "write" takes the lock, removes what a crash left and finishes all requests; "read" looks only.
+        accept_lost_anchor: make the anchor of the audit log anew if its file is missing, which the log then notes.
+            Without it, nothing tells whether the newest rows were removed.
 
     Raises:
         ValueError: no ledger there, another process writing it, a damaged or older database, a missing key.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], mode: Literal["write", "read"] = "write") -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        mode: Literal["write", "read"] = "write",
+        *,
+        accept_lost_anchor: bool = False,
+    ) -> None:
         self.folder = Path(folder).absolute()
-        self._lock: int | None = None
+        self._lock: FileLock | None = None
         if mode == "write":
             if not (self.folder / DATABASE).is_file():
                 raise ValueError(f"ledger must be a folder with a {DATABASE}, got {str(folder)!r} without")
-            self._lock = take_lock(self.folder / LOCK, "ledger")
+            self._lock = FileLock(self.folder / LOCK, "ledger")
         try:
-            self._open(write=mode == "write")
+            self._open(write=mode == "write", accept_lost_anchor=accept_lost_anchor)
         except BaseException:
             self.close()
             raise
@@ -83,7 +90,7 @@ class Ledger(LedgerVerify):
             raise ValueError(f"key must be 32 bytes, got {len(key)}")
         target = Path(folder).absolute()
         check_free(target)
-        lock = take_lock(target / LOCK, "ledger")
+        lock = FileLock(target / LOCK, "ledger")
         try:
             check_free(target)  # now that nobody else can be making it
             key = secrets.token_bytes(32) if key is None else key
@@ -97,7 +104,7 @@ class Ledger(LedgerVerify):
                 create_database(path, orders, values, (entry.seq, entry.time, entry.event, entry.detail, entry.mac))
             faults.checkpoint("create: database written")
         finally:
-            os.close(lock)
+            lock.release()
         return cls(target)
 
     def __enter__(self) -> Ledger:
@@ -111,7 +118,7 @@ class Ledger(LedgerVerify):
         if hasattr(self, "_db"):
             self._db.close()
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
     def repair(self) -> int:
@@ -143,10 +150,10 @@ class Ledger(LedgerVerify):
                 self._audit.append("repair planned", shards=shards, stages=planned, damaged=names, ended=others)
         with self._finishing:
             self._erase([])  # `finish` says what cannot be erased, and tries again
-            self._move_anchor()
+            self.move_anchor()
         return planned
 
-    def _open(self, *, write: bool) -> None:
+    def _open(self, *, write: bool, accept_lost_anchor: bool) -> None:
         self._db = Database(self.folder / DATABASE, write=write)
         values = dict(self._db.rows("SELECT name, value FROM system"))
         self.settings: dict[str, Any] = json.loads(values["settings"])
@@ -160,18 +167,28 @@ class Ledger(LedgerVerify):
             raise ValueError(
                 f"ledger must have a readable key, got {str(self.folder / KEY)!r}: {error.strerror}"
             ) from error
+        if len(self.key) != 32:
+            raise ValueError(f"ledger must have a key of 32 bytes, got {len(self.key)} in {str(self.folder / KEY)!r}")
         self._audit = AuditLog(self._db, self.key, self.folder / ANCHOR)
         self._start_records()
         self._start_stages()
         self._start_finish()
         if write:
-            problems = self._audit.check_head()
+            problems = self._audit.check_key()
+            if not problems and accept_lost_anchor and not (self.folder / ANCHOR).exists():
+                with self._change("accept anchor"):
+                    self._audit.append("lost anchor accepted")
+            problems = problems or self._audit.check_head()
             if problems:
                 raise ValueError(f"ledger must be the latest one of its folder, got {problems[0]}")
             self._recover()
 
     def _recover(self) -> None:
-        """Remove what a crash left and finish all requests. What is wrong then is for `finish` and `verify` to say."""
+        """Remove what a crash left and finish all requests. What is wrong then is for `finish` and `verify` to say.
+
+        Workers of a process that was killed end themselves in a moment; until then they may cache what is erased here.
+        """
+        self._cache.wait_until_unused()
         (self.folder / STAGES).mkdir(exist_ok=True)
         try_each(erase_files, [self.folder / name for name in self._orphans()])
         if self.deleted:
