@@ -20,8 +20,10 @@ def threads(count: int) -> Iterator[None]:
     """Run a block with this many threads inside operators."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -388,6 +388,7 @@ def test_two_writers_of_one_record_leave_one_file(
     assert len(written) == 3
     for link in written:
         assert link.samefile(file) or not link.read_bytes().strip(b"\0")
+    assert any(link.samefile(file) for link in written)
     assert cache.nbytes == file.stat().st_size
 
 
