@@ -64,7 +64,8 @@ def page(found: Sequence[Outcome], figure: Figure) -> str:
         "and what stands out, is on its own page. Tasks differ in size and noise; the pooled rows give every "
         "pair the same weight. The ablations are not among them: on [digits](digits_ablations.md) the warm start of "
         "the search comes closer than the greedy search, in 4 of 6 pairs with 2 alike. Claim 1 alone asks for 80 % of "
-        "the pairs won: a task may fail it by that and have intervals below 0 elsewhere. Claim 4 is S3T's: [s3t](s3t.md).",
+        "the pairs won: a task may fail it by that and have intervals below 0 elsewhere. Claim 4 is S3T's: "
+        "[s3t](s3t.md).",
         "",
         *section_lines([glance]),
         *drawn,
