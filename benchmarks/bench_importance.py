@@ -96,6 +96,8 @@ def compare_with_plain(
         unchecked=plain,
         seconds=0,
         least=rounds,
+        apart=("gates and a backward per sample",) if on_gpu else (),
+        least_apart=1,  # each takes seconds
     )
     for name in ("inputs", "first gate"):
         times = [case.median_s for case in cases if f"the {name}" in case.provider and case.median_s is not None]

@@ -55,15 +55,15 @@ def run(report: Report, options: argparse.Namespace) -> None:
             batch, tokens = layer.samples_and_tokens(device)
             shape = (batch, layer.heads, layer.kv_heads, tokens, layer.head_size)
             everything = device != "cpu" or layer.compiled_on_cpu
-            report.add(_attention(name, shape, layer.causal, dtype, device, everything))
-            if layer.compiled_on_cpu:
+            report.add(_attention(name, shape, layer.causal, dtype, device, everything, layer.compiled_on_cpu))
+            if layer.compiled_on_cpu and device == "cpu":
                 report.add(_forward(name, shape, layer.causal, dtype, device))
     if "long" in options.parts:
         for size in (64, 128):
             for tokens in options.tokens:
                 heads = 2048 // size
                 shape = (max(1, 16384 // tokens), heads, heads, tokens, size)
-                report.add(_attention("width 2048", shape, True, dtype, device))
+                report.add(_attention("width 2048", shape, True, dtype, device, compiles=(tokens, size) == (2048, 128)))
     if "closed" in options.parts:
         for size in (64, 128):
             report.add(_closed((4, 2048 // size, 2048 // size, 2048, size), dtype, device))
@@ -98,11 +98,12 @@ def _attention(
     dtype: torch.dtype,
     device: str,
     everything: bool = True,
+    compiles: bool = False,
 ) -> list[Case]:
     batch, heads, _, tokens, size = shape
     inputs, grad = _draw(shape, dtype, device)
     providers: dict[str, Callable[[], object]] = {}
-    for provider, function in _providers(causal, tokens, device, everything):
+    for provider, function in _providers(causal, tokens, device, everything, compiles):
         providers[provider] = functools.partial(step, function, inputs, grad)
     exact = functools.partial(masked_attention_reference, is_causal=causal)
     cases = compare(
@@ -152,7 +153,7 @@ def _forward(
             f"forward, {name} {batch}x{heads}x{tokens}x{size}{', causal' * causal} {str(dtype)[6:]}",
             {
                 provider: functools.partial(function, *inputs)
-                for provider, function in _providers(causal, tokens, device, everything=True)
+                for provider, function in _providers(causal, tokens, device)
             },
             exact=lambda: masked_attention_reference(*(x.double() for x in inputs), is_causal=causal),
             tolerance=TOLERANCE[dtype],
@@ -162,8 +163,10 @@ def _forward(
     return cases
 
 
-def _providers(causal: bool, tokens: int, device: str, everything: bool) -> Iterator[tuple[str, Attention]]:
-    """pymape first; without `everything` only what runs on a CPU and compiles nothing."""
+def _providers(
+    causal: bool, tokens: int, device: str, everything: bool = True, compiles: bool = True
+) -> Iterator[tuple[str, Attention]]:
+    """pymape first; without `everything` only what runs on a CPU, without `compiles` nothing that is compiled."""
     yield "pymape", functools.partial(masked_attention, is_causal=causal)
     for backend in other_backends("masked_attention", device):
         yield f"pymape, {backend}", functools.partial(masked_attention, is_causal=causal, backend=backend)
@@ -171,7 +174,7 @@ def _providers(causal: bool, tokens: int, device: str, everything: bool) -> Iter
     for kernel, number in KERNELS.items():
         if everything or kernel in ("flash", "math"):
             yield f"SDPA {kernel}, gate", functools.partial(_with_kernel, number, gated)
-    if everything:
+    if compiles:
         yield "SDPA, gate, torch.compile", compiled(gated)
         yield "FlexAttention, gate", _flex(causal, tokens, device)
 

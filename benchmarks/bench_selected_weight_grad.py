@@ -43,6 +43,8 @@ def _compare(
         "full, then select": lambda: selected_weight_grad_reference(x, dy, index, axis),
         "gather, then product": lambda: _gathered(x, dy, index, axis),
     }
+    if device != "cpu":
+        providers["pymape, triton"] = lambda: selected_weight_grad(x, dy, index, axis, backend="triton")
     if compiles:
         providers["gather, then product, torch.compile"] = functools.partial(compiled(_gathered), x, dy, index, axis)
     cases = compare(

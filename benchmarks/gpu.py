@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,13 +33,14 @@ from benchmarks.harness import markdown, plot
 from benchmarks.shapes import DECODERS, ENCODERS
 from pymape.files import atomic_write
 
-__all__ = ["BENCHMARKS", "Part", "gather", "main", "parts", "run", "run_all", "source_digest"]
+__all__ = ["BENCHMARKS", "Part", "archive", "gather", "main", "parts", "run", "run_all", "source_digest"]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 LIMIT = 480  # seconds a part may take
 # Part -> arguments of `python -m benchmarks`. What compiles much is divided, so that each part stays within the limit.
 BENCHMARKS = {
+    "tiles": ("tiles",),
     "module_scores": ("module_scores",),
     "attention_short": ("masked_attention", "--parts", "long", "--tokens", "512", "1024"),
     "attention_long": ("masked_attention", "--parts", "long", "--tokens", "2048", "8192"),
@@ -49,7 +51,6 @@ BENCHMARKS = {
     "greedy_swap": ("greedy_swap",),
     "importance": ("importance",),
     "partial_llama": ("partial", "--models", "llama"),
-    "tiles": ("tiles",),
     "ffn_activation": ("masked_ffn", "--parts", "activation"),
     "selected_weight_grad": ("selected_weight_grad",),
     "segmented_lora": ("segmented_lora",),
@@ -59,6 +60,11 @@ BENCHMARKS = {
 }
 # In the mangled name of a CUDA kernel, by its namespace, and in the name of a Triton kernel.
 OWN_KERNELS = "pymape|_masked_attention_|_masked_ffn_|_masked_activation_|_segmented_lora_|_selected_weight_grad_"
+# Seconds that a part may well take, most of them to compile; those that are not listed take less than two minutes.
+_EXPECTED = {"build": 240, "operators": 240, "tiles": 240, "models": 180} | dict.fromkeys(
+    (name for name in BENCHMARKS if name.startswith(("attention_", "partial_"))), 240
+)
+_MEASURING = ("benchmarks/harness.py", "benchmarks/timing.py", "benchmarks/shapes.py")
 _OPERATORS = "benchmarks/gpu_operators.py"
 _MODEL_TESTS = ("tests/test_instrumented_models.py", "tests/test_importance.py")
 
@@ -91,7 +97,8 @@ def parts(arch: str, place: Path) -> list[Part]:
     workers = ("-n", str(min(8, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
     search = {"PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     build = {"CMAKE_ARGS": f"-DPYMAPE_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES={arch}"}
-    aimed_at = {name for target in targets.TARGETS for name in target.parts}
+    # The tiles come first, because what they show may change the kernels that all others measure.
+    aimed_at = {"tiles"} | {name for target in targets.TARGETS for name in target.parts}
     return [
         Part("build", (python, "setup.py", "build_ext", "--inplace"), place / source_digest(), build, again=True),
         Part("operators", (*pytest, *workers, _OPERATORS), _checks(place), search),
@@ -121,7 +128,7 @@ def _sanitizer(tool: str, command: Sequence[str], place: Path, environment: Mapp
 
 def _benchmark(name: str, place: Path) -> Part:
     op, *options = BENCHMARKS[name]
-    folder = place / source_digest(f"benchmarks/bench_{op}.py")
+    folder = place / source_digest(*_MEASURING, f"benchmarks/bench_{op}.py")
     command = (sys.executable, "-m", "benchmarks", op, *options, "--device", "cuda")
     needs = "peft" if op == "s3t_ensemble" else None
     return Part(name, (*command, "--json", str(folder / f"{name}.json")), folder, needs=needs)
@@ -139,6 +146,11 @@ def source_digest(*scripts: str, root: Path = ROOT) -> str:
     return digest.hexdigest()[:16]
 
 
+def _record(part: Part) -> Path:
+    """The file that tells that a part has passed."""
+    return part.folder / f"{part.name}.done.json"
+
+
 def run(part: Part, limit: float = LIMIT) -> bool:
     """Run a part unless it passed before; return whether it passed or was skipped for want of a program.
 
@@ -146,8 +158,7 @@ def run(part: Part, limit: float = LIMIT) -> bool:
         part: what to run, in the repository's root; its folder gets `PART.done.json` and the output, `PART.log`.
         limit: seconds after which the part is stopped and counts as failed.
     """
-    folder = part.folder
-    record = folder / f"{part.name}.done.json"
+    folder, record = part.folder, _record(part)
     if record.exists() and not part.again:
         print(f"{part.name}: passed before, skipped", flush=True)
         return True
@@ -187,14 +198,22 @@ def run(part: Part, limit: float = LIMIT) -> bool:
 def run_all(chosen: Sequence[Part], end: float = math.inf) -> list[str]:
     """Run parts in order, none beyond `end` on the monotonic clock; return the names of those that did not pass.
 
+    A part that is cut off has to begin anew, so that none but the first starts in less time than it may well take.
     Nothing runs after a build that failed.
     """
     left = [part.name for part in chosen]
+    begun = False  # something that takes its time
     for part in chosen:
         seconds = end - time.monotonic()
+        short = part.again or _record(part).exists()
         if seconds <= 0:
             print(f"{part.name}: not started, the time is up", flush=True)
-        elif run(part, min(LIMIT, seconds)):
+            continue
+        if begun and not short and seconds < _EXPECTED.get(part.name, 120):
+            print(f"{part.name}: not started, {seconds:.0f} s may not be enough", flush=True)
+            continue
+        begun = begun or not short
+        if run(part, min(LIMIT, seconds)):
             left.remove(part.name)
         elif part.name == "build":
             break
@@ -224,6 +243,17 @@ def gather(place: Path, gpu: str, results: Path = RESULTS) -> Path | None:
     return path
 
 
+def archive(folder: Path) -> Path:
+    """Pack the parts' records and outputs and the gathered results into `folder/gpu.tar.gz`, and return that."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "gpu.tar.gz"
+    with tarfile.open(path, "w:gz") as packed:
+        for source in (ROOT / "build" / "gpu", RESULTS):
+            if source.exists():
+                packed.add(source, source.relative_to(ROOT))
+    return path
+
+
 def _file_name(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
 
@@ -233,6 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"default: all of {', '.join(names)}")
     parser.add_argument("--seconds", type=float, default=math.inf, help="end the run after so long; default: never")
+    parser.add_argument("--archive", type=Path, metavar="FOLDER", help="pack all that has been found into FOLDER")
     options = parser.parse_args(arguments)
     chosen, end = options.parts or names, time.monotonic() + options.seconds
     unknown = sorted(set(chosen) - set(names))
@@ -252,6 +283,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = run_all([part for part in parts(arch, place) if part.name in chosen], end)
     path = gather(place, gpu)
     print(f"results: {path}" if path else "no benchmark has run yet")
+    if options.archive is not None:
+        print(f"archive: {archive(options.archive)}")
     if failed:
         print(f"not passed: {', '.join(failed)}; the same command goes on with these", file=sys.stderr)
     return 1 if failed else 0

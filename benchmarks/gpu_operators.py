@@ -72,7 +72,7 @@ def cases() -> Iterator[Case]:
                     x, dy, index.to(x.device), axis
                 ),
                 ((batch * tokens, width), (batch * tokens, width)),
-                ("triton",),
+                ("cuda", "triton"),
             )
     for size, tokens, keys, head_size in (
         ("tiny", 5, 7, 32),

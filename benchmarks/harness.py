@@ -240,6 +240,7 @@ def compare(
     tolerance: float,
     unchecked: Mapping[str, Callable[[], Any]] | None = None,
     apart: Collection[str] = (),
+    least_apart: int = 5,
     **options: Any,
 ) -> list[Case]:
     """Check what every provider computes, then measure those that are right, all in alternation.
@@ -254,6 +255,7 @@ def compare(
         unchecked: further calls, which compute something else by their nature: a copy, a part of the work.
         apart: names of those that are measured after the others and alone: so slow that in between they would change
             the state in which a GPU does the rest.
+        least_apart: their least number of rounds.
         options: of `measure`, or of `measure_on_device`.
 
     Returns:
@@ -280,12 +282,12 @@ def compare(
             if name == first:
                 raise RuntimeError(f"{first} at {shape} {reasons[name]}")
     right = [name for name in calls if name not in reasons]
-    groups = [[name for name in right if name not in apart], *([name] for name in right if name in apart)]
-    measured = [
-        case
-        for names in groups
-        for case in alternate(shape, {name: calls[name] for name in names}, on_device=_on_gpu(expected), **options)
-    ]
+    on_device = _on_gpu(expected)
+    together = {name: calls[name] for name in right if name not in apart}
+    measured = alternate(shape, together, on_device=on_device, **options)
+    for name in (name for name in right if name in apart):
+        alone = options | {"least": least_apart}
+        measured += alternate(shape, {name: calls[name]}, on_device=on_device, **alone)
     for case in measured:
         case.figures["x pymape"] = case.median_s / measured[0].median_s
         if torch.cuda.is_available():

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -62,6 +63,36 @@ template <typename T, int N>
 struct alignas(sizeof(T) * N) Pack {
   T values[N];
 };
+
+// Assigning a pack compiles to stores of 4 bytes each; this is one store of 16 where it has 16.
+template <typename T, int N>
+__device__ __forceinline__ void store_pack(T* to, const Pack<T, N>& pack) {
+#ifdef __CUDACC__
+  if constexpr (sizeof(pack) == sizeof(uint4)) {
+    uint4 raw;
+    memcpy(&raw, &pack, sizeof(raw));
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(raw.x), "r"(raw.y),
+                 "r"(raw.z), "r"(raw.w)
+                 : "memory");
+    return;
+  }
+#endif
+  *reinterpret_cast<Pack<T, N>*>(to) = pack;
+}
+
+// Stores values of any number side by side, in packs of 16 bytes where there are so many.
+template <typename T, int N>
+__device__ __forceinline__ void store_vector(T* to, const T (&values)[N]) {
+  constexpr int kPack = N * sizeof(T) < 16 ? N : 16 / sizeof(T);
+  static_assert(N % kPack == 0);
+#pragma unroll
+  for (int first = 0; first < N; first += kPack) {
+    Pack<T, kPack> pack;
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) pack.values[i] = values[first + i];
+    store_pack(to + first, pack);
+  }
+}
 
 inline bool aligned(const void* pointer, std::size_t bytes) {
   return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;

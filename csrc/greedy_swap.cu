@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
+constexpr int kLeaves = 2 * kThreads;  // modules of one scan that may leave
 constexpr int kRows = 4;  // modules whose rows a warp reads at once
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr double kTolerance = 1e-12;  // as in greedy_swap.cpp, like the two below
@@ -30,6 +31,12 @@ struct Exchange {
   __device__ void offer(double other, int i, int j) {
     if (other > gain || (other == gain && (i < enters || (i == enters && j < leaves)))) gain = other, enters = i, leaves = j;
   }
+};
+
+// What a scan needs of a module that may leave.
+struct Leaf {
+  double gain, forget_radius, retain_radius;
+  int module;
 };
 
 struct Sum {
@@ -83,6 +90,8 @@ struct Layer {
   double *gain, *sum, *weighted;            // [M], [N], [N], shared memory where they fit
   double* scratch;                          // [kWarps], shared
   Exchange* exchanges;                      // [kWarps], shared
+  Leaf* leaves;                             // [kLeaves], shared
+  int* counts;                              // [kWarps], shared
   unsigned long long* floor;                // the best gain any warp has found: gains are not negative, so bits order them
 
   __device__ double offset(std::int64_t m) const { return linear ? linear[m] * p.scale : 0.0; }
@@ -103,6 +112,7 @@ struct Layer {
   // Row i times the steering form times row j; every lane gets the result.
   __device__ double coupling(std::int64_t i, std::int64_t j) const {
     double total = 0;
+#pragma unroll 2  // more would run out of registers
     for (std::int64_t n = threadIdx.x % 32 * kPack; n < p.samples; n += 32 * kPack) {
       const Values one = load(i, n), other = load(j, n);
 #pragma unroll
@@ -208,29 +218,63 @@ struct Layer {
     __syncthreads();
   }
 
-  // What a gain must reach when `alone` is one of its terms. One lane's reading counts for all, so that a warp never
-  // disagrees; beside atomicMax it need not be an atomic: to the memory model a volatile read is a relaxed one.
-  __device__ double limit(const Exchange& best, double alone) const {
-    double found = __longlong_as_double(static_cast<long long>(*static_cast<volatile unsigned long long*>(floor)));
-    found = fmax(best.gain, __shfl_sync(kAllLanes, found, 0));
+  // The best gain so far. One lane's reading counts for all, so that a warp never disagrees; beside atomicMax it need not be
+  // an atomic: to the memory model a volatile read is a relaxed one.
+  __device__ double reached(const Exchange& best) const {
+    const double found = __longlong_as_double(static_cast<long long>(*static_cast<volatile unsigned long long*>(floor)));
+    return fmax(best.gain, __shfl_sync(kAllLanes, found, 0));
+  }
+
+  // What the rest of a gain must reach when `alone` is one of its terms.
+  static __device__ double limit(double found, double alone) {
     return found - kSlack * (fabs(found) + fabs(alone)) - alone;
   }
 
-  // A warp offers the pairs of `leaves` and the modules of its chunks that Cauchy and Schwarz do not rule out.
-  __device__ void scan(Exchange& best, int leaves, std::int64_t first, std::int64_t step) const {
-    const double alone = gain[leaves], forget = forget_radius[leaves], retain = retain_radius[leaves];
-    for (std::int64_t base = first; base < p.modules; base += step) {
+  __device__ Leaf leaf(int m) const { return {gain[m], forget_radius[m], retain_radius[m], m}; }
+
+  // Appends to `leaves`, which hold `count`, the module m of every thread that has one; returns how many there are then.
+  __device__ int append(bool chosen, std::int64_t m, int count) const {
+    const unsigned votes = __ballot_sync(kAllLanes, chosen), lower = votes & ((1u << threadIdx.x % 32) - 1);
+    const auto number = [](unsigned bits) {
+      int set = 0;
+      for (; bits != 0; bits &= bits - 1) ++set;
+      return set;
+    };
+    if (threadIdx.x % 32 == 0) counts[threadIdx.x / 32] = number(votes);
+    __syncthreads();
+    int place = count + number(lower);
+    for (int warp = 0; warp < kWarps; ++warp) {
+      if (warp < static_cast<int>(threadIdx.x / 32)) place += counts[warp];
+      count += counts[warp];
+    }
+    if (chosen) leaves[place] = leaf(static_cast<int>(m));
+    __syncthreads();
+    return count;
+  }
+
+  // Offers the pairs of the first `count` leaves and of all other modules that Cauchy and Schwarz do not rule out: a warp
+  // loads 32 modules that may enter and goes through the leaves.
+  __device__ void scan(Exchange& best, int count) const {
+    for (std::int64_t base = threadIdx.x / 32 * 32; base < p.modules; base += kThreads) {
       const std::int64_t m = base + threadIdx.x % 32;
-      const double least = limit(best, alone);
-      const bool reachable = m < p.modules && !selected[m] &&
-                             gain[m] + (forget_radius[m] * forget + retain_radius[m] * retain) >= least;
-      const unsigned found = __ballot_sync(kAllLanes, reachable);
-      for (unsigned votes = found; votes != 0; votes &= votes - 1) {
-        const int enters = static_cast<int>(base) + __ffs(votes) - 1;
-        best.offer((gain[enters] + alone) - coupling(enters, leaves), enters, leaves);
+      const bool outside = m < p.modules && !selected[m];
+      const double own = outside ? gain[m] : 0.0, forget = outside ? forget_radius[m] : 0.0;
+      const double retain = outside ? retain_radius[m] : 0.0;
+      double found = reached(best);
+      for (int n = 0; n < count; ++n) {
+        const Leaf& leaving = leaves[n];
+        const bool reachable = outside && own + (forget * leaving.forget_radius + retain * leaving.retain_radius) >=
+                                              limit(found, leaving.gain);
+        const unsigned votes = __ballot_sync(kAllLanes, reachable);
+        if (votes == 0) continue;
+        for (unsigned rest = votes; rest != 0; rest &= rest - 1) {
+          const int enters = static_cast<int>(base) + __ffs(rest) - 1;
+          best.offer((gain[enters] + leaving.gain) - coupling(enters, leaving.module), enters, leaving.module);
+        }
+        if (threadIdx.x % 32 == 0)
+          atomicMax(floor, static_cast<unsigned long long>(__double_as_longlong(best.gain)));
+        found = reached(best);
       }
-      if (found != 0 && threadIdx.x % 32 == 0)
-        atomicMax(floor, static_cast<unsigned long long>(__double_as_longlong(best.gain)));
     }
   }
 
@@ -250,11 +294,20 @@ struct Layer {
       const double shared = coupling(outside.enters, inside.enters);
       best.offer((outside.gain + inside.gain) - shared, outside.enters, inside.enters);
       start_floor(best.gain);
-      for (int leaves = threadIdx.x / 32; leaves < p.modules; leaves += kWarps) {
-        if (!selected[leaves]) continue;
-        const double reach = forget_radius[leaves] * widest_forget + retain_radius[leaves] * widest_retain;
-        if (outside.gain + reach >= limit(best, gain[leaves])) scan(best, leaves, 0, 32);
-        __syncwarp();
+      int count = 0;
+      for (std::int64_t first = 0; first < p.modules; first += kThreads) {
+        const std::int64_t m = first + threadIdx.x;
+        const double found = reached(best);
+        bool chosen = m < p.modules && selected[m];
+        if (chosen) {
+          const double reach = forget_radius[m] * widest_forget + retain_radius[m] * widest_retain;
+          chosen = outside.gain + reach >= limit(found, gain[m]);
+        }
+        count = append(chosen, m, count);
+        if (count + kThreads <= kLeaves && first + kThreads < p.modules) continue;
+        scan(best, count);
+        count = 0;
+        __syncthreads();
       }
       best = block_best(best, exchanges);
       if (best.enters == INT_MAX) return done;
@@ -274,15 +327,16 @@ struct Layer {
       Exchange next{-DBL_MAX, INT_MAX, INT_MAX};
       for (int m = threadIdx.x; m < p.modules; m += kThreads)
         if (norm[m] < DBL_MAX) next.offer(-norm[m], m, m);
-      const int leaves = block_best(next, exchanges).enters;
-      if (leaves == INT_MAX) return exchanged;
-      if (threadIdx.x == 0) norm[leaves] = DBL_MAX;
+      const int module = block_best(next, exchanges).enters;
+      if (module == INT_MAX) return exchanged;
+      if (threadIdx.x == 0) norm[module] = DBL_MAX;
       if (stale) update_gains();
+      if (threadIdx.x == 0) leaves[0] = leaf(module);
       start_floor(0.0);
-      Exchange best{0.0, leaves, leaves};  // it comes straight back
-      scan(best, leaves, threadIdx.x / 32 * 32, kThreads);
+      Exchange best{0.0, module, module};  // it comes straight back
+      scan(best, 1);
       best = block_best(best, exchanges);
-      stale = best.enters != leaves;
+      stale = best.enters != module;
       if (!stale) continue;
       apply(best);
       ++exchanged;
@@ -297,6 +351,8 @@ greedy_swap_kernel(const T* __restrict__ rows, const double* __restrict__ linear
   extern __shared__ double dynamic[];
   __shared__ double scratch[kWarps];
   __shared__ Exchange exchanges[kWarps];
+  __shared__ Leaf leaves[kLeaves];
+  __shared__ int counts[kWarps];
   __shared__ unsigned long long floor;
   const std::int64_t layer = blockIdx.x, modules = p.modules;
   double* base = workspace + layer * p.workspace;
@@ -304,7 +360,7 @@ greedy_swap_kernel(const T* __restrict__ rows, const double* __restrict__ linear
   Layer<T, kMode> state{
       p,    rows + layer * modules * p.samples, linear ? linear + layer * modules : nullptr, mask + layer * modules,
       base, base + modules, base + 2 * modules, base + 3 * modules, moving, moving + modules,
-      moving + modules + p.samples, scratch, exchanges, &floor};
+      moving + modules + p.samples, scratch, exchanges, leaves, counts, &floor};
   double widest_forget, widest_retain;
   const double threshold = state.prepare(widest_forget, widest_retain);
   const double start = state.objective();

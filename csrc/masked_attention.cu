@@ -58,7 +58,7 @@ gate_heads_kernel(const T* __restrict__ in, const T* __restrict__ output, const 
           scaled.values[i] = from_acc<T>(value * m);
           if constexpr (kBackward) sum += value * to_acc<ACC>(right[u].values[i]);
         }
-        *reinterpret_cast<Pack<T, N>*>(y + t * result_strides.token) = scaled;
+        store_pack(y + t * result_strides.token, scaled);
       }
     }
     if constexpr (kBackward) partial[(b * p.splits + split) * packs + pack] = sum;

@@ -1,6 +1,7 @@
 #include "masked_ffn.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda_utils.cuh"
 
@@ -60,23 +61,14 @@ __device__ __forceinline__ void load_vector(const ACC* from, std::int64_t offset
   }
 }
 
-template <typename ACC>
-__device__ __forceinline__ ACC activate_any(Activation activation, ACC x) {
+// Calls the body with the activation as a constant, so that no loop in it branches on it.
+template <typename Body>
+__device__ __forceinline__ void with_constant(Activation activation, Body body) {
   switch (activation) {
-    case Activation::gelu: return activate<Activation::gelu>(x);
-    case Activation::gelu_tanh: return activate<Activation::gelu_tanh>(x);
-    case Activation::relu: return activate<Activation::relu>(x);
-    default: return activate<Activation::silu>(x);
-  }
-}
-
-template <typename ACC>
-__device__ __forceinline__ void activate_any_with_slope(Activation activation, ACC x, ACC& value, ACC& slope) {
-  switch (activation) {
-    case Activation::gelu: return activate_with_slope<Activation::gelu>(x, value, slope);
-    case Activation::gelu_tanh: return activate_with_slope<Activation::gelu_tanh>(x, value, slope);
-    case Activation::relu: return activate_with_slope<Activation::relu>(x, value, slope);
-    default: return activate_with_slope<Activation::silu>(x, value, slope);
+    case Activation::gelu: return body(std::integral_constant<Activation, Activation::gelu>());
+    case Activation::gelu_tanh: return body(std::integral_constant<Activation, Activation::gelu_tanh>());
+    case Activation::relu: return body(std::integral_constant<Activation, Activation::relu>());
+    default: return body(std::integral_constant<Activation, Activation::silu>());
   }
 }
 
@@ -85,67 +77,84 @@ template <typename T, typename ACC, int N, bool GATED>
 __global__ void __launch_bounds__(kThreads) forward_kernel(Input<T, ACC> in, Rows<T> result) {
   const std::int64_t f = (static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x) * N;
   if (f >= in.filters) return;
+  constexpr int kUnroll = GATED ? 1 : 2;  // tokens, so that a thread has two loads in flight
   ACC bias[N], up_bias[N], gate[N];
   load_vector<ACC, N>(in.bias, f, 0, bias);
   if constexpr (GATED) load_vector<ACC, N>(in.up_bias, f, 0, up_bias);
-  for (std::int64_t b = blockIdx.z; b < in.batch; b += gridDim.z) {
-    load_vector<ACC, N>(in.gate, b * in.gate_stride + f, 1, gate);
-    for (std::int64_t t = blockIdx.y; t < in.tokens; t += gridDim.y) {
-      const Pack<T, N> pre = load_pack<T, N>(in.pre.at(b, t, f));
-      Pack<T, N> up, out;
-      if constexpr (GATED) up = load_pack<T, N>(in.up.at(b, t, f));
+  with_constant(in.activation, [&](auto activation) {
+    for (std::int64_t b = blockIdx.z; b < in.batch; b += gridDim.z) {
+      load_vector<ACC, N>(in.gate, b * in.gate_stride + f, 1, gate);
+      for (std::int64_t first = blockIdx.y; first < in.tokens; first += kUnroll * gridDim.y) {
+        Pack<T, N> pre[kUnroll], up[kUnroll];
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        ACC value = activate_any<ACC>(in.activation, to_acc<ACC>(pre.values[i]) + bias[i]);
-        if constexpr (GATED) value *= to_acc<ACC>(up.values[i]) + up_bias[i];
-        out.values[i] = from_acc<T, ACC>(value * gate[i]);
+        for (int u = 0; u < kUnroll; ++u) {
+          const std::int64_t t = first + u * gridDim.y;
+          if (t >= in.tokens) break;
+          pre[u] = load_pack<T, N>(in.pre.at(b, t, f));
+          if constexpr (GATED) up[u] = load_pack<T, N>(in.up.at(b, t, f));
+        }
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          const std::int64_t t = first + u * gridDim.y;
+          if (t >= in.tokens) break;
+          Pack<T, N> out;
+#pragma unroll
+          for (int i = 0; i < N; ++i) {
+            ACC value = activate<activation.value>(to_acc<ACC>(pre[u].values[i]) + bias[i]);
+            if constexpr (GATED) value *= to_acc<ACC>(up[u].values[i]) + up_bias[i];
+            out.values[i] = from_acc<T, ACC>(value * gate[i]);
+          }
+          store_pack(result.at(b, t, f), out);
+        }
       }
-      *reinterpret_cast<Pack<T, N>*>(result.at(b, t, f)) = out;
     }
-  }
+  });
 }
+
+// Blocks on a multiprocessor; 0 leaves it to the compiler, which in fp64 would rather spill than take a few registers more.
+template <typename ACC>
+constexpr int kBlocks = sizeof(ACC) == 8 ? 3 : 0;
 
 // As forward; a thread sums its tokens' scores into partial [B, splits, F]. Outputs nobody wants are null.
 template <typename T, typename ACC, int N, bool GATED>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<ACC>)
 backward_kernel(Rows<T> grad, Input<T, ACC> in, Rows<T> d_pre, Rows<T> d_up, ACC* __restrict__ partial) {
   const std::int64_t f = (static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x) * N;
   if (f >= in.filters) return;
   ACC bias[N], up_bias[N], gate[N];
   load_vector<ACC, N>(in.bias, f, 0, bias);
   if constexpr (GATED) load_vector<ACC, N>(in.up_bias, f, 0, up_bias);
-  for (std::int64_t b = blockIdx.z; b < in.batch; b += gridDim.z) {
-    load_vector<ACC, N>(in.gate, b * in.gate_stride + f, 1, gate);
-    ACC sum[N] = {};
-    for (std::int64_t t = blockIdx.y; t < in.tokens; t += gridDim.y) {
-      const Pack<T, N> upstream = load_pack<T, N>(grad.at(b, t, f)), pre = load_pack<T, N>(in.pre.at(b, t, f));
-      Pack<T, N> up, out, out_up;
-      if constexpr (GATED) up = load_pack<T, N>(in.up.at(b, t, f));
+  with_constant(in.activation, [&](auto activation) {
+    for (std::int64_t b = blockIdx.z; b < in.batch; b += gridDim.z) {
+      load_vector<ACC, N>(in.gate, b * in.gate_stride + f, 1, gate);
+      ACC sum[N] = {};
+      for (std::int64_t t = blockIdx.y; t < in.tokens; t += gridDim.y) {
+        const Pack<T, N> upstream = load_pack<T, N>(grad.at(b, t, f)), pre = load_pack<T, N>(in.pre.at(b, t, f));
+        Pack<T, N> up, out, out_up;
+        if constexpr (GATED) up = load_pack<T, N>(in.up.at(b, t, f));
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        ACC value, slope;
-        activate_any_with_slope<ACC>(in.activation, to_acc<ACC>(pre.values[i]) + bias[i], value, slope);
-        const ACC g = to_acc<ACC>(upstream.values[i]), gated = g * gate[i];
+        for (int i = 0; i < N; ++i) {
+          ACC value, slope;
+          activate_with_slope<activation.value>(to_acc<ACC>(pre.values[i]) + bias[i], value, slope);
+          const ACC g = to_acc<ACC>(upstream.values[i]), gated = g * gate[i];
+          if constexpr (GATED) {
+            const ACC u = to_acc<ACC>(up.values[i]) + up_bias[i];
+            sum[i] += g * (value * u);
+            out.values[i] = from_acc<T, ACC>(gated * u * slope);
+            out_up.values[i] = from_acc<T, ACC>(gated * value);
+          } else {
+            sum[i] += g * value;
+            out.values[i] = from_acc<T, ACC>(gated * slope);
+          }
+        }
+        if (d_pre.data) store_pack(d_pre.at(b, t, f), out);
         if constexpr (GATED) {
-          const ACC u = to_acc<ACC>(up.values[i]) + up_bias[i];
-          sum[i] += g * (value * u);
-          out.values[i] = from_acc<T, ACC>(gated * u * slope);
-          out_up.values[i] = from_acc<T, ACC>(gated * value);
-        } else {
-          sum[i] += g * value;
-          out.values[i] = from_acc<T, ACC>(gated * slope);
+          if (d_up.data) store_pack(d_up.at(b, t, f), out_up);
         }
       }
-      if (d_pre.data) *reinterpret_cast<Pack<T, N>*>(d_pre.at(b, t, f)) = out;
-      if constexpr (GATED) {
-        if (d_up.data) *reinterpret_cast<Pack<T, N>*>(d_up.at(b, t, f)) = out_up;
-      }
+      if (partial) store_vector(partial + (b * gridDim.y + blockIdx.y) * in.filters + f, sum);
     }
-    if (partial) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) partial[(b * gridDim.y + blockIdx.y) * in.filters + f + i] = sum[i];
-    }
-  }
+  });
 }
 
 // scores[group, f] = sum of the group's rows of partial, in their order.
@@ -157,6 +166,7 @@ fold_kernel(const ACC* __restrict__ partial, ACC* __restrict__ scores, std::int6
   if (f >= filters) return;
   for (std::int64_t group = blockIdx.y; group < groups; group += gridDim.y) {
     ACC sum = 0;
+#pragma unroll 8  // loads in flight
     for (std::int64_t row = 0; row < rows; ++row) sum += partial[(group * rows + row) * filters + f];
     scores[group * filters + f] = sum;
   }

@@ -18,7 +18,7 @@ struct Layout {
 // One thread owns N neighbouring lanes (lane = m * D + d) and sums them over the tokens of its split.
 // partial: [B, splits, M * D]
 template <typename T, typename ACC, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
 sum_tokens_kernel(const T* __restrict__ a, const T* __restrict__ b, ACC* __restrict__ partial, Layout s) {
   const std::int64_t lanes = s.modules * s.width;
   const std::int64_t lane = (static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x) * N;
@@ -27,38 +27,38 @@ sum_tokens_kernel(const T* __restrict__ a, const T* __restrict__ b, ACC* __restr
   const std::int64_t step = gridDim.y;
 
   for (std::int64_t sample = blockIdx.z; sample < s.batch; sample += gridDim.z) {
-    const T* row_a = a + sample * s.stride_ab + module * s.stride_am + column;
-    const T* row_b = b + sample * s.stride_bb + module * s.stride_bm + column;
+    const std::int64_t first = blockIdx.y;
+    const T* row_a = a + sample * s.stride_ab + module * s.stride_am + column + first * s.stride_at;
+    const T* row_b = b + sample * s.stride_bb + module * s.stride_bm + column + first * s.stride_bt;
     ACC sum[N] = {};
-    std::int64_t t = blockIdx.y;
+    std::int64_t t = first;
     for (; t + (kUnroll - 1) * step < s.tokens; t += kUnroll * step) {
       Pack<T, N> left[kUnroll], right[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        left[u] = *reinterpret_cast<const Pack<T, N>*>(row_a + (t + u * step) * s.stride_at);
-        right[u] = *reinterpret_cast<const Pack<T, N>*>(row_b + (t + u * step) * s.stride_bt);
+        left[u] = *reinterpret_cast<const Pack<T, N>*>(row_a);
+        right[u] = *reinterpret_cast<const Pack<T, N>*>(row_b);
+        row_a += step * s.stride_at, row_b += step * s.stride_bt;
       }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u)
 #pragma unroll
         for (int i = 0; i < N; ++i) sum[i] += to_acc<ACC>(left[u].values[i]) * to_acc<ACC>(right[u].values[i]);
     }
-    for (; t < s.tokens; t += step) {
-      const Pack<T, N> left = *reinterpret_cast<const Pack<T, N>*>(row_a + t * s.stride_at);
-      const Pack<T, N> right = *reinterpret_cast<const Pack<T, N>*>(row_b + t * s.stride_bt);
+    for (; t < s.tokens; t += step, row_a += step * s.stride_at, row_b += step * s.stride_bt) {
+      const Pack<T, N> left = *reinterpret_cast<const Pack<T, N>*>(row_a);
+      const Pack<T, N> right = *reinterpret_cast<const Pack<T, N>*>(row_b);
 #pragma unroll
       for (int i = 0; i < N; ++i) sum[i] += to_acc<ACC>(left.values[i]) * to_acc<ACC>(right.values[i]);
     }
-    ACC* out = partial + (sample * gridDim.y + blockIdx.y) * lanes + lane;
-#pragma unroll
-    for (int i = 0; i < N; ++i) out[i] = sum[i];
+    store_vector(partial + (sample * gridDim.y + blockIdx.y) * lanes + lane, sum);
   }
 }
 
 // scores[b, m] = sum over splits and d of partial[b, split, m * D + d], in a fixed order. A module has `group` threads, a
 // power of two up to 32: where a module is one lane, neighbouring threads read neighbouring lanes.
 template <typename ACC>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
 fold_kernel(const ACC* __restrict__ partial, ACC* __restrict__ scores, std::int64_t batch, std::int64_t splits,
             std::int64_t modules, std::int64_t width, int group) {
   const std::int64_t module = (static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x) / group;
@@ -66,9 +66,12 @@ fold_kernel(const ACC* __restrict__ partial, ACC* __restrict__ scores, std::int6
   for (std::int64_t sample = blockIdx.y; sample < batch; sample += gridDim.y) {
     ACC sum = 0;
     if (module < modules) {
-      const ACC* base = partial + sample * splits * modules * width + module * width;
-      for (std::int64_t split = 0; split < splits; ++split)
-        for (std::int64_t d = member; d < width; d += group) sum += base[split * modules * width + d];
+      const std::int64_t lanes = modules * width;
+      for (std::int64_t d = member; d < width; d += group) {
+        const ACC* lane = partial + sample * splits * lanes + module * width + d;
+#pragma unroll 8  // loads in flight
+        for (std::int64_t split = 0; split < splits; ++split) sum += lane[split * lanes];
+      }
     }
     for (int offset = group / 2; offset > 0; offset /= 2) sum += __shfl_down_sync(0xffffffffu, sum, offset, group);
     if (member == 0 && module < modules) scores[sample * modules + module] = sum;

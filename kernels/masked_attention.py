@@ -27,11 +27,37 @@ _TILES = {
     ("bwd_key_value", 2): {32: (32, 64, 4), 64: (64, 32, 8), 128: (32, 64, 8), 256: (16, 32, 8)},
     ("bwd_key_value", 4): {32: (32, 32, 8), 64: (32, 32, 8), 128: (16, 16, 8), 256: (16, 16, 8)},
 }
-# Where sm_90 has the room: the first operand of a product must have 64 rows for its warp-group instructions.
-_TILES_90 = {("fwd", 2, 128): (128, 64, 8), ("bwd_key_value", 2, 64): (32, 64, 4)}
+# Where sm_90 has the room: a warp group takes 64 rows of a product, and splits the columns with a second one.
+_TILES_90 = {
+    ("fwd", 2, 128): (128, 64, 8),
+    ("bwd_query", 2, 64): (64, 64, 4),
+    ("bwd_query", 2, 128): (64, 64, 4),
+    ("bwd_key_value", 2, 64): (32, 64, 4),
+}
 LOG2E = tl.constexpr(math.log2(math.e))
+_CACHED = tl.constexpr(1 << 23)  # elements of the keys: with the values 32 MiB in 16 bits, which the H100's cache holds
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 NO_MASK, _BOOL_MASK, _ADDITIVE_MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def block_and_head(blocks, length, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr):
+    """Return the block and the head, counted over all samples, of this program; `length` keys or queries pass by it.
+
+    Causal blocks differ in their work. Those of one number follow each other, for as many heads as the cache holds, so
+    that the heaviest come first and none is left with much to do in the end.
+    """
+    program = tl.program_id(0)
+    if IS_CAUSAL:
+        heads = tl.num_programs(0) // blocks
+        together = tl.maximum(_CACHED // (tl.maximum(length, 1) * BLOCK_D), 1)
+        first = program // (together * blocks) * together
+        together = tl.minimum(together, heads - first)
+        program -= first * blocks
+        block, head = program // together, first + program % together
+    else:
+        block, head = program % blocks, program // blocks
+    return block, head.to(tl.int64)
 
 
 @triton.jit
@@ -132,8 +158,8 @@ def _masked_attention_fwd_kernel(
     MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_GATE: tl.constexpr, GATE_GRAD: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(T, BLOCK_M)
-    block = tl.program_id(0) % blocks
-    bh = (tl.program_id(0) // blocks).to(tl.int64)
+    block, bh = block_and_head(blocks, S, BLOCK_D, IS_CAUSAL)
+    block = blocks - 1 - block  # the last rows see most keys
     b, h = bh // H, bh % H
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     key += b * stride_kb + h // GROUP * stride_kh

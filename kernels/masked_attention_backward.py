@@ -16,6 +16,7 @@ from pymape.kernels.launch import device_of
 from pymape.kernels.masked_attention import (
     LOG2E,
     NO_MASK,
+    block_and_head,
     block_scores,
     gate_and_mask_strides,
     in_rows,
@@ -91,8 +92,8 @@ def _masked_attention_bwd_query_kernel(
     MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_GATE: tl.constexpr, GATE_GRAD: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(T, BLOCK_M)
-    block = tl.program_id(0) % blocks
-    bh = (tl.program_id(0) // blocks).to(tl.int64)
+    block, bh = block_and_head(blocks, S, BLOCK_D, IS_CAUSAL)
+    block = blocks - 1 - block  # as forward
     b, h = bh // H, bh % H
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     key += b * stride_kb + h // GROUP * stride_kh
@@ -128,6 +129,52 @@ def _masked_attention_bwd_query_kernel(
 
 
 @triton.jit
+def _key_value_gradient(
+    dk, dv, k, v, query, gate, mask, grad, row_max, row_norm, dots, head, terms, columns, first, last,
+    stride_qh, stride_qt, stride_gh, stride_mh, stride_mt, stride_yh, stride_yt, T, S, qk_scale,
+    GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_GATE: tl.constexpr, GATE_GRAD: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+):  # fmt: skip
+    """Add what the queries first to last of a group's heads give.
+
+    Without a mask, DIAGONAL blocks hold keys that some of the queries do not see, and the others none. Rows beyond the
+    last query need no bound, because their terms are 0, nor do keys beyond the last one: what they get is not stored.
+    """
+    # The query heads of a group are summed here, one after the other: no atomics, one order.
+    for h in range(head, head + GROUP):
+        end = last
+        g = 1.0
+        if HAS_GATE:
+            g = tl.load(gate + h * stride_gh).to(tl.float32)
+            end = tl.where(g == 0.0, 0, last)
+        mask_head = mask
+        if MASK != NO_MASK:
+            mask_head += h * stride_mh
+        for start in range(first, end, BLOCK_M):
+            rows = start + tl.arange(0, BLOCK_M)
+            q = load_rows(query + h * stride_qh, rows, stride_qt, T, HEAD_SIZE, BLOCK_D)
+            dy = load_rows(grad + h * stride_yh, rows, stride_yt, T, HEAD_SIZE, BLOCK_D)
+            shift, a, c = _load_row_terms(row_max, row_norm, dots, terms + h * T, rows, T, g, GATE_GRAD)
+            # Products of keys and queries, [BLOCK_N, BLOCK_M]: as they come out of one product they go into the next.
+            products = tl.dot(k, tl.trans(q), input_precision="ieee")
+            t, s = rows[None, :], columns[:, None]
+            if MASK != NO_MASK:
+                scores = masked_scores(products, mask_head, stride_mt, t, s, T, S, qk_scale, MASK, IS_CAUSAL)
+            else:
+                scores = products * qk_scale
+                if DIAGONAL:
+                    scores = tl.where(s <= t, scores, float("-inf"))
+            e = tl.exp2(scores - shift[None, :])
+            p = e * a[None, :]
+            dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision="ieee")
+            dp = tl.dot(v, tl.trans(dy), input_precision="ieee")
+            ds = p * dp - e * c[None, :]
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
 def _masked_attention_bwd_key_value_kernel(
     query, key, value, gate, mask, grad, d_key, d_value, row_max, row_norm, dots,
     stride_qb, stride_qh, stride_qt,
@@ -143,43 +190,38 @@ def _masked_attention_bwd_key_value_kernel(
     MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_GATE: tl.constexpr, GATE_GRAD: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(S, BLOCK_N)
-    block = tl.program_id(0) % blocks
-    group = (tl.program_id(0) // blocks).to(tl.int64)
+    block, group = block_and_head(blocks, T, BLOCK_D, IS_CAUSAL)  # the first keys are seen by most queries
     b, kv_head = group // (H // GROUP), group % (H // GROUP)
     columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     k = load_rows(key + b * stride_kb + kv_head * stride_kh, columns, stride_ks, S, HEAD_SIZE, BLOCK_D)
     v = load_rows(value + b * stride_vb + kv_head * stride_vh, columns, stride_vs, S, HEAD_SIZE, BLOCK_D)
 
-    begin = 0
+    begin, full = 0, T  # queries from `begin` on see a key of this block, those from `full` on see all
     if IS_CAUSAL:
-        begin = block * BLOCK_N // BLOCK_M * BLOCK_M  # the first queries that see a key of this block
+        begin = block * BLOCK_N // BLOCK_M * BLOCK_M
+    if MASK == NO_MASK:
+        full = tl.minimum(tl.cdiv((block + 1) * BLOCK_N, BLOCK_M) * BLOCK_M, T) if IS_CAUSAL else 0
+    query += b * stride_qb
+    grad += b * stride_yb
+    head, terms = kv_head * GROUP, b * H * T
+    if HAS_GATE:
+        gate += b * stride_gb
+    if MASK != NO_MASK:
+        mask += b * stride_mb
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    # The query heads of a group are summed here, one after the other: no atomics, one order.
-    for h in range(kv_head * GROUP, kv_head * GROUP + GROUP):
-        end = T
-        g = 1.0
-        if HAS_GATE:
-            g = tl.load(gate + b * stride_gb + h * stride_gh).to(tl.float32)
-            end = tl.where(g == 0.0, 0, end)
-        mask_head = mask
-        if MASK != NO_MASK:
-            mask_head += b * stride_mb + h * stride_mh
-        for start in range(begin, end, BLOCK_M):
-            rows = start + tl.arange(0, BLOCK_M)
-            q = load_rows(query + b * stride_qb + h * stride_qh, rows, stride_qt, T, HEAD_SIZE, BLOCK_D)
-            dy = load_rows(grad + b * stride_yb + h * stride_yh, rows, stride_yt, T, HEAD_SIZE, BLOCK_D)
-            shift, a, c = _load_row_terms(row_max, row_norm, dots, (b * H + h) * T, rows, T, g, GATE_GRAD)
-            # Products of keys and queries, [BLOCK_N, BLOCK_M]: as they come out of one product they go into the next.
-            products = tl.dot(k, tl.trans(q), input_precision="ieee")
-            t, s = rows[None, :], columns[:, None]
-            scores = masked_scores(products, mask_head, stride_mt, t, s, T, S, qk_scale, MASK, IS_CAUSAL)
-            e = tl.exp2(scores - shift[None, :])
-            p = e * a[None, :]
-            dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision="ieee")
-            dp = tl.dot(v, tl.trans(dy), input_precision="ieee")
-            ds = p * dp - e * c[None, :]
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    if MASK != NO_MASK or IS_CAUSAL:
+        dk, dv = _key_value_gradient(
+            dk, dv, k, v, query, gate, mask, grad, row_max, row_norm, dots, head, terms, columns, begin, full,
+            stride_qh, stride_qt, stride_gh, stride_mh, stride_mt, stride_yh, stride_yt, T, S, qk_scale,
+            GROUP, HEAD_SIZE, BLOCK_D, BLOCK_M, MASK, IS_CAUSAL, HAS_GATE, GATE_GRAD, DIAGONAL=True,
+        )  # fmt: skip
+    if MASK == NO_MASK:
+        dk, dv = _key_value_gradient(
+            dk, dv, k, v, query, gate, mask, grad, row_max, row_norm, dots, head, terms, columns, full, T,
+            stride_qh, stride_qt, stride_gh, stride_mh, stride_mt, stride_yh, stride_yt, T, S, qk_scale,
+            GROUP, HEAD_SIZE, BLOCK_D, BLOCK_M, MASK, IS_CAUSAL, HAS_GATE, GATE_GRAD, DIAGONAL=False,
+        )  # fmt: skip
     offset = b * stride_db + kv_head * stride_dh
     store_rows(d_key + offset, dk * scale, columns, stride_ds, S, HEAD_SIZE, BLOCK_D)
     store_rows(d_value + offset, dv, columns, stride_ds, S, HEAD_SIZE, BLOCK_D)
@@ -213,9 +255,10 @@ def masked_attention_backward(
     attn_mask = None if attn_mask is None else in_rows(attn_mask)
     batch, heads, tokens, size = query.shape
     dots = query.new_empty((batch, heads, tokens), dtype=torch.float32)
-    d_query = query.new_empty(query.shape if query_grad else 0)
-    # Key and value gradients are laid out alike, so that one set of strides serves both.
-    d_key = key.new_empty(key.shape if key_value_grad else 0)
+    # As the inputs lie in memory: what comes next undoes their transpose, which needs no copy then. Key and value
+    # gradients are laid out alike, so that one set of strides serves both.
+    d_query = torch.empty_like(query) if query_grad else query.new_empty(0)
+    d_key = torch.empty_like(key) if key_value_grad else key.new_empty(0)
     d_value = torch.empty_like(d_key)
     if output.numel() == 0:  # keys without queries
         d_key.zero_()

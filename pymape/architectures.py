@@ -158,6 +158,8 @@ _SUBMODULES = (
     "ffn_out",
 )
 
+_COMPILED = "_orig_mod."  # before the names of what `torch.compile` has wrapped
+
 # Class names of activation modules -> what `masked_ffn` calls the same function.
 _ACTIVATIONS = {
     "GELU": "gelu",
@@ -338,7 +340,7 @@ def layout(model: nn.Module) -> ModelLayout:
     """Describe the heads and filters of a model.
 
     Raises:
-        ValueError: the architecture has no row, or its layers differ in size.
+        ValueError: the architecture has no row, its layers differ in size, or its weights are quantised.
     """
     config, _ = _architecture(model)
     layers = find_layers(model)
@@ -392,9 +394,11 @@ def _submodule(layer: nn.Module, path: str | None) -> nn.Module | None:
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor:
-    parameter = getattr(module, name)
+    parameter = getattr(module, name, None)
     if not isinstance(parameter, Tensor):
         raise ValueError(f"{type(module).__name__} must have a {name} tensor, got {type(parameter).__name__}")
+    if not parameter.is_floating_point():
+        raise ValueError(f"model must have floating-point weights, got {parameter.dtype} in {type(module).__name__}")
     return parameter
 
 
@@ -421,5 +425,6 @@ def _cost(slices: list[ParameterSlice]) -> int:
 
 
 def _fingerprint(model_type: str, model: nn.Module) -> str:
-    lines = sorted(f"{name} {tuple(parameter.shape)}" for name, parameter in model.named_parameters())
+    shapes = {name.removeprefix(_COMPILED): tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    lines = sorted(f"{name} {shape}" for name, shape in shapes.items())
     return hashlib.sha256("\n".join([model_type, *lines]).encode()).hexdigest()

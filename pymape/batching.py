@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,12 +20,28 @@ from torch.utils.data import (
 
 from pymape.losses import IGNORED_LABEL
 
-__all__ = ["ALTERNATIVE", "LengthBucketSampler", "PaddingCollator", "RecordBatches", "bare_record", "record_lengths"]
+__all__ = [
+    "ALTERNATIVE",
+    "LengthBucketSampler",
+    "PaddingCollator",
+    "RecordBatches",
+    "bare_record",
+    "check_unique",
+    "collated",
+    "is_map_style",
+    "plain",
+    "record_id",
+    "record_lengths",
+    "sample_of",
+    "tensor_of",
+]
 
 # Fields of a record that hold another answer to the same question: `alternative_input_ids`, `alternative_labels`.
 ALTERNATIVE = "alternative_"
 
 _PADDING = {"labels": IGNORED_LABEL, "special_tokens_mask": 1}
+_LABELS = ("labels", "label", "label_ids")  # the first that a record has counts, as in transformers' own collator
+_DIMENSIONS = {"input_ids": 1, "pixel_values": 3}  # of one record
 
 
 class LengthBucketSampler(Sampler[list[int]]):
@@ -52,34 +69,43 @@ class PaddingCollator:
     """Stacks records into a batch and pads what has one value per token on the right.
 
     Unlike `DataCollatorWithPadding` it needs no tokenizer and pads token labels too (with -100). Columns that are not
-    numbers (texts) are left out, `label` and `label_ids` become `labels`.
+    numbers (texts) are left out, `label` and `label_ids` become `labels` where there are none of that name.
 
     Args:
         pad_token_id: fills `input_ids`; the model's own padding token where it has one.
+
+    Raises:
+        ValueError: a record that lacks numbers which another has, is a batch of its own, or has a field of another
+            shape than the others or than its tokens.
     """
 
     def __init__(self, pad_token_id: int = 0) -> None:
         self.padding = {"input_ids": pad_token_id, **_PADDING}
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        columns: dict[str, list[Tensor]] = {}
-        for name, value in records[0].items():
-            if _is_numeric(value):
-                label = "labels" if name in ("label", "label_ids") else name
-                columns[label] = [torch.as_tensor(record[name]) for record in records]
-        if "input_ids" not in columns:
-            return {name: torch.stack(values) for name, values in columns.items()}
-        lengths = [len(value) for value in columns["input_ids"]]
-        if "attention_mask" not in columns and len(set(lengths)) > 1:
+        fields = [(name, value) for record in records for name, value in record.items()]
+        names = dict.fromkeys(name for name, value in fields if name == "input_ids" or _is_numeric(value))
+        columns = {name: _column(name, records) for name in names if name not in _LABELS}
+        label = next((name for name in _LABELS if name in names), None)
+        if label is not None:
+            columns["labels"] = _column(label, records)
+        lengths = [len(value) for value in columns.get("input_ids", ())]
+        if lengths and "attention_mask" not in columns and len(set(lengths)) > 1:
             columns["attention_mask"] = [torch.ones(length, dtype=torch.long) for length in lengths]
-        batch = {}
-        for name, values in columns.items():
-            if values[0].ndim == 1 and [len(value) for value in values] == lengths:
-                fill = self.padding.get(name, 0)
-                batch[name] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill)
-            else:
-                batch[name] = torch.stack(values)
-        return batch
+        return {name: self._joined(name, values, lengths) for name, values in columns.items()}
+
+    def _joined(self, name: str, values: list[Tensor], lengths: list[int]) -> Tensor:
+        """A column of the batch, padded where it has one value for each of the records' `lengths` tokens."""
+        shapes, tokens = [tuple(value.shape) for value in values], [(length,) for length in lengths]
+        if shapes == tokens:
+            fill = self.padding.get(name, 0)
+            return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill)
+        by_token = any(shape == own for shape, own in zip(shapes, tokens, strict=False))
+        expected = tokens if by_token and len(set(shapes)) > 1 else shapes[:1] * len(shapes)
+        for place, (shape, own) in enumerate(zip(shapes, expected, strict=True)):
+            if shape != own:
+                raise _UnfitRecord(f"{name} must have shape {own}, got {shape}", place)
+        return torch.stack(values)
 
 
 class RecordBatches:
@@ -123,8 +149,7 @@ class RecordBatches:
             records, options = data.dataset, {"num_workers": data.num_workers, "pin_memory": data.pin_memory}
             if collate_fn is None and data.collate_fn is not default_collate:
                 collate_fn = data.collate_fn
-        indexable = hasattr(records, "__getitem__") and hasattr(records, "__len__")
-        if isinstance(records, IterableDataset) or not indexable:
+        if not is_map_style(records):
             raise ValueError(f"data must be a map-style data set with a length, got {type(records).__name__}")
         if len(records) == 0:
             raise ValueError("data must hold at least one record, got an empty data set")
@@ -189,12 +214,79 @@ def record_lengths(data: Any, positions: Sequence[int] | None = None) -> list[in
     if "input_ids" not in first:
         return None
     columns = data.select_columns(["input_ids"]) if hasattr(data, "select_columns") else data
-    return [len(columns[place]["input_ids"]) for place in places]
+    return [_length(columns[place], place) for place in places]
 
 
 def bare_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """What the model is to see of a record: not its `id`, nor an alternative answer."""
     return {name: value for name, value in record.items() if name != "id" and not name.startswith(ALTERNATIVE)}
+
+
+def record_id(record: Mapping[str, Any]) -> str:
+    """The `id` of a record, as text.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if "id" not in record:
+        raise ValueError(f"records must have an id, all or none of them, got one with {sorted(record)}")
+    return str(plain(record["id"]))
+
+
+def plain(value: Any) -> Any:
+    """The Python value of a tensor, array or number of numpy without dimensions; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def tensor_of(value: Any) -> Any:
+    """Numbers as a tensor; anything else as it is."""
+    return torch.as_tensor(value) if _is_numeric(value) else value
+
+
+def is_map_style(data: Any) -> bool:
+    """Whether a data set has a length and can be indexed."""
+    return hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, IterableDataset)
+
+
+def check_unique(ids: Sequence[str], taken: set[str] | None = None, *, name: str = "ids") -> None:
+    """Refuse ids that repeat each other or those in `taken`, and add them to it.
+
+    Raises:
+        ValueError: naming what they are, and those that repeat.
+    """
+    taken = set() if taken is None else taken
+    twice: list[str] = []
+    for one in ids:
+        (twice.append if one in taken else taken.add)(one)
+    if twice:
+        raise ValueError(f"{name} must be unique, got {sample_of(twice)} more than once")
+
+
+def sample_of(ids: Sequence[str]) -> str:
+    """The first few of some ids, for a message."""
+    return f"{list(ids[:5])}" + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
+
+
+def collated(collate: Callable[[list[Any]], Any], records: Sequence[Mapping[str, Any]]) -> Any:
+    """A batch of what the model is to see of records.
+
+    Raises:
+        ValueError: as `collate` does, with the id of a record that does not fit.
+    """
+    try:
+        return collate([bare_record(record) for record in records])
+    except _UnfitRecord as error:
+        if "id" not in records[error.place]:
+            raise
+        raise ValueError(f"{error.what} for id {record_id(records[error.place])!r}") from None
+
+
+class _UnfitRecord(ValueError):
+    """What is wrong with the record at a place of a batch."""
+
+    def __init__(self, what: str, place: int) -> None:
+        super().__init__(f"{what} for record {place} of the batch")
+        self.what, self.place = what, place
 
 
 class _WithIds:
@@ -206,8 +298,8 @@ class _WithIds:
     def __call__(self, records: list[Mapping[str, Any]]) -> tuple[list[str] | None, Any]:
         if not isinstance(records[0], Mapping):
             raise ValueError(f"data must give dicts as records, got {type(records[0]).__name__}")
-        ids = [str(record["id"]) for record in records] if "id" in records[0] else None
-        return ids, self.collate_fn([bare_record(record) for record in records])
+        ids = [record_id(record) for record in records] if any("id" in record for record in records) else None
+        return ids, collated(self.collate_fn, records)
 
 
 def _takes_all(sampler: Any, count: int) -> bool:
@@ -223,3 +315,30 @@ def _is_numeric(value: Any) -> bool:
             return False
         value = value[0]
     return not isinstance(value, str | bytes) and (hasattr(value, "dtype") or isinstance(value, int | float))
+
+
+def _column(name: str, records: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    """A field of every record, as tensors."""
+    values = []
+    for place, record in enumerate(records):
+        try:
+            value = torch.as_tensor(record[name]) if _is_numeric(record[name]) else None
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            value = None
+        if value is None or value.numel() == 0:
+            got = reprlib.repr(record[name]) if name in record else "none"
+            raise _UnfitRecord(f"{name} must be numbers in every record, got {got}", place)
+        if value.ndim > _DIMENSIONS.get(name, value.ndim):
+            shape = tuple(value.shape)
+            what = f"records must be single, without a batch dimension, got {name} of shape {shape}"
+            raise _UnfitRecord(what, place)
+        values.append(value)
+    return values
+
+
+def _length(record: Mapping[str, Any], place: int) -> int:
+    tokens: Any = record.get("input_ids")
+    if not hasattr(tokens, "__len__"):
+        name = record_id(record) if "id" in record else str(place)
+        raise ValueError(f"input_ids must be a list of tokens in every record, got {tokens!r} for id {name!r}")
+    return len(tokens)

@@ -298,7 +298,8 @@ def _one_line(error: BaseException, words: Sequence[str]) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     text = re.sub(r'Parser key "([^"]+)":', r"--\1:", str(error))
-    for depth in (2, 1):  # the parser names what is missing with the subcommand before it
-        text = re.sub(rf"(?<=[:,] ){re.escape('.'.join(words[:depth]))}\.", "", text)
+    for prefix in (".".join(words[:depth]) for depth in (2, 1) if words):
+        # The parser names what is missing with the subcommand before it.
+        text = re.sub(rf"(?<=[:,] ){re.escape(prefix)}\.", "", text)
     line = " ".join(text.split()) or type(error).__name__
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."

@@ -102,15 +102,17 @@ def apply_delta(model: Model, path: str | os.PathLike[str]) -> Model:
     """Bring a deployed copy of the original model to the unlearned weights, bit for bit.
 
     Args:
-        model: a plain model with the weights that training started from. It is changed in place, and left as it is if
-            it holds the unlearned weights already.
+        model: a plain model with the weights that training started from, in the dtype that was trained (a bf16
+            checkpoint that was trained in fp32 is loaded with `dtype=torch.float32`). It is changed in place, and left
+            as it is if it holds the unlearned weights already.
         path: what `PartialParameters.export_delta` wrote.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: no delta, a damaged one, or one made for another model or other weights; nothing is changed then.
+        ValueError: no delta, a damaged one, or one made for another model, other weights or another dtype; nothing is
+            changed then.
     """
     metadata, tensors = _read(path)
     fingerprint = layout(model).fingerprint
@@ -190,9 +192,11 @@ def _checked_parts(
             if index.dtype != torch.int64 or index.dim() != 1 or not ((index >= 0) & (index < size)).all():
                 raise ValueError(f"index of {part.name} must be int64 in [0, {size}), got a damaged file: {path}")
             shape[part.dim] = len(index)
-        if list(value.shape) != shape or value.dtype != parameter.dtype:
+        if list(value.shape) != shape:
+            raise ValueError(f"delta of {part.name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
+        if value.dtype != parameter.dtype:
             raise ValueError(
-                f"delta of {part.name} must be {parameter.dtype} of shape {tuple(shape)}, "
-                f"got {value.dtype} of shape {tuple(value.shape)}"
+                f"model must have the dtype of the training, {value.dtype}, got {parameter.dtype} in {part.name}: "
+                f"load the copy with dtype={value.dtype}"
             )
     return parts, {part.name: tensors[part.name] for part in parts}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from pymape.architectures import ModelLayout
+from pymape.batching import sample_of
 from pymape.forward import LABELS
 from pymape.losses import base_model, check_labels, per_sample_loss
 from pymape.positions import with_positions
 
-__all__ = ["BatchScores", "GradientPass", "one_behind", "sample_of"]
+__all__ = ["BatchScores", "GradientPass", "one_behind"]
 
 _FP16_LOSS_SCALE = 4096.0  # a power of two: exact, and keeps gradients of 1e-8 above fp16's smallest number
 _T = TypeVar("_T")
@@ -145,7 +146,3 @@ class GradientPass:
         if not losses.requires_grad:
             raise ValueError("loss must depend on the model's outputs, got losses without a gradient")
         return losses
-
-
-def sample_of(ids: Sequence[str]) -> str:
-    return f"{list(ids[:5])}" + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pymape.architectures import ModelLayout, layout
-from pymape.batching import RecordBatches
+from pymape.batching import RecordBatches, check_unique, plain, sample_of
 from pymape.files import atomic_write
 from pymape.forward import padding_token
-from pymape.gradient_pass import BatchScores, GradientPass, one_behind, sample_of
+from pymape.gradient_pass import BatchScores, GradientPass, one_behind
 from pymape.processes import exchange, rank, require_equal, share_rows, together, world_size
 
 __all__ = ["Importance", "importance"]
@@ -57,7 +57,7 @@ class Importance:
             expected = (len(self.ids), self.layout.layers, getattr(self.layout, name))
             if tuple(getattr(self, name).shape) != expected:
                 raise ValueError(f"{name} must have shape {expected}, got {tuple(getattr(self, name).shape)}")
-        _check_unique(self.ids)
+        check_unique(self.ids)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -251,8 +251,8 @@ def importance(
         if ids is not None:
             if len(ids) != len(batches.data):
                 raise ValueError(f"ids must name the {len(batches.data)} records of data, got {len(ids)} ids")
-            names = [str(ids[place]) for place in batches.positions]
-            _check_unique(names)
+            names = [str(plain(ids[place])) for place in batches.positions]
+            check_unique(names)
         hidden = True if rank() else None if progress is None else not progress
         bar = tqdm(total=count, desc="importance", unit="record", disable=hidden)
         with torch.inference_mode(False), torch.enable_grad(), prepared(model, backend, device), gates(model), bar:
@@ -263,7 +263,7 @@ def importance(
             def started() -> Iterator[tuple[Tensor, BatchScores]]:
                 for rows, own_ids, batch in batches:
                     if ids is None and own_ids is not None:
-                        _check_unique(own_ids, taken)
+                        check_unique(own_ids, taken)
                         for row, name in zip(rows.tolist(), own_ids, strict=True):
                             names[row] = name
                     yield rows, run(batch, [names[row] for row in rows.tolist()])
@@ -320,16 +320,6 @@ def _mean(gradients: Tensor, power: int) -> Tensor:
     for chunk in gradients.split(_CHUNK):
         total += chunk.double().pow(power).sum(0)
     return total / len(gradients)
-
-
-def _check_unique(ids: Sequence[str], taken: set[str] | None = None) -> None:
-    """Refuse ids that repeat each other or those in `taken`, and add them to it."""
-    taken = set() if taken is None else taken
-    twice: list[str] = []
-    for name in ids:
-        (twice.append if name in taken else taken.add)(name)
-    if twice:
-        raise ValueError(f"ids must be unique, got {sample_of(twice)} more than once")
 
 
 def _check_same_model(one: ModelLayout, other: ModelLayout) -> None:

@@ -110,13 +110,19 @@ def check_labels(model: nn.Module, inputs: Mapping[str, Tensor], ids: Sequence[s
         ids: [B] ids of the records, for the message.
 
     Raises:
-        ValueError: naming the range, the value and the record.
+        ValueError: naming the range, the value and the record; or rows or tokens that are not those of the records.
     """
     task = task_of(model)
+    names = ("start_positions", "end_positions") if task == "question answering" else ("labels",)
+    _require(model, inputs, *names)
+    labels, tokens = inputs[names[0]], inputs.get("input_ids")
+    if len(labels) != len(ids):
+        raise ValueError(f"collator must give one row per record, got {len(labels)} for {len(ids)}")
+    if tokens is not None and tokens.ndim > 2:
+        shape = tuple(tokens.shape[1:])
+        raise ValueError(f"records must be single, without a batch dimension, got input_ids of shape {shape}")
     if task == "question answering":
-        return _require(model, inputs, "start_positions", "end_positions")
-    _require(model, inputs, "labels")
-    labels = inputs["labels"]
+        return None
     config: Any = model.config
     if task == "classification":
         problem = _problem_type(config, labels)
@@ -130,6 +136,8 @@ def check_labels(model: nn.Module, inputs: Mapping[str, Tensor], ids: Sequence[s
             return None
         classes, labelled = config.num_labels, torch.ones_like(labels, dtype=torch.bool)
     else:
+        if tokens is not None and labels.shape != tokens.shape:
+            raise ValueError(f"labels must have shape {tuple(tokens.shape)}, as input_ids, got {tuple(labels.shape)}")
         labels = token_labels(task, inputs)
         classes = config.num_labels if task == "token classification" else config.get_text_config().vocab_size
         labelled = labels != IGNORED_LABEL
@@ -139,6 +147,8 @@ def check_labels(model: nn.Module, inputs: Mapping[str, Tensor], ids: Sequence[s
                 f"labels must name at least one token of every record (all are {IGNORED_LABEL}), "
                 f"got none for ids {[ids[row] for row in empty]}"
             )
+    if labels.dtype == torch.bool or labels.is_floating_point():
+        raise ValueError(f"labels must be integers, got {labels.dtype} for id {ids[0]!r}")
     wrong = ((labels < 0) | (labels >= classes)) & labelled
     if wrong.any():
         place = wrong.nonzero()[0]
@@ -172,16 +182,17 @@ def token_labels(task: str, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def base_model(model: nn.Module) -> Any:
-    """The model inside a PEFT wrapper, or the model itself."""
+    """The model inside wrappers of PEFT and `torch.compile`, or the model itself."""
     get_base = getattr(model, "get_base_model", None)
-    return get_base() if callable(get_base) else model
+    base = get_base() if callable(get_base) else model
+    return getattr(base, "_orig_mod", base)
 
 
 def task_of(model: nn.Module) -> str:
     """Task of a Hugging Face model, told from its class name (or that of a class it derives from).
 
     Args:
-        model: the model; PEFT wrappers are looked through.
+        model: the model; wrappers of PEFT and `torch.compile` are looked through.
 
     Returns:
         "classification", "token classification", "question answering", "masked language model" or

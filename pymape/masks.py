@@ -97,6 +97,12 @@ class ModuleMasks:
         """The selected key/value groups, bool [layers, kv_heads]: `heads` itself where a group has one query head."""
         return self.heads[:, :: self.layout.group_size]
 
+    @property
+    def lowest_layer(self) -> int | None:
+        """The lowest layer with a selected module, 0 being the first; None where nothing is selected."""
+        selected = self.heads.any(1) | self.filters.any(1)
+        return int(selected.nonzero()[0]) if selected.any() else None
+
     def cost(self) -> float:
         """Share of the module-owned parameters that the masks select, in [0, 1]."""
         spent = int(self.head_groups.sum()) * self.layout.head_cost + int(self.filters.sum()) * self.layout.filter_cost

@@ -168,22 +168,21 @@ def gates(model: nn.Module, heads: Gates = None, filters: Gates = None) -> Itera
             state.gate = gate
 
 
-def apply_masks(model: Model, masks: ModuleMasks, mode: str = "ablate") -> Model:
+def apply_masks(model: Model, masks: ModuleMasks) -> Model:
     """Switch the selected modules off: gate = 1 - mask. Instruments the model if it is not.
+
+    Gates are no weights: `model.save_pretrained` saves the whole model, with nothing switched off.
 
     Args:
         model: the model that the masks were made for.
-        masks: which heads and filters are selected.
-        mode: "ablate" (training the selected modules only is the work of `PartialParameters`).
+        masks: which heads and filters are selected (to train these alone is the work of `PartialParameters`).
 
     Returns:
         The same model, instrumented.
 
     Raises:
-        ValueError: masks of another model, or an unknown mode.
+        ValueError: masks of another model.
     """
-    if mode != "ablate":
-        raise ValueError(f"mode must be 'ablate', got {mode!r}")
     masks.check_model(model)
     if not is_instrumented(model):
         instrument(model)

@@ -18,6 +18,9 @@ from pymape.reference_cache import ReferenceCache, record_digest, stack_rows
 __all__ = ["OriginalModel"]
 
 
+_LOOKED_AT_TWICE = 8  # records of a set: random flips of images escape in 1 of 256 runs
+
+
 class OriginalModel:
     """Reference values of the original model: stored for every record where they are small, computed at each step else.
 
@@ -56,20 +59,32 @@ class OriginalModel:
                 they are needed.
             cache: where values may be known already, and are kept.
             write: whether to add new values to the cache.
+
+        Raises:
+            ValueError: records whose inputs differ from one time to the next (random augmentation of the data).
         """
         if self._known or self._parameters is not None:
             return
 
+        def digests(side: str, rows: Sequence[int]) -> list[bytes]:
+            # One by one, as a record's padding depends on the others of its batch.
+            return [_digest(batch) for batch in batches(side, rows, 1)]
+
         def of_every_record(kind: str, side: str, read: Callable[[Any], Tensor]) -> Tensor:
+            first = range(min(_LOOKED_AT_TWICE, len(data[side])))
+            if digests(side, first) != digests(side, first):
+                raise ValueError(
+                    f"inputs of {side} records must stay the same, got others the second time: values of the original "
+                    "model, which are computed once, cannot serve randomly augmented data"
+                )
+
             def compute(rows: Sequence[int]) -> Tensor:
                 return stack_rows([row for batch in batches(side, rows) for row in read(batch).cpu()])
 
             rows = range(len(data[side]))
             if cache is None:
                 return compute(rows)
-            # One by one, as a record's padding depends on the others of its batch.
-            records = [_digest(batch) for batch in batches(side, rows, 1)]
-            return cache.values(kind, records, compute, write=write)
+            return cache.values(kind, digests(side, rows), compute, write=write)
 
         with torch.no_grad(), eval_mode(self.model):
             if "nll" in self._asked and self.alternative:

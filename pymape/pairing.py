@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from pymape.batching import ALTERNATIVE, bare_record
-from pymape.forward import LABELS
+from pymape.batching import ALTERNATIVE, bare_record, check_unique, collated, is_map_style, plain, record_id, tensor_of
+from pymape.forward import LABELS, unlabelled
+from pymape.reference_cache import record_digest
 
 __all__ = [
     "PairCollator",
@@ -19,6 +20,7 @@ __all__ = [
     "alternative_answer",
     "check_set",
     "checked_sets",
+    "holds_all",
     "record_ids",
 ]
 
@@ -94,7 +96,7 @@ class PairCollator:
         batch: dict[str, Any] = {}
         for side in pairs[0]:
             records = [pair[side][1] for pair in pairs]
-            batch[side] = self.collate([bare_record(record) for record in records])
+            batch[side] = collated(self.collate, records)
             batch[f"{side}_index"] = torch.tensor([pair[side][0] for pair in pairs])
             if self.alternative and side == "forget":
                 batch["alternative"] = self._alternatives(records)
@@ -126,12 +128,14 @@ def checked_sets(forget: Any, retain: Any) -> tuple[dict[str, Any], dict[str, li
     """The given sets and their records' ids, after the checks that any objective needs.
 
     Raises:
-        ValueError: a set that is empty or not map-style, or a record id in both.
+        ValueError: a set that is empty or not map-style, or a record id that comes twice.
     """
     data = {side: dataset for side, dataset in (("forget", forget), ("retain", retain)) if dataset is not None}
     for side, dataset in data.items():
-        check_set(side, dataset)
+        check_set(f"{side}_dataset", dataset)
     known = {side: record_ids(dataset) for side, dataset in data.items()}
+    for side, names in known.items():
+        check_unique(names or [], name=f"ids of {side}_dataset")
     shared = sorted(set(known.get("forget") or ()) & set(known.get("retain") or ()))
     if shared:
         raise ValueError(
@@ -141,23 +145,38 @@ def checked_sets(forget: Any, retain: Any) -> tuple[dict[str, Any], dict[str, li
     return data, ids
 
 
-def check_set(side: str, dataset: Any) -> None:
-    """Refuse a set that is empty or not map-style.
+def check_set(name: str, dataset: Any) -> None:
+    """Refuse a set that is empty, not map-style, or not of dicts.
 
     Raises:
         ValueError: naming it.
     """
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise ValueError(f"{side}_dataset must be a map-style data set, got {type(dataset).__name__}")
+    if not is_map_style(dataset):
+        raise ValueError(f"{name} must be a map-style data set, got {type(dataset).__name__}")
     if len(dataset) == 0:
-        raise ValueError(f"{side}_dataset must hold at least one record, got an empty set")
+        raise ValueError(f"{name} must hold at least one record, got an empty set")
+    if not isinstance(dataset[0], Mapping):
+        raise ValueError(f"{name} must hold dicts as records, got {type(dataset[0]).__name__}")
 
 
 def record_ids(dataset: Any) -> list[str] | None:
-    """The `id` of every record, or None where the records have none."""
-    if "id" in getattr(dataset, "column_names", ()):
-        return [str(value) for value in dataset["id"]]
-    first = dataset[0]
-    if isinstance(first, Mapping) and "id" in first:
-        return [str(dataset[row]["id"]) for row in range(len(dataset))]
-    return None
+    """The `id` of every record, or None where the first has none."""
+    if hasattr(dataset, "with_format") and "id" in dataset.column_names:  # whether or not its format shows it
+        return [str(plain(value)) for value in dataset.with_format(None)["id"]]
+    return [record_id(dataset[row]) for row in range(len(dataset))] if "id" in dataset[0] else None
+
+
+def holds_all(records: Any, *sets: Any) -> bool:
+    """Whether every one of some records has the inputs of one in `sets`."""
+    missing = {_inputs_digest(records[row]) for row in range(len(records))}
+    for dataset in sets:
+        for row in range(len(dataset)):
+            missing.discard(_inputs_digest(dataset[row]))
+            if not missing:
+                return True
+    return not missing
+
+
+def _inputs_digest(record: Mapping[str, Any]) -> bytes:
+    """What a model reads of a record, to compare it by."""
+    return record_digest({name: tensor_of(value) for name, value in unlabelled(bare_record(record)).items()})

@@ -41,8 +41,10 @@ class PartialParameters:
 
     Args:
         model: a supported Hugging Face model; it may be instrumented.
-        masks: selected heads and filters; None trains every parameter where it is (the dense baseline).
-        train_task_head: also train the parameters outside `model.base_model`.
+        masks: selected heads and filters, which train whatever their `requires_grad`; None trains every parameter that
+            requires grad where it is (the dense baseline).
+        train_task_head: with masks, also train the parameters outside `model.base_model`, whatever their
+            `requires_grad`.
 
     Raises:
         ValueError: masks of another model, nothing to train, or projections that are not plain linear layers.
@@ -59,7 +61,9 @@ class PartialParameters:
         trainable: list[nn.Parameter] = []
         selections: list[tuple[nn.Module, int, Tensor]] = []
         if masks is None:
-            trainable += model.parameters()
+            trainable += [parameter for parameter in model.parameters() if parameter.requires_grad]
+            if not trainable:
+                raise NothingSelected("model must have parameters that require grad where masks are None, got none")
         else:
             selections = _selections(model, masks)
             trainable += _task_head(model) if train_task_head else []
@@ -87,10 +91,7 @@ class PartialParameters:
     @property
     def lowest_layer(self) -> int | None:
         """The lowest layer with a selected module; None if there is none or all parameters train."""
-        if self.masks is None:
-            return None
-        selected = self.masks.heads.any(1) | self.masks.filters.any(1)
-        return int(selected.nonzero()[0]) if selected.any() else None
+        return None if self.masks is None else self.masks.lowest_layer
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters to train, by their name in the model (`...selected_weight`, `...selected_bias` if compact)."""
@@ -360,7 +361,8 @@ def _selections(model: nn.Module, masks: ModuleMasks) -> list[tuple[nn.Module, i
                 found.setdefault(module, (dim, []))[1].append(index)
     for module in found:
         if type(module) is not nn.Linear and type(module).__name__ != "Conv1D":
-            raise ValueError(f"model must have nn.Linear or Conv1D projections, got {type(module).__name__}")
+            kind = f"{type(module).__module__}.{type(module).__name__}"
+            raise ValueError(f"model must have projections of torch.nn.Linear or transformers' Conv1D, got {kind}")
         if "forward" in vars(module):
             raise ValueError("model must have projections of its own, got one whose forward is replaced")
     return [(module, dim, torch.cat(parts).unique()) for module, (dim, parts) in found.items()]

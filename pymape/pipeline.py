@@ -30,6 +30,7 @@ from pymape.importance import Importance, importance
 from pymape.masks import ModuleMasks
 from pymape.metrics import Predictions, mean_gap, measure_cost, predict, summarise
 from pymape.objectives import get_objective
+from pymape.pairing import holds_all
 from pymape.prefix_cache import PrefixCache
 from pymape.runs import MASKS, MODEL, environment, quiet_transformers, run_folder, write_summary
 from pymape.search import search
@@ -68,8 +69,7 @@ class Data:
 
     def __post_init__(self) -> None:
         """Refuse the training records as unseen ones; some texts may well stand in both."""
-        unseen = {tuple(record["input_ids"]) for record in self.unseen}
-        if unseen and unseen <= {tuple(record["input_ids"]) for record in (*self.forget, *self.retain)}:
+        if self.unseen and holds_all(self.unseen, self.forget, self.retain):
             count = len(self.unseen)
             raise ValueError(f"data.unseen must hold records of its own, got {count} that are all in data.path too")
 

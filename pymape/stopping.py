@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+from numbers import Real
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pymape.batching import is_map_style, plain
+from pymape.pairing import check_set
 
 __all__ = ["StopWhenForgotten"]
 
@@ -24,16 +28,21 @@ class StopWhenForgotten(TrainerCallback):
     ended is in `reason`, and in `trainer.state.log_history` as `stop_reason`.
 
     Args:
-        target: map-style data set of records that the model has never seen, or a loss in nats.
+        target: map-style data set of records (dicts) that the model has never seen, at least one; or a loss in nats, a
+            finite number (of numpy or torch too).
         every: optimizer steps between two checks; the last one is after the last step.
 
     Raises:
-        ValueError: a target that is no data set and no finite number, `every` below 1, or another trainer.
+        ValueError: a target that is no data set of records and no finite number, `every` below 1, or another trainer.
     """
 
     def __init__(self, target: Any, *, every: int = 10) -> None:
-        if not (math.isfinite(target) if isinstance(target, int | float) else hasattr(target, "__getitem__")):
+        target = plain(target)
+        self._unseen = not isinstance(target, Real)
+        if not (is_map_style(target) if self._unseen else math.isfinite(target)):
             raise ValueError(f"target must be a map-style data set or a finite number, got {target!r}")
+        if self._unseen:
+            check_set("target", target)
         if every < 1:
             raise ValueError(f"every must be >= 1, got {every}")
         self.target = target
@@ -58,11 +67,10 @@ class StopWhenForgotten(TrainerCallback):
         if state.global_step % self.every and state.global_step < state.max_steps:
             return
         loss = self.trainer.mean_loss(self.trainer.forget_dataset)
-        unseen = not isinstance(self.target, int | float)
-        target = self.trainer.mean_loss(self.target) if unseen else float(self.target)
+        target = self.trainer.mean_loss(self.target) if self._unseen else float(self.target)
         self.trainer.log({"forget_loss": loss, "target_loss": target})
         if loss >= target:
-            what = "the loss on unseen data" if unseen else "the target"
+            what = "the loss on unseen data" if self._unseen else "the target"
             self.reason = f"forget loss {loss:.4g} reached {what}, {target:.4g}, at step {state.global_step}"
             entry: dict[str, Any] = {"step": state.global_step, "epoch": state.epoch, "stop_reason": self.reason}
             state.log_history.append(entry)

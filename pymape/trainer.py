@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -18,20 +17,29 @@ from pymape.batching import PaddingCollator
 from pymape.errors import NotFinite
 from pymape.forward import LABELS, eval_mode, padding_token
 from pymape.frozen_prefix import FrozenPrefix
-from pymape.losses import check_labels, task_of
+from pymape.losses import check_labels
 from pymape.masks import ModuleMasks
 from pymape.objectives import Objective, OneShot, RecordGradients, Step, UnlearnBatch, get_objective
 from pymape.objectives.step import count_tokens
 from pymape.original import OriginalModel
-from pymape.pairing import PairCollator, PairDataset, PairSampler, alternative_answer, check_set, checked_sets
+from pymape.pairing import PairCollator, PairDataset, PairSampler, check_set
 from pymape.partial import PartialParameters
 from pymape.positions import PositionCollator, counts_padding
 from pymape.prefix_cache import PrefixCache
+from pymape.preparation import embeddings_as_they_are, undo_preparation
 from pymape.processes import rank, world_size
 from pymape.reference_cache import ReferenceCache, weights_digest
 from pymape.sophia import Sophia, gauss_newton_bartlett
 from pymape.stopping import StopWhenForgotten
-from pymape.trainer_checks import reject_adapters, reject_ignored
+from pymape.trainer_checks import (
+    check_choices,
+    check_loss,
+    check_weights,
+    needed_sets,
+    needed_unseen,
+    reject_ignored,
+    reject_wrapped,
+)
 
 __all__ = ["UnlearnTrainer"]
 
@@ -58,8 +66,8 @@ class UnlearnTrainer(Trainer):
             gives the forget records the losses of these.
         objective: name of a registered objective.
         objective_options: values for its own options, for instance {"layer": 7} for `rmu`.
-        masks: what to train; None trains every parameter.
-        train_task_head: train the task head too (without masks it is trained anyway).
+        masks: what to train, whatever its `requires_grad`; None trains every parameter that requires grad.
+        train_task_head: with masks, train the task head too, whatever its `requires_grad`.
         alpha: weight of the retain term, >= 0.
         retain: the retain term of objectives that leave the choice: "nll", or "kl" from the original model.
         beta: inverse temperature of `npo`, `simnpo` and `dpo`, > 0.
@@ -70,10 +78,14 @@ class UnlearnTrainer(Trainer):
         prefix_cache: folder (or `PrefixCache`) for the hidden states below the lowest selected layer, which are then
             computed once for every record; None computes them in every step.
         trainer_options: further arguments of `transformers.Trainer`. A record's `id` is never given to the model.
+            Without a `data_collator` records are padded on the right, with the token of `processing_class` if given.
+
+    A one-shot objective takes no steps: it writes no checkpoints, whatever `save_strategy` says.
 
     Raises:
-        ValueError: unknown objective, missing or empty data set, ids in both sets, masks of another model, a PEFT
-            model, or an option that the objective would ignore.
+        ValueError: unknown objective, missing or empty data set, an id that comes twice, unseen records that are all
+            in the other sets, masks of another model, nothing to train, a model that is wrapped by PEFT or
+            `torch.compile` or of a task that the objective is not for, or an option that it would ignore.
 
     Source: MAPE-Unlearn (arXiv 2508.17233), section on unlearning with masks.
     """
@@ -102,28 +114,25 @@ class UnlearnTrainer(Trainer):
         prefix_cache: str | os.PathLike[str] | PrefixCache | None = None,
         **trainer_options: Any,
     ) -> None:
-        reject_adapters(model)
-        self.objective = get_objective(objective).with_options(objective_options or {})
-        for name, value, lowest in (("alpha", alpha, 0.0), ("beta", beta, None), ("gamma", gamma, None)):
-            if not (value > 0 or value == lowest) or value == float("inf"):
-                raise ValueError(f"{name} must be finite and {'> 0' if lowest is None else '>= 0'}, got {value}")
-        self.alpha, self.beta, self.gamma, self.dropout = alpha, beta, gamma, dropout
-        self.retain, self.reference_cache, self.forget_dataset = retain, reference_cache, forget_dataset
-        self.data, self._ids = self._needed_sets(forget_dataset, retain_dataset)
-        self._check_objective(model)
-        self._unseen = self._needed_unseen(unseen_dataset)
         if args is None:
             args = TrainingArguments(output_dir="unlearned", save_strategy="no", report_to="none")
-        reject_ignored(args, self.objective, masks, dropout, trainer_options)
+        reject_wrapped(model, args, masks)
+        self.objective = get_objective(objective).with_options(objective_options or {})
+        check_weights(alpha, beta, gamma)
+        self.alpha, self.beta, self.gamma, self.dropout = alpha, beta, gamma, dropout
+        self.retain, self.reference_cache, self.forget_dataset = retain, reference_cache, forget_dataset
+        self.data, self._ids = needed_sets(self.objective, forget_dataset, retain_dataset)
+        check_choices(self.objective, retain, self.data, model)
+        self._references = self.objective.reference | ({"log_probs"} if retain == "kl" else set())
+        self._unseen = needed_unseen(self.objective, unseen_dataset, self.data)
+        reject_ignored(args, self.objective, masks, dropout, {**trainer_options, "prefix_cache": prefix_cache})
         if self.objective.optimizer is not None:
             options = {"lr": args.learning_rate, **self.objective.optimizer_options}
             trainer_options["optimizer_cls_and_kwargs"] = (self.objective.optimizer, options)
-        if trainer_options.get("data_collator") is None and trainer_options.get("processing_class") is None:
-            # Records as `importance` takes them: of any length, without a tokenizer.
-            trainer_options["data_collator"] = PaddingCollator(padding_token(model))
-        task_of(model)
-        if prefix_cache is not None and self.objective.one_shot:
-            raise ValueError(f"prefix_cache must be None for {self.objective.name!r}, which takes no steps, got one")
+        if trainer_options.get("data_collator") is None:
+            # Records as `importance` takes them: of any length, token labels too.
+            own = getattr(trainer_options.get("processing_class"), "pad_token_id", None)
+            trainer_options["data_collator"] = PaddingCollator(padding_token(model) if own is None else own)
         use_cache = getattr(model.config, "use_cache", None)
         partial = PartialParameters(model, masks, train_task_head=train_task_head)
         try:
@@ -132,6 +141,7 @@ class UnlearnTrainer(Trainer):
         except BaseException:
             partial.merge()
             raise
+        self.label_names = self.label_names or ["labels"]  # of models whose forward takes none
         if counts_padding(model):
             self.data_collator = PositionCollator(self.data_collator)
         self.partial = partial
@@ -149,14 +159,21 @@ class UnlearnTrainer(Trainer):
         """Unlearn; see `transformers.Trainer.train`. A one-shot objective is computed and applied instead.
 
         Raises:
-            ValueError: the loss or a trained parameter became NaN or infinite; labels out of range.
+            ValueError: the loss or a trained parameter became NaN or infinite; labels out of range; a collator that
+                does not give one row per record; randomly augmented records with an objective that compares them with
+                stored values of the original model; a checkpoint to resume a one-shot objective from.
         """
         if self._merged:
             raise ValueError("trainer must not be merged before train, got a merged one: make a new trainer")
         if self.objective.one_shot:
+            if resume_from_checkpoint:
+                raise ValueError(
+                    f"resume_from_checkpoint must be None for {self.objective.name!r}, which takes no steps, "
+                    f"got {resume_from_checkpoint!r}"
+                )
             return self._train_once()
         self._look_up_original()
-        with _embeddings_as_they_are(self.model):
+        with embeddings_as_they_are(self.model):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._require_finite(self.partial.parameters(), "parameters")
         return output
@@ -166,7 +183,7 @@ class UnlearnTrainer(Trainer):
         self._merged = True
         if self._use_cache is not None:
             self.model.config.use_cache = self._use_cache
-        _undo_preparation(self.model)
+        undo_preparation(self.model)
         return self.partial.merge().eval()
 
     def mean_loss(self, dataset: Any) -> float:
@@ -174,7 +191,11 @@ class UnlearnTrainer(Trainer):
 
         Args:
             dataset: map-style data set of dicts with labels.
+
+        Raises:
+            ValueError: a data set that is empty or not map-style; labels out of range.
         """
+        check_set("dataset", dataset)
         total = tokens = 0.0
         with torch.no_grad(), eval_mode(self.model), self.accelerator.autocast():
             for batch in self._in_order(dataset, [f"row {row}" for row in range(len(dataset))]):
@@ -241,49 +262,13 @@ class UnlearnTrainer(Trainer):
         if "alternative_index" in inputs:
             forget.alternative = self._alternative(forget, inputs, model)
         loss = self.objective.function(Step(forget, retain, self.alpha, self.beta, self.retain))
-        if loss.ndim != 0:
-            raise ValueError(f"objective {self.objective.name!r} must return a scalar, got shape {tuple(loss.shape)}")
+        check_loss(self.objective, loss)
         self._require_finite([loss], "loss")
         return (loss, {}) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Estimate for both halves of a paired batch."""
         return sum(super(UnlearnTrainer, self).floating_point_ops(inputs[side]) for side in _SIDES if side in inputs)
-
-    def _needed_sets(self, forget: Any, retain: Any) -> tuple[dict[str, Any], dict[str, list[str]]]:
-        """The sets that the objective reads, and their records' ids; what is given is checked in any case."""
-        data, ids = checked_sets(forget, retain)
-        needs = {"forget": "required" if self.objective.forget else "unused", "retain": self.objective.retain}
-        for side, need in needs.items():
-            if need == "required" and side not in data:
-                raise ValueError(f"{side}_dataset must be given for objective {self.objective.name!r}, got None")
-        used = [side for side in data if needs[side] != "unused"]
-        return {side: data[side] for side in used}, {side: ids[side] for side in used}
-
-    def _needed_unseen(self, unseen: Any) -> dict[str, Any]:
-        """The unseen records by the name of their set, where the objective needs them."""
-        if not self.objective.needs_unseen:
-            if unseen is not None:
-                raise ValueError(f"unseen_dataset must be None for objective {self.objective.name!r}, got one")
-            return {}
-        if unseen is None:
-            raise ValueError(f"unseen_dataset must be given for objective {self.objective.name!r}, got None")
-        check_set("unseen", unseen)
-        return {"unseen": unseen}
-
-    def _check_objective(self, model: nn.Module) -> None:
-        """Refuse choices that the objective would ignore, and forget records without what it needs."""
-        self.objective.check_retain(self.retain)
-        if self.retain == "kl" and "retain" not in self.data:
-            raise ValueError("retain_dataset must be given for retain='kl', got None")
-        self._references = self.objective.reference | ({"log_probs"} if self.retain == "kl" else set())
-        if self.objective.alternative:
-            answer = alternative_answer(self.data["forget"][0])
-            if task_of(model) == "causal language model" and "input_ids" not in answer:
-                raise ValueError(
-                    "forget records must have alternative_input_ids beside alternative_labels for a causal language "
-                    f"model, got {sorted(self.data['forget'][0])}"
-                )
 
     def _batch(self, side: str, inputs: Mapping[str, Any], call: Callable[..., Any]) -> UnlearnBatch:
         index = inputs[f"{side}_index"].cpu()
@@ -419,31 +404,3 @@ def _frozen_prefix(model: nn.Module, partial: PartialParameters, cache: Any) -> 
     if not partial.lowest_layer:
         raise ValueError(f"prefix_cache needs masks that leave layer 0 alone, got lowest layer {partial.lowest_layer}")
     return FrozenPrefix(model, partial.lowest_layer, cache if isinstance(cache, PrefixCache) else PrefixCache(cache))
-
-
-def _undo_preparation(model: nn.Module) -> None:
-    """Take back what accelerate has put on the model: autocast around `forward`, and the mark that it is there.
-
-    Its own `extract_model_from_parallel` strips the decorators of transformers' `forward` as well.
-    """
-    own = vars(model)
-    own.pop("_is_accelerate_prepared", None)
-    original = own.pop("_original_forward", None)
-    if original is not None:
-        own.pop("forward", None)
-        if original != model.forward:  # the user had set another one than the class's
-            model.forward = original
-
-
-@contextmanager
-def _embeddings_as_they_are(model: Any) -> Iterator[None]:
-    """Keep the Trainer's checkpointing from hooks that make the embeddings' outputs require gradients.
-
-    The frozen layers below the masks would build a graph, and the hooks would outlast the training. They are for frozen
-    embeddings under reentrant checkpointing, which is refused with masks.
-    """
-    model.enable_input_require_grads = lambda: None
-    try:
-        yield
-    finally:
-        del model.enable_input_require_grads

@@ -152,6 +152,15 @@ def test_unknown_architecture_says_how_to_add_a_row() -> None:
         layout(nn.Linear(2, 2))
 
 
+def test_quantised_weights_are_refused() -> None:
+    model = tiny_model("llama")
+    for layer in find_layers(model):
+        packed = torch.zeros(layer.output.weight.numel() // 2, 1, dtype=torch.uint8)
+        layer.output.weight = nn.Parameter(packed, requires_grad=False)
+    with pytest.raises(ValueError, match=r"model must have floating-point weights, got torch.uint8 in Linear"):
+        layout(model)
+
+
 @pytest.mark.usefixtures("own_table")
 def test_a_registered_architecture_is_found() -> None:
     register_architecture("electra", ELECTRA)

@@ -128,6 +128,11 @@ def test_bad_command_lines_end_with_one_line_and_code_2(
     assert not received
 
 
+def test_no_command_at_all_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "{demo,unlearn,evaluate,masks,session, ...}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["unlearn", "s3t init system"])
 @pytest.mark.parametrize(
     ("content", "message"),

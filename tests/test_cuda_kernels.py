@@ -113,3 +113,12 @@ def test_greedy_swap(layers: int, modules: int, samples: tuple[int, int], mode: 
     for name in expected._fields:
         assert torch.equal(getattr(result, name), getattr(expected, name)), name
     assert expected.swaps.sum() > 0
+
+
+def test_greedy_swap_of_more_modules_than_a_scan_takes() -> None:
+    forget, retain = (torch.randint(-3, 4, (count, 1, 1700)).float() for count in (9, 7))
+    mask = torch.rand(1, 1700) < 0.8
+    result = ops.greedy_swap(forget, retain, mask, max_swaps=3, backend="cuda")
+    expected = ops.greedy_swap_reference(forget, retain, mask, max_swaps=3)
+    for name in expected._fields:
+        assert torch.equal(getattr(result, name), getattr(expected, name)), name

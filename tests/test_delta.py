@@ -78,6 +78,16 @@ def test_a_delta_of_a_head_with_tied_parameters(tmp_path):
     assert not torch.equal(merged["cls.predictions.decoder.bias"], before)
 
 
+def test_a_copy_in_another_dtype_is_told_how_to_be_loaded(tmp_path):
+    path, model = tmp_path / "delta.safetensors", tiny_model("bert").bfloat16()
+    deployed = copy.deepcopy(model)
+    partial = PartialParameters(model.float(), some_masks(model))
+    partial.export_delta(path)
+    with pytest.raises(ValueError, match=r"model must have the dtype .* load the copy with dtype=torch.float32$"):
+        apply_delta(deployed, path)
+    apply_delta(deployed.float(), path)
+
+
 def test_a_delta_is_refused_where_it_does_not_belong(tmp_path):
     path = tmp_path / "delta.safetensors"
     original, _, partial = trained("bert", path)

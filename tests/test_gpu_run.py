@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import asdict
 from itertools import pairwise
@@ -56,9 +57,9 @@ def test_every_part_names_files_that_exist(tmp_path: Path) -> None:
 def test_what_the_targets_need_comes_first(tmp_path: Path) -> None:
     names = [part.name for part in gpu.parts("90", tmp_path)]
     needed = {part for target in targets.TARGETS for part in target.parts}
-    assert names[:2] == ["build", "operators"]
-    assert set(names[2 : 2 + len(needed)]) == needed
-    assert names[2 + len(needed)] == "memcheck"
+    assert names[:3] == ["build", "operators", "tiles"]
+    assert set(names[3 : 3 + len(needed)]) == needed
+    assert names[3 + len(needed)] == "memcheck"
     assert names[-1] == "racecheck"
     others = {"build", "operators", "memcheck", "models", "s3t", "racecheck"}
     assert sorted(names) == sorted({*gpu.BENCHMARKS, *others})
@@ -179,6 +180,9 @@ def test_no_part_starts_when_the_time_is_up_and_none_runs_beyond_it(
     assert limits == [480, 240]  # the most that a part may take, and what is left of the time
     assert "c: not started, the time is up" in capfd.readouterr().out
     assert gpu.run_all([gpu.Part("build", (), tmp_path), *chosen]) == ["b"]
+    now, limits = 1000.0, []
+    assert gpu.run_all([gpu.Part(name, (), tmp_path) for name in ("search", "tiles", "ffn_block")], 1530) == ["tiles"]
+    assert "tiles: not started, 230 s may not be enough" in capfd.readouterr().out
     monkeypatch.setattr(gpu, "run", lambda part, limit: False)
     assert gpu.run_all([gpu.Part("build", (), tmp_path), *chosen[:1]]) == ["build", "a"]
 
@@ -206,7 +210,7 @@ def test_the_digest_follows_the_sources_only(tmp_path: Path) -> None:
 def test_every_benchmark_has_the_digest_of_its_own_script(tmp_path: Path) -> None:
     parts = {part.name: part for part in gpu.parts("90", tmp_path)}
     for name, (op, *_) in gpu.BENCHMARKS.items():
-        assert parts[name].folder == tmp_path / gpu.source_digest(f"benchmarks/bench_{op}.py")
+        assert parts[name].folder == tmp_path / gpu.source_digest(*gpu._MEASURING, f"benchmarks/bench_{op}.py")
     assert parts["tiles"].folder != parts["search"].folder
 
 
@@ -224,6 +228,15 @@ def test_results_are_gathered_under_the_name_of_the_gpu(tmp_path: Path) -> None:
     assert "| 2x3 | pymape | 1.000 |" in page
     assert page.count("not yet measured") == len(targets.TARGETS) - 3  # those of module_scores have no such shape
     assert page.count("not measured: no such case ran") == 3
+
+
+def test_what_was_found_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "benchmarks" / "results")
+    (tmp_path / "build" / "gpu").mkdir(parents=True)
+    (tmp_path / "build" / "gpu" / "a.log").write_text("found")
+    with tarfile.open(gpu.archive(tmp_path / "out")) as packed:
+        assert packed.extractfile("build/gpu/a.log").read() == b"found"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

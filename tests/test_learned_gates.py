@@ -33,7 +33,7 @@ def test_candidates_equal_separate_forwards(family: str) -> None:
     with torch.no_grad():
         expected = []
         for masks in candidates:
-            apply_masks(model, masks, mode="ablate")
+            apply_masks(model, masks)
             expected.append(per_sample_loss(model, batch, model(**batch)))
             restore(model)
         torch.testing.assert_close(losses, torch.stack(expected), rtol=0, atol=1e-10)

@@ -117,10 +117,17 @@ def test_a_span_beyond_the_samples_tokens_is_not_labelled(start: int) -> None:
         ("bert", "masked_lm", "labels", torch.full((3, 7), -100), "got none for ids ['a', 'b', 'c']"),
         ("llama", "causal_lm", "labels", torch.tensor([[1] + [-100] * 6] * 3), "got none for ids ['a', 'b', 'c']"),
         ("bert", "multi_label", "labels", torch.rand(3, 4), "must have shape (3, 3)"),
+        ("bert", "sequence_classification", "labels", torch.ones(3, dtype=torch.bool), "got torch.bool for id 'a'"),
+        ("llama", "causal_lm", "labels", torch.ones(3, 7), "labels must be integers, got torch.float32 for id 'a'"),
+        ("llama", "causal_lm", "labels", torch.ones(3, 5), "labels must have shape (3, 7), as input_ids, got (3, 5)"),
+        ("llama", "causal_lm", "labels", torch.ones(1, 21), "collator must give one row per record, got 1 for 3"),
+        ("bert", "question_answering", "start_positions", torch.ones(1), "one row per record, got 1 for 3"),
+        ("bert", "sequence_classification", "input_ids", torch.ones(3, 1, 7),
+         "records must be single, without a batch dimension, got input_ids of shape (1, 7)"),
         ("bert", "sequence_classification", "labels", None, "data must have labels"),
         ("bert", "question_answering", "end_positions", None, "data must have end_positions"),
     ],
-)
+)  # fmt: skip
 def test_labels_that_cannot_be_right(family: str, task: str, name: str, value: Tensor | None, message: str) -> None:
     model, batch = tiny_model(family, task), tiny_batch(family, task)
     check_labels(model, batch, ["a", "b", "c"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -379,9 +380,36 @@ class TestTriton:
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
     @interpreted
-    @pytest.mark.parametrize("gate_grad", [False, True])
-    def test_opcheck(self, gate_grad: bool) -> None:
-        query, key, value = (x.requires_grad_() for x in torch.randn(3, 2, 4, 5, 16))
+    def test_heads_that_the_cache_does_not_hold_together(self) -> None:
+        import triton.language as tl
+
+        from pymape.kernels import masked_attention as kernels
+
+        query, key, value, grad = torch.randn(4, 3, 3, 150, 16)
+        run = with_gradients(lambda *xs: masked_attention(*xs, is_causal=True, backend="triton"))
+        together = run(query, key, value, make_gate(3), grad)
+        for heads in (1, 2, 4):
+            with mock.patch.object(kernels, "_CACHED", tl.constexpr(150 * 16 * heads)):
+                apart = run(query, key, value, make_gate(3), grad)
+            assert all(torch.equal(a, b) for a, b in zip(apart, together, strict=True))
+
+    @interpreted
+    @pytest.mark.parametrize("rows", [1, 5])
+    def test_gradients_are_laid_out_as_inputs(self, rows: int) -> None:
+        fused = torch.randn(2, 5, 3, 4, 16).permute(2, 0, 3, 1, 4)  # [3, B, H, T, D], as one projection gives them
+        query, key, value = (x.detach().requires_grad_() for x in fused)
+        visible = torch.ones(rows, 5, dtype=torch.bool)
+        output = masked_attention(query, key, value, torch.ones(4), attn_mask=visible, backend="triton")
+        for gradient in torch.autograd.grad(output.sum(), (query, key, value)):
+            assert gradient.transpose(1, 2).is_contiguous()
+
+    @interpreted
+    @pytest.mark.parametrize(("gate_grad", "transposed"), [(False, False), (True, False), (True, True)])
+    def test_opcheck(self, gate_grad: bool, transposed: bool) -> None:
+        shape = (3, 2, 5, 4, 16) if transposed else (3, 2, 4, 5, 16)
+        query, key, value = (
+            (x.transpose(1, 2) if transposed else x).detach().requires_grad_() for x in torch.randn(shape)
+        )
         gate = torch.rand(4, requires_grad=gate_grad)
         mask = torch.ones(2, 1, 1, 5, dtype=torch.bool).expand(2, 4, 5, 5)
         torch.use_deterministic_algorithms(False)  # opcheck compares two runs, NaN and all

@@ -186,11 +186,15 @@ def test_a_token_that_reaches_into_the_answer_is_labelled() -> None:
         ({"template": "{answer} {question}"}, "template must hold"),
         ({"template": "{answer}"}, "template must hold"),
         ({"max_length": 5}, "answers must begin within max_length 5 and after a token, got id 'a'"),
+        ({"answers": [float("nan")]}, "answers must be texts, got nan for id 'a'"),
+        ({"questions": [None]}, "questions must be texts, got None for id 'a'"),
+        ({"ids": ["a", "b"]}, r"questions, answers and ids must be of one length, got \[1, 1, 2\]"),
     ],
 )
 def test_questions_that_cannot_be_encoded(tokenizer: Any, options: dict[str, Any], message: str) -> None:
+    good = {"questions": ["who wrote it"], "answers": ["he"], "ids": ["a"], "template": TEMPLATE}
     with pytest.raises(ValueError, match=message):
-        answer_records(tokenizer, ["who wrote it"], ["he"], ids=["a"], **({"template": TEMPLATE} | options))
+        answer_records(tokenizer, **(good | options))
 
 
 def test_answers_do_not_depend_on_the_other_prompts(tokenizer: Any) -> None:

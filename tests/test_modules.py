@@ -107,13 +107,11 @@ def test_ablation_is_zeroing_the_selected_columns(family: str) -> None:
     assert torch.equal(restore(model)(**batch).logits, plain)
 
 
-def test_apply_masks_refuses_other_masks_and_modes() -> None:
+def test_apply_masks_refuses_other_masks() -> None:
     model = tiny_model("bert")
     masks = ModuleMasks.random(layout(tiny_model("bert", vocab_size=51)), budget=0.3)
     with pytest.raises(ValueError, match="masks must fit the model"):
         apply_masks(model, masks)
-    with pytest.raises(ValueError, match="mode must be 'ablate', got 'update'"):
-        apply_masks(model, masks, mode="update")
     assert not is_instrumented(model)
 
 

@@ -539,7 +539,8 @@ def test_docstrings_name_formula_and_source(name):
 def test_undefined_cases_are_one_line_errors():
     answers = tiny_model("bert", "question_answering")
     batch = UnlearnBatch(answers, tiny_batch("bert", "question_answering"), seeds=[(0, 0)] * 3)
-    with pytest.raises(ValueError, match="question answering"):
+    message = "records must have class or token labels where probabilities are compared, got question answering"
+    with pytest.raises(ValueError, match=message):
         batch.log_probs()
     with pytest.raises(ValueError, match="random labels need class or token labels"):
         batch.with_random_labels()

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
@@ -168,6 +169,28 @@ def test_values_of_another_collator_are_not_used(objective, tmp_path):
     assert not torch.equal(short, whole)
 
 
+@pytest.mark.parametrize("objective", ["npo", "dpo", "match", "match_tokens", "so", "kl", "gd", "rmu"])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_random_data_are_refused_where_stored_values_belong_to_them(family, objective, tmp_path):
+    kind = "text" if family == "bert" else "language"
+
+    def shaken(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = collate(rows)
+        return {**batch, "input_ids": torch.where(torch.rand(batch["input_ids"].shape) < 0.3, 1, batch["input_ids"])}
+
+    options: dict[str, Any] = {"objective_options": {"layer": 0} if objective == "rmu" else None}
+    if "match" in objective:
+        options["unseen_dataset"] = records(kind, 5, 3)
+    trainer = build(kind, family, tmp_path, objective=objective, data_collator=shaken, **options)
+    if objective in ("gd", "rmu") or (objective == "kl" and family == "gpt2"):  # asked step by step, or not at all
+        trainer.train()
+        return
+    side = "retain" if objective == "kl" else "forget"
+    message = f"inputs of {side} records must stay the same, got others .* cannot serve randomly augmented data"
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
 def test_resuming_reads_the_original_model_not_the_checkpoint(tmp_path):
     args = arguments(tmp_path / "run", save_strategy="steps", save_steps=1, num_train_epochs=2, optim="sgd")
     whole = build("text", "bert", tmp_path, objective="npo", args=args, reference_cache=tmp_path / "cache")
@@ -251,9 +274,15 @@ def test_mean_loss_weighs_tokens_and_keeps_the_mode(tmp_path):
 
 
 def test_bad_stopping_is_a_one_line_error(tmp_path):
-    for target in (float("nan"), float("inf"), None, iter(())):
+    for target in (float("nan"), np.float32("inf"), torch.tensor(math.nan), None, iter(())):
         with pytest.raises(ValueError, match="target must be a map-style data set or a finite number"):
             StopWhenForgotten(target)
+    for target, expected in (([], "at least one record, got an empty set"), ("3", "dicts as records, got str")):
+        with pytest.raises(ValueError, match=f"target must hold {expected}"):
+            StopWhenForgotten(target)
+    assert [StopWhenForgotten(kind(3.0)).target for kind in (np.float32, torch.tensor)] == [3.0, 3.0]
+    with pytest.raises(ValueError, match="dataset must hold at least one record, got an empty set"):
+        build("text", "bert", tmp_path).mean_loss([])
     with pytest.raises(ValueError, match="every must be >= 1, got 0"):
         StopWhenForgotten(1.0, every=0)
     with pytest.raises(ValueError, match="must be in the callbacks that an UnlearnTrainer is made with"):

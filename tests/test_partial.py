@@ -325,15 +325,30 @@ def test_swapped_runs_the_original_model(masked):
     assert torch.equal(model(**batch).logits, trained)
 
 
-def test_without_masks_every_parameter_trains_and_flags_are_put_back():
+def test_without_masks_every_parameter_trains_that_requires_grad():
     model = tiny_model("bert")
+    whole = PartialParameters(model)
+    assert whole.numel() == sum(p.numel() for p in model.parameters())
+    assert whole.lowest_layer is None
+    whole.merge()
     model.bert.embeddings.requires_grad_(False)
+    flags = [p.requires_grad for p in model.parameters()]
     partial = PartialParameters(model)
-    assert partial.numel() == sum(p.numel() for p in model.parameters())
-    assert partial.lowest_layer is None
+    assert partial.state_dict().keys() == {name for name in whole.state_dict() if not name.startswith("bert.embed")}
     partial.merge()
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    assert frozen == {name for name, _ in model.named_parameters() if name.startswith("bert.embeddings")}
+    assert [p.requires_grad for p in model.parameters()] == flags
+    with pytest.raises(ValueError, match="model must have parameters that require grad where masks are None, got none"):
+        PartialParameters(model.requires_grad_(False))
+
+
+def test_masks_train_what_they_select_and_the_head_that_is_asked_for_frozen_or_not():
+    model = tiny_model("bert").requires_grad_(False)
+    partial = PartialParameters(model, some_masks(model), train_task_head=True)
+    assert {"classifier.weight", "bert.encoder.layer.0.attention.self.query.selected_weight"} <= set(
+        partial.state_dict()
+    )
+    partial.merge()
+    assert not any(p.requires_grad for p in model.parameters())
 
 
 def test_task_head():
@@ -376,6 +391,10 @@ def test_bad_input():
     with pytest.raises(ValueError, match="forward is replaced"):
         PartialParameters(model, ModuleMasks.everything(masks.layout))
     del find_layers(model)[0].query.forward
+    find_layers(model)[0].query.__class__ = type("Linear", (torch.nn.Linear,), {"__module__": "elsewhere"})
+    with pytest.raises(ValueError, match=r"projections of torch\.nn\.Linear .*, got elsewhere\.Linear"):
+        PartialParameters(model, ModuleMasks.everything(masks.layout))
+    find_layers(model)[0].query.__class__ = torch.nn.Linear
     assert [p.requires_grad for p in model.parameters()] == before
     PartialParameters(model, masks)
     with pytest.raises(ValueError, match="compact parameters already"):

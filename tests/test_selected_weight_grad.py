@@ -101,7 +101,7 @@ def test_compiles_without_a_graph_break() -> None:
             {"index": torch.zeros(1, dtype=torch.int32)},
             r"index must be int64 of shape \(n,\), got torch.int32 of shape",
         ),
-        ({"backend": "cuda"}, "backend of selected_weight_grad must be one of auto, cpu, triton, reference"),
+        ({"backend": "gpu"}, "backend of selected_weight_grad must be one of auto, cpu, cuda, triton, reference"),
     ],
 )
 def test_bad_input(changed: dict, message: str) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
-from trainer_tools import NAMES, arguments, collate, make, mean_loss, outside, records, some_masks
+from trainer_tools import NAMES, arguments, build, collate, make, mean_loss, outside, records, some_masks
 from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerFast, TrainingArguments
 
 from pymape.architectures import find_layers
@@ -330,12 +330,6 @@ def test_a_diverging_run_is_a_one_line_error_and_writes_nothing(tmp_path):
         make("bert", tmp_path, model=model, objective="influence").train()
 
 
-def build(path: Path, family: str = "bert", **options: Any) -> UnlearnTrainer:
-    model = options.pop("model", None) or tiny_model(family)
-    defaults = {"forget_dataset": records("text", 3, 1), "retain_dataset": records("text", 3, 2)}
-    return UnlearnTrainer(model, options.pop("args", None) or arguments(path), **defaults | options)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -409,7 +403,7 @@ def test_a_peft_model_is_refused_until_it_is_merged(wrapped, tmp_path):
     assert "\n" not in str(caught.value)
     assert [p.requires_grad for p in model.parameters()] == flags
     if wrapped:
-        build(tmp_path, model=model.merge_and_unload())
+        build(tmp_path, model=model.merge_and_unload().requires_grad_(True))  # PEFT leaves it frozen
 
 
 def test_a_failed_construction_leaves_the_model_plain(tmp_path):

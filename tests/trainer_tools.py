@@ -102,6 +102,13 @@ def make(family: str, path: Path, *, masked: bool = True, forget: int = 4, retai
     )
 
 
+def build(path: Path, family: str = "bert", **options: Any) -> UnlearnTrainer:
+    """A trainer on three records of each set, with the library's own collator."""
+    model = options.pop("model", None) or tiny_model(family)
+    defaults = {"forget_dataset": records("text", 3, 1), "retain_dataset": records("text", 3, 2)}
+    return UnlearnTrainer(model, options.pop("args", None) or arguments(path), **defaults | options)
+
+
 def outside(model: torch.nn.Module, masks: ModuleMasks) -> dict[str, Tensor]:
     """Bool mask per state dict entry of what must not change."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}

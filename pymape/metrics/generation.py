@@ -42,20 +42,26 @@ def answer_records(
         (its leading space, say) is labelled.
 
     Raises:
-        ValueError: a template without its fields, a slow tokenizer, or an answer that is empty or begins beyond
-            `max_length`.
+        ValueError: a template without its fields, a slow tokenizer, lists of different lengths, a question or answer
+            that is no text, or an answer that is empty or begins beyond `max_length`.
     """
     before, field, after = template.partition("{answer}")
     if not field or "{question}" not in before:
         raise ValueError(f"template must hold {{question}} before {{answer}}, got {template!r}")
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokenizer must be a fast one, which tells where tokens are, got {type(tokenizer).__name__}")
+    counts = [len(column) for column in (questions, answers, ids)]
+    if len(set(counts)) > 1:
+        raise ValueError(f"questions, answers and ids must be of one length, got {counts}")
+    for name, *texts in zip(ids, questions, answers, strict=True):
+        for what, text in zip(("questions", "answers"), texts, strict=True):
+            if not isinstance(text, str):
+                raise ValueError(f"{what} must be texts, got {text!r} for id {name!r}")
+        if not texts[1].strip():
+            raise ValueError(f"answers must not be empty, got one with id {name!r}")
     prompts = [before.replace("{question}", question) for question in questions]
     texts = [prompt + answer + after for prompt, answer in zip(prompts, answers, strict=True)]
     encoded = tokenizer(texts, truncation=True, max_length=max_length, return_offsets_mapping=True)
-    empty = [name for name, answer in zip(ids, answers, strict=True) if not answer.strip()]
-    if empty:
-        raise ValueError(f"answers must not be empty, got one with id {empty[0]!r}")
     records = []
     for row, (name, prompt, answer) in enumerate(zip(ids, prompts, answers, strict=True)):
         tokens, places = encoded["input_ids"][row], encoded["offset_mapping"][row]

@@ -138,9 +138,7 @@ class UnlearnBatch:
         """The same in the model's dtype."""
         task, labels = task_of(self.model), self.inputs.get("labels")
         if labels is None or labels.is_floating_point():
-            raise ValueError(
-                f"objective must be defined for the task {task}, got one that compares class probabilities"
-            )
+            raise ValueError(f"records must have class or token labels where probabilities are compared, got {task}")
         logits = self.outputs.logits
         if task != "classification":
             logits = logits[token_labels(task, self.inputs) != IGNORED_LABEL]

@@ -129,7 +129,7 @@ def masked_attention(
         if problem:
             raise RuntimeError(f"backend 'triton' of masked_attention cannot run: {problem}")
         if attn_mask is not None:
-            attn_mask = attn_mask.expand(batch, heads, tokens, key.shape[2])
+            attn_mask = _aligned_rows(attn_mask).expand(batch, heads, tokens, key.shape[2])
         gate_grad = gate is not None and gate.requires_grad and torch.is_grad_enabled()
         return torch.ops.pymape.masked_attention(query, key, value, gate, attn_mask, is_causal, scale, gate_grad)[0]
     if attn_mask is not None and is_causal:
@@ -191,6 +191,14 @@ def _four_dimensional(attn_mask: Tensor, query: Tensor, shape: tuple[int, ...]) 
     return (
         attn_mask.expand(*attn_mask.shape[:3], shape[3]).contiguous() if attn_mask.shape[3] != shape[3] else attn_mask
     )
+
+
+def _aligned_rows(attn_mask: Tensor) -> Tensor:
+    """Copy a mask whose rows the kernels cannot load 16 elements at a time: they would run out of registers."""
+    _, _, rows, keys = attn_mask.shape
+    if rows <= 1 or (attn_mask.stride(2) % 16 == 0 and attn_mask.stride(3) == 1):
+        return attn_mask
+    return F.pad(attn_mask, (0, -keys % 16)).contiguous()[..., :keys]
 
 
 def _in_range(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -336,8 +344,8 @@ def _attention_backward_kernels(grad, query, key, value, gate, *mask_and_options
 @torch.library.register_fake("pymape::masked_attention_backward")
 def _attention_backward_fake(grad, query, key, value, gate, *mask_and_options):
     query_grad, key_value_grad = mask_and_options[-2:]
-    d_query = query.new_empty(query.shape if query_grad else 0)
-    d_key = key.new_empty(key.shape if key_value_grad else 0)
+    d_query = torch.empty_like(_rows(query)) if query_grad else query.new_empty(0)
+    d_key = torch.empty_like(_rows(key)) if key_value_grad else key.new_empty(0)
     return d_query, d_key, torch.empty_like(d_key), query.new_empty(query.shape[:2], dtype=torch.float32)
 
 

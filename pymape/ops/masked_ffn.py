@@ -190,7 +190,9 @@ def _backward_ffn(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | Non
     )
     d_x = None
     if x_wanted:
-        d_x = d_pre @ weight if up is None else d_pre @ weight + d_up @ up_weight
+        d_x = d_pre @ weight
+        if up is not None:
+            d_x.flatten(0, 1).addmm_(d_up.flatten(0, 1), up_weight)  # the second product is added while it is stored
     return (
         d_x,
         _weight_grad(d_pre, x) if weight_wanted else None,
