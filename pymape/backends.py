@@ -2,8 +2,8 @@
 
 The rule for `backend="auto"`: CPU tensors take `cpu`; CUDA tensors take `triton` where the operator has a Triton kernel
 and triton is installed, and `cuda` otherwise, or, with a warning, `reference` where the CUDA kernels were not built;
-tensors of any other device take `reference`.
-`selected_weight_grad` takes `cuda` although it has a Triton kernel: gathering once is less work there. A backend asked for by name either runs or raises with the reason.
+tensors of any other device take `reference`. One operator differs: `selected_weight_grad` takes `cuda`, since gathering
+once is less work there than in every tile. A backend asked for by name either runs or raises with the reason.
 """
 
 from __future__ import annotations
