@@ -75,7 +75,8 @@ _GPU = """
 On a machine with an NVIDIA GPU, `make gpu` builds the core for that GPU, runs the checks and the benchmarks, and writes
 `benchmarks/results/GPU.json` and `GPU.md`, which begins with this table filled in. `make gpu PARTS="build operators"`
 runs some parts; parts that passed for the same sources are skipped, so that the same command goes on after a break, and
-results are written after every comparison. `python -m benchmarks.gpu --seconds 540` ends after so long. The run needs
+results are written after every comparison. `python -m benchmarks.gpu --seconds 540 --archive FOLDER` ends after so
+long, and packs what it has found into FOLDER. The run needs
 torch, triton, transformers, numpy, pytest, pybind11, cmake and ninja, and no network. Then
 `python -m benchmarks.pages --gpu benchmarks/results/GPU.json` puts the figures below.
 
