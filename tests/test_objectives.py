@@ -539,7 +539,7 @@ def test_docstrings_name_formula_and_source(name):
 def test_undefined_cases_are_one_line_errors():
     answers = tiny_model("bert", "question_answering")
     batch = UnlearnBatch(answers, tiny_batch("bert", "question_answering"), seeds=[(0, 0)] * 3)
-    message = "records must have class or token labels where probabilities are compared, got question answering"
+    message = "records must have class or token labels where probabilities are compared, got question answering without"
     with pytest.raises(ValueError, match=message):
         batch.log_probs()
     with pytest.raises(ValueError, match="random labels need class or token labels"):

@@ -138,7 +138,8 @@ class UnlearnBatch:
         """The same in the model's dtype."""
         task, labels = task_of(self.model), self.inputs.get("labels")
         if labels is None or labels.is_floating_point():
-            raise ValueError(f"records must have class or token labels where probabilities are compared, got {task}")
+            got = f"{task} without such" if labels is None else f"{labels.dtype} labels"
+            raise ValueError(f"records must have class or token labels where probabilities are compared, got {got}")
         logits = self.outputs.logits
         if task != "classification":
             logits = logits[token_labels(task, self.inputs) != IGNORED_LABEL]
