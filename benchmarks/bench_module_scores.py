@@ -16,7 +16,7 @@ def run(report: Report, options: argparse.Namespace) -> None:
     device = report.device
     report.notes += [
         "eager: (grad * out).sum in the inputs' dtype; eager, fp32 sums: the same after both are turned into fp32",
-        "GB/s counts every input once; copy_ reads and writes as much, and % of copy is of this copy_",
+        "GB/s counts every input once; copy_ reads and writes as much",
     ]
     dtypes = (torch.float32, torch.bfloat16) if device == "cpu" else (torch.bfloat16,)
     for dtype in dtypes:
@@ -52,7 +52,4 @@ def _compare(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str,
         seconds=0.4,
     )
     add_rates(cases, device, dtype, moved=2 * output.numel() * output.element_size())
-    for case in cases:  # a larger copy, which `add_rates` takes, has less of its time in the beginning and the end
-        if case.median_s is not None and cases[-1].median_s is not None:
-            case.figures["% of copy"] = 100 * cases[-1].median_s / case.median_s
     return cases

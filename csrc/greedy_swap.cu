@@ -235,14 +235,9 @@ struct Layer {
   // Appends to `leaves`, which hold `count`, the module m of every thread that has one; returns how many there are then.
   __device__ int append(bool chosen, std::int64_t m, int count) const {
     const unsigned votes = __ballot_sync(kAllLanes, chosen), lower = votes & ((1u << threadIdx.x % 32) - 1);
-    const auto number = [](unsigned bits) {
-      int set = 0;
-      for (; bits != 0; bits &= bits - 1) ++set;
-      return set;
-    };
-    if (threadIdx.x % 32 == 0) counts[threadIdx.x / 32] = number(votes);
+    if (threadIdx.x % 32 == 0) counts[threadIdx.x / 32] = __popc(votes);
     __syncthreads();
-    int place = count + number(lower);
+    int place = count + __popc(lower);
     for (int warp = 0; warp < kWarps; ++warp) {
       if (warp < static_cast<int>(threadIdx.x / 32)) place += counts[warp];
       count += counts[warp];

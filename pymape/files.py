@@ -132,8 +132,7 @@ class FileLock:
         _HELD.discard(self)
         if self._descriptor is not None:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # a child that was just forked may have the file open still
-            os.close(self._descriptor)
-            self._descriptor = None
+            self._forget()
 
     def _forget(self) -> None:
         if self._descriptor is not None:

@@ -120,7 +120,7 @@ def plan(folder: str, ids: str | None = None, subjects: str | None = None, id_co
     """
     from pymape.s3t.system import S3T
 
-    named, people = (_listed(file, kind, id_column) for file, kind in ((ids, "ids"), (subjects, "subjects")))
+    named, people = _asked(ids, subjects, id_column)
     return S3T(folder, read_only=True).plan(named, subjects=people)
 
 
@@ -145,7 +145,7 @@ def delete(
     from pymape.s3t.system import S3T, not_finished
 
     with S3T(folder) as system:
-        named, people = (_listed(file, kind, id_column) for file, kind in ((ids, "ids"), (subjects, "subjects")))
+        named, people = _asked(ids, subjects, id_column)
         system.delete(named, request_id, subjects=people, finish=False)
         found = system.finish(check=False)
         problems = [not_finished(request_id, found.pop(request_id))] if request_id in found else []
@@ -312,7 +312,10 @@ def _receipts(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return receipts, problems
 
 
-def _listed(path: str | None, argument: str, id_column: str) -> list[str]:
+def _asked(ids: str | None, subjects: str | None, id_column: str) -> tuple[list[str], list[str]]:
+    """What the files of ids and of subjects name."""
     from pymape.data import load_ids
 
-    return [] if path is None else load_ids(path, id_column, argument=argument)
+    files = (("ids", ids), ("subjects", subjects))
+    named, people = ([] if path is None else load_ids(path, id_column, argument=name) for name, path in files)
+    return named, people

@@ -209,6 +209,7 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
   return votes;
 }
 inline int __ffs(unsigned value) { return __builtin_ffs(static_cast<int>(value)); }
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
 
 template <typename T>
 T atomicMax(T* address, T value) {
