@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.harness import Report, alternate, compare
 from pymape import importance
 from pymape.architectures import find_layers
-from pymape.batching import PaddingCollator
+from pymape.data.batching import PaddingCollator
 from pymape.losses import per_sample_loss
 
 VOCABULARY = 30522

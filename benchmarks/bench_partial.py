@@ -37,6 +37,8 @@ LAYERS = {"cpu": {"bert": 12, "llama": 4}, "cuda": {"bert": 12, "llama": 22}}
 TOKENS = {"cpu": 128, "cuda": 512}  # of a sample
 VOCABULARY = {"cpu": 1000, "cuda": 32000}  # small on a CPU, because embeddings are no module of a mask
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
+# Partial steps that do not leave `fused` to the device.
+OTHER = {"partial, fused": True, "partial, original code": False}
 
 
 def add_options(parser: argparse.ArgumentParser, device: str) -> None:
@@ -55,7 +57,8 @@ def run(report: Report, options: argparse.Namespace) -> None:
         "of possible: (needed passes + selected weight gradients) / step, all medians of the same alternating rounds",
         "memory: highest resident size of a process of two steps (on a GPU: allocated by torch), less that before the "
         "model was made; gradients + state: what the optimizer holds and is given",
-        "checkpointed: activations inside the layers are computed anew in the backward pass, in both kinds of steps",
+        "checkpointed: activations inside the layers are computed anew in the backward pass, in all kinds of steps",
+        "fused: RMS norms and gated feed-forward blocks (BERT has neither) in fused operators, the default on a GPU",
     ]
     for name in options.models:
         layers = options.layers or LAYERS[device][name]
@@ -138,10 +141,14 @@ def dense_step(model: Any, batch: dict[str, Tensor], place: str = "anywhere") ->
 
 
 def partial_step(
-    model: Any, batch: dict[str, Tensor], place: str = "anywhere", cache: PrefixCache | None = None
+    model: Any,
+    batch: dict[str, Tensor],
+    place: str = "anywhere",
+    cache: PrefixCache | None = None,
+    fused: bool | None = None,
 ) -> tuple[Callable[[], None], Any]:
     """The same with compact parameters, and with the frozen layers' states from the cache if there is one."""
-    partial = PartialParameters(model, make_masks(model, place))
+    partial = PartialParameters(model, make_masks(model, place), fused=fused)
     optimizer = torch.optim.AdamW(partial.parameters(), lr=1e-5, fused=True)
     partial.attach(optimizer)
     prefix = None if cache is None else FrozenPrefix(model, partial.lowest_layer or 0, cache)
@@ -154,6 +161,11 @@ def partial_step(
         optimizer.step()
 
     return step, optimizer
+
+
+def others(name: str, device: str) -> list[str]:
+    """The partial step that is not the device's default; BERT has nothing to fuse."""
+    return [] if name == "bert" else ["partial, fused" if device == "cpu" else "partial, original code"]
 
 
 def needed_passes(model: Any, batch: dict[str, Tensor]) -> Callable[[], None]:
@@ -200,18 +212,24 @@ def compare_steps(report: Report, name: str, layers: int, rounds: int, device: s
         contenders = {
             "masked gradients": dense_step(make_model(name, layers, device), batch)[0],
             "partial": partial_step(make_model(name, layers, device), batch)[0],
+            **{
+                kind: partial_step(make_model(name, layers, device), batch, fused=OTHER[kind])[0]
+                for kind in others(name, device)
+            },
             "needed passes": needed_passes(make_model(name, layers, device), batch),
             "needed weight gradients": needed_weight_gradients(make_model(name, layers, device), device),
             "partial, upper half": partial_step(make_model(name, layers, device), batch, "upper half")[0],
             "upper half, cached": partial_step(make_model(name, layers, device), batch, "upper half", cache)[0],
         }
         cases = alternate(f"{name} {layers} layers", contenders, seconds=0, least=rounds)
-    dense, ours, passes, gradients, upper, cached = cases
-    for case in (ours, upper, cached):
-        case.figures["speed-up"] = dense.median_s / case.median_s
-    needed = passes.median_s + gradients.median_s
+    by_kind = {case.provider: case for case in cases}
+    dense, ours, cached = (by_kind[kind] for kind in ("masked gradients", "partial", "upper half, cached"))
+    for case in cases:
+        if case is not dense and not case.provider.startswith("needed"):
+            case.figures["speed-up"] = dense.median_s / case.median_s
+    needed = by_kind["needed passes"].median_s + by_kind["needed weight gradients"].median_s
     ours.figures |= {"possible": dense.median_s / needed, "of possible": needed / ours.median_s}
-    cached.figures["x uncached"] = upper.median_s / cached.median_s
+    cached.figures["x uncached"] = by_kind["partial, upper half"].median_s / cached.median_s
     report.add(cases)
 
 
@@ -222,7 +240,7 @@ def compare_memory(report: Report, name: str, layers: int, threads: int, device:
         torch.cuda.empty_cache()  # the models that were measured are gone, and their memory is the processes' now
     for suffix in ("", CHECKPOINTED):
         measured = {}
-        for kind in ("masked gradients", "partial"):
+        for kind in ("masked gradients", "partial", *others(name, device)):
             arguments = [name, kind + suffix, str(layers), str(threads), device]
             # Fixed thresholds: freed tensors go back to the system at once, and the resident size is what is in use.
             environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -233,12 +251,12 @@ def compare_memory(report: Report, name: str, layers: int, threads: int, device:
 
 
 def _memory_cases(shape: str, measured: Mapping[str, Mapping[str, float]]) -> list[Case]:
-    dense, ours = measured.values()
+    dense = next(iter(measured.values()))
     cases = []
     for kind, values in measured.items():
         figures = {"gradients + state MB": values["state"] / 1e6, "peak MB": values["peak"] / 1e6}
-        if values is ours:
-            figures |= {"x state": ours["state"] / dense["state"], "x peak": ours["peak"] / dense["peak"]}
+        if values is not dense:
+            figures |= {"x state": values["state"] / dense["state"], "x peak": values["peak"] / dense["peak"]}
         cases.append(Case(shape, kind, *[values["seconds"]] * 3, figures))
     return cases
 
@@ -258,8 +276,10 @@ def measure_memory(name: str, kind: str, layers: int, device: str) -> dict[str, 
     model = make_model(name, layers, device)
     if kind.endswith(CHECKPOINTED):
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    make_step = dense_step if kind.startswith("masked gradients") else partial_step
-    step, optimizer = make_step(model, batch)
+    if kind.startswith("masked gradients"):
+        step, optimizer = dense_step(model, batch)
+    else:
+        step, optimizer = partial_step(model, batch, fused=OTHER.get(kind.removesuffix(CHECKPOINTED)))
     start = time.perf_counter()
     for _ in range(2):
         step()

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pymape.files import atomic_write
+from pymape.storage.files import atomic_write
 
 __all__ = ["main", "markdown", "resident_blocks"]
 

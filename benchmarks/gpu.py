@@ -31,7 +31,7 @@ import torch
 from benchmarks import targets
 from benchmarks.harness import markdown, plot
 from benchmarks.shapes import DECODERS, ENCODERS
-from pymape.files import atomic_write
+from pymape.storage.files import atomic_write
 
 __all__ = ["BENCHMARKS", "Part", "archive", "gather", "main", "parts", "run", "run_all", "source_digest"]
 

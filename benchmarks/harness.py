@@ -20,7 +20,7 @@ import torch
 import pymape
 from benchmarks.timing import measure, measure_on_device
 from pymape.backends import resolve_backend
-from pymape.files import atomic_write
+from pymape.storage.files import atomic_write
 
 __all__ = [
     "Case",

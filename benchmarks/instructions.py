@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import machine
-from pymape.files import atomic_write
+from pymape.storage.files import atomic_write
 
 __all__ = ["count", "main", "markdown", "vector_registers"]
 

@@ -14,9 +14,9 @@ from pymape.experiments.config import read_experiment
 from pymape.experiments.pictures import glance_figures
 from pymape.experiments.sections import claim_sections, glance_sections, section_lines
 from pymape.experiments.summaries import Outcome, read_cells, summarise_cells
-from pymape.files import atomic_write
 from pymape.report import Figure
 from pymape.report.plots import standalone
+from pymape.storage.files import atomic_write
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "docs" / "results"

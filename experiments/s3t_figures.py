@@ -19,10 +19,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pymape.files import atomic_write
 from pymape.ops import simulate_deletions
 from pymape.s3t.sequences import chain_cover, cyclic_sequences, depth_table, worst_depth
 from pymape.s3t.theory import capacity, mean_depth
+from pymape.storage.files import atomic_write
 
 Draw = Callable[[Any], None]
 _STYLE = {

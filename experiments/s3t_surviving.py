@@ -34,7 +34,6 @@ import torch
 from s3t_tasks import Data, digits, sst2
 from successive import once
 
-from pymape.runs import environment, quiet_transformers
 from pymape.s3t.adapters import base_hash
 from pymape.s3t.config import LoraConfig, S3TConfig, StageConfig
 from pymape.s3t.ensemble import Chain, Ensemble
@@ -43,6 +42,7 @@ from pymape.s3t.sequences import chain_cover, cyclic_sequences, prefixes
 from pymape.s3t.sisa import SisaShard, one_group, split_rows, train_plain, train_sisa
 from pymape.s3t.stages import StageKey, encode_row, unpack_stage
 from pymape.s3t.training import Rows, StageJob, train_stage
+from pymape.storage.runs import environment, quiet_transformers
 
 SLICES = 4
 SELECTIONS = {"chain-cover": chain_cover(SLICES), "cyclic-6": cyclic_sequences(SLICES, 6),

@@ -17,8 +17,8 @@ from typing import Any
 from s3t_surviving import CHOICE_SEED, SELECTIONS, SETS, SLICES, TASKS, served, text
 from successive import markdown
 
-from pymape.files import atomic_write
 from pymape.s3t.sequences import prefixes
+from pymape.storage.files import atomic_write
 
 __all__ = ["write"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from pymape.digits import CLASSES, digit_records, load_digits
+from pymape.data.digits import CLASSES, digit_records, load_digits
 from pymape.s3t.demo import pretrain
 
 __all__ = ["Data", "digits", "sst2"]

@@ -31,15 +31,15 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from pymape.checkpoint import load_model
+from pymape.commands.encoding import Encoder
 from pymape.config import DataConfig, MaskConfig, TrainConfig, UnlearnConfig
-from pymape.data import Records, load_records, read_table
-from pymape.encoding import Encoder
-from pymape.files import atomic_write
+from pymape.data.tables import Records, load_records, read_table
 from pymape.metrics import METRICS, mean_gap, predict, summarise
-from pymape.runs import environment
 from pymape.session import UnlearnSession
-from pymape.session_request import start
-from pymape.store import STATE
+from pymape.session.request import start
+from pymape.storage.files import atomic_write
+from pymape.storage.runs import environment
+from pymape.storage.store import STATE
 
 KINDS = ("masked", "unmasked")
 CLOCKS = ("cpu_seconds", "seconds")

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from pymape.config import UnlearnConfig
-from pymape.data import Records
+from pymape.data.tables import Records
 
 __all__ = ["CLASSIFIER", "LANGUAGE_MODEL", "full_precision", "head_task", "load_model", "load_tokenizer"]
 

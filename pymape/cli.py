@@ -15,8 +15,8 @@ from typing import Any, get_origin, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from pymape.commands.evaluate import EvaluateConfig
 from pymape.config import DemoConfig, UnlearnConfig
-from pymape.evaluate import EvaluateConfig
 from pymape.s3t.commands import COMMANDS, run_command
 from pymape.s3t.config import S3TConfig, S3TDemoConfig
 from pymape.version import __version__
@@ -103,13 +103,13 @@ def _run(options: Namespace) -> int:
     if options.subcommand == "s3t":
         return _run_s3t(options.s3t)
     if options.subcommand == "demo":
-        from pymape.demo import run_demo
+        from pymape.commands.demo import run_demo
 
         run_demo(_built(DemoConfig, options.demo))
     elif options.subcommand == "unlearn":
         _unlearn(_built(UnlearnConfig, options.unlearn))
     elif options.subcommand == "evaluate":
-        from pymape.evaluate import run_evaluate
+        from pymape.commands.evaluate import run_evaluate
 
         run_evaluate(_built(EvaluateConfig, options.evaluate))
     elif options.subcommand == "experiment":
@@ -153,7 +153,7 @@ def _run_s3t(options: Namespace) -> int:
 
 def _unlearn(config: UnlearnConfig) -> None:
     if config.session is None and config.request_id is None:
-        from pymape.pipeline import run_unlearn
+        from pymape.commands.unlearn import run_unlearn
 
         run_unlearn(config)
     else:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pymape.architectures import layout
-from pymape.files import atomic_write
+from pymape.storage.files import atomic_write
 
 __all__ = ["DeltaPart", "apply_delta", "inside_digest", "tensor_digest", "write_delta"]
 

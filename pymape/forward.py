@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pymape.positions import with_positions
+from pymape.data.positions import with_positions
 
 __all__ = ["LABELS", "eval_mode", "on_device", "padding_token", "unlabelled"]
 

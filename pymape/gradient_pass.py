@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from pymape.architectures import ModelLayout
-from pymape.batching import sample_of
+from pymape.data.positions import with_positions
+from pymape.data.records import sample_of
 from pymape.forward import LABELS
 from pymape.losses import base_model, check_labels, per_sample_loss
-from pymape.positions import with_positions
 
 __all__ = ["BatchScores", "GradientPass", "one_behind"]
 

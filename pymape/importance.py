@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pymape.architectures import ModelLayout, layout
-from pymape.batching import RecordBatches, check_unique, plain, sample_of
-from pymape.files import atomic_write
+from pymape.data.batching import RecordBatches
+from pymape.data.records import check_unique, plain, sample_of
 from pymape.forward import padding_token
 from pymape.gradient_pass import BatchScores, GradientPass, one_behind
 from pymape.processes import exchange, rank, require_equal, share_rows, together, world_size
+from pymape.storage.files import atomic_write
 
 __all__ = ["Importance", "importance"]
 

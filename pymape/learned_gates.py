@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pymape.architectures import layout
+from pymape.data.positions import with_positions
 from pymape.forward import LABELS
 from pymape.importance import prepared
 from pymape.losses import base_model, per_sample_loss
 from pymape.masks import ModuleMasks, versions
 from pymape.modules import gates
-from pymape.positions import with_positions
 
 __all__ = ["METHODS", "evaluate_candidates", "learn_gates"]
 

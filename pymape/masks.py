@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pymape.architectures import ModelLayout, find_layers
 from pymape.architectures import layout as layout_of
-from pymape.files import atomic_write
+from pymape.storage.files import atomic_write
 from pymape.version import __version__
 
 if TYPE_CHECKING:

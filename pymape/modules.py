@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
@@ -16,12 +14,8 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from pymape.architectures import LayerModules, find_layers
 from pymape.backends import BACKENDS
-from pymape.layers import (
-    gate_filters,
-    gate_output,
-    is_unhooked,
-    takes_triton,
-)
+from pymape.feed_forward import STATE, FilterState, GateState, bind, check_batch, filter_state, is_instrumented, unbind
+from pymape.layers import gate_output, takes_triton
 from pymape.ops.masked_attention import masked_attention
 
 if TYPE_CHECKING:
@@ -39,32 +33,7 @@ __all__ = [
 Model = TypeVar("Model", bound=nn.Module)
 Gates = Tensor | Sequence[Tensor] | None
 
-_STATE = "_pymape"  # the attribute of an instrumented module: a plain object, so that the state_dict stays as it is
 _PREFIX = "pymape_"
-
-
-@dataclass(eq=False)
-class _GateState:
-    """What an instrumented attention module remembers."""
-
-    backend: str
-    gate: Tensor | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _GateState:
-        # A gate is often a view of a larger leaf, which torch cannot deepcopy; the copy starts from the same values.
-        return replace(self, gate=None if self.gate is None else self.gate.detach().clone())
-
-
-@dataclass(eq=False)
-class _FilterState(_GateState):
-    """The same for a feed-forward module, with its submodules by name: names outlive deepcopy and LoRA wrapping."""
-
-    method: str = "forward"
-    activation: str | None = None
-    linear_name: str = ""
-    up_name: str | None = None
-    activation_name: str = ""
-    tail_names: tuple[str, ...] = ()
 
 
 def instrument(model: Model, *, backend: str = "auto") -> Model:
@@ -99,14 +68,13 @@ def instrument(model: Model, *, backend: str = "auto") -> Model:
     base = _implementation(model).removeprefix(_PREFIX)  # a config that models share may carry the prefix already
     if base not in ("sdpa", "eager"):
         raise ValueError(f"model must use attn_implementation 'sdpa' or 'eager', got {base!r}")
-    states = [_filter_state(layer, backend) for layer in layers]
+    states = [filter_state(layer, backend) for layer in layers]
     if base == "eager":
         _eager_function(layers[0].attention)
     _set_implementation(model, _PREFIX + base)
     for layer, state in zip(layers, states, strict=True):
-        setattr(layer.attention, _STATE, _GateState(backend))
-        setattr(layer.ffn, _STATE, state)
-        setattr(layer.ffn, state.method, MethodType(_gated_ffn, layer.ffn))
+        setattr(layer.attention, STATE, GateState(backend))
+        bind(layer.ffn, state)
     return model
 
 
@@ -119,16 +87,15 @@ def restore(model: Model) -> Model:
     if not is_instrumented(model):
         raise ValueError("model is not instrumented")
     for module in model.modules():
-        state = vars(module).pop(_STATE, None)
-        if isinstance(state, _FilterState):
-            delattr(module, state.method)
+        state = vars(module).get(STATE)
+        if isinstance(state, FilterState) and state.fused:
+            state.gate, state.backend = None, "auto"
+        elif isinstance(state, FilterState):
+            unbind(module, state)
+        elif state is not None:
+            delattr(module, STATE)
     _set_implementation(model, _implementation(model).removeprefix(_PREFIX))
     return model
-
-
-def is_instrumented(model: nn.Module) -> bool:
-    """Whether `instrument` has been called on the model."""
-    return any(_STATE in vars(module) for module in model.modules())
 
 
 def set_gates(model: nn.Module, heads: Gates = None, filters: Gates = None) -> None:
@@ -200,10 +167,10 @@ def _gated_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The model's own attention, then the head gate; or both in one Triton kernel. Heads come out as [B, T, H, D]."""
-    state: _GateState | None = getattr(module, _STATE, None)  # cross-attention shares the config and has no gate
+    state: GateState | None = getattr(module, STATE, None)  # cross-attention shares the config and has no gate
     if state is None or state.gate is None:
         return base(module, query, key, value, attention_mask, **kwargs)
-    _check_batch(state.gate, query.shape[0])
+    check_batch(state.gate, query.shape[0])
     if base is sdpa_attention_forward and takes_triton(state.backend, query) and _kernel_can(kwargs):
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -254,46 +221,6 @@ def _kernel_can(kwargs: dict[str, Any]) -> bool:
     return not kwargs.get("dropout") and all(kwargs.get(name) is None for name in ("position_bias", "softcap", "cache"))
 
 
-def _gated_ffn(module: nn.Module, x: Tensor) -> Tensor:
-    """What the feed-forward method is rebound to: filters, gate, and whatever the original does after them."""
-    state: _FilterState = getattr(module, _STATE)
-    if state.gate is None:
-        return getattr(type(module), state.method)(module, x)
-    _check_batch(state.gate, x.shape[0])
-    linear = module.get_submodule(state.linear_name)
-    up = None if state.up_name is None else module.get_submodule(state.up_name)
-    activation = module.get_submodule(state.activation_name)
-    if state.backend == "reference" or state.activation is None:
-        hidden = activation(linear(x))
-        hidden = hidden if up is None else hidden * up(x)
-        gate = state.gate if state.gate.dim() == 1 else state.gate.unsqueeze(1)
-        hidden = (hidden * gate).to(hidden.dtype)
-    else:
-        hidden = gate_filters(linear, up, x, state.gate, state.activation, state.backend)
-    for name in state.tail_names:
-        hidden = module.get_submodule(name)(hidden)
-    return hidden
-
-
-def _filter_state(layer: LayerModules, backend: str) -> _FilterState:
-    names = {module: name for name, module in layer.ffn.named_modules()}
-    activation = layer.activation if is_unhooked(layer.ffn_activation) else None
-    if activation is None and backend not in ("auto", "reference"):
-        name = type(layer.ffn_activation).__name__
-        raise ValueError(f"backend must be 'auto' or 'reference' for the activation {name}, got {backend!r}")
-    if layer.ffn_method in vars(layer.ffn):
-        raise ValueError(f"model must not have a replaced {layer.ffn_method} in {type(layer.ffn).__name__}")
-    return _FilterState(
-        backend,
-        method=layer.ffn_method,
-        activation=activation,
-        linear_name=names[layer.ffn_in],
-        up_name=None if layer.ffn_up is None else names[layer.ffn_up],
-        activation_name=names[layer.ffn_activation],
-        tail_names=tuple(names[module] for module in layer.ffn_tail),
-    )
-
-
 def _instrumented_layers(model: nn.Module) -> list[LayerModules]:
     if not is_instrumented(model):
         raise ValueError("model must be instrumented: call pymape.instrument(model) first")
@@ -304,9 +231,9 @@ def _instrumented_layers(model: nn.Module) -> list[LayerModules]:
     return find_layers(model)
 
 
-def _states(layers: list[LayerModules]) -> list[_GateState]:
+def _states(layers: list[LayerModules]) -> list[GateState]:
     """The heads' states of all layers, then the filters'."""
-    return [getattr(layer.attention, _STATE) for layer in layers] + [getattr(layer.ffn, _STATE) for layer in layers]
+    return [getattr(layer.attention, STATE) for layer in layers] + [getattr(layer.ffn, STATE) for layer in layers]
 
 
 def _per_layer(name: str, gate: Gates, linears: Sequence[Any], width: int) -> Sequence[Tensor | None]:
@@ -328,14 +255,6 @@ def _per_layer(name: str, gate: Gates, linears: Sequence[Any], width: int) -> Se
         if not one.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {one.dtype}")
     return [one.to(linear.weight.device) for one, linear in zip(gate, linears, strict=True)]
-
-
-def _check_batch(gate: Tensor, batch: int) -> None:
-    if gate.dim() == 2 and gate.shape[0] != batch:
-        raise ValueError(
-            f"per-sample gates must have one row per row of the batch ({batch}), got {gate.shape[0]}; "
-            "beam search and the like, which repeat samples, need gates shared by all samples"
-        )
 
 
 def _reentrant(model: nn.Module) -> bool:

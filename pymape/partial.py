@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from pymape.architectures import find_layers, find_prefix
 from pymape.delta import DeltaPart, inside_digest, write_delta
 from pymape.errors import NothingSelected
+from pymape.fused import FusedParts
 from pymape.masks import ModuleMasks, versions
 from pymape.ops.selected_weight_grad import selected_weight_grad
 
@@ -45,6 +46,8 @@ class PartialParameters:
             requires grad where it is (the dense baseline).
         train_task_head: with masks, also train the parameters outside `model.base_model`, whatever their
             `requires_grad`.
+        fused: with masks, run RMS norms and gated feed-forward blocks in fused operators, which take less time and
+            keep less for the backward pass; outputs differ by rounding until `merge`. None: on a GPU.
 
     Raises:
         ValueError: masks of another model, nothing to train, or projections that are not plain linear layers.
@@ -52,11 +55,19 @@ class PartialParameters:
     Source: MAPE-Unlearn (arXiv 2508.17233); compact sparse fine-tuning as in S2FT (arXiv 2412.06289).
     """
 
-    def __init__(self, model: nn.Module, masks: ModuleMasks | None = None, *, train_task_head: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        masks: ModuleMasks | None = None,
+        *,
+        train_task_head: bool = False,
+        fused: bool | None = None,
+    ) -> None:
         self.model = model
         self.masks = masks
         self._projections: list[nn.Module] = []
         self._prefix: list[nn.Module] = []
+        self._fused: FusedParts | None = None
         self._handles: list[RemovableHandle] = []
         trainable: list[nn.Parameter] = []
         selections: list[tuple[nn.Module, int, Tensor]] = []
@@ -78,6 +89,8 @@ class PartialParameters:
                 parameter.requires_grad_(True)
             for module, dim, index in selections:
                 self._select(module, dim, index)
+            if masks is not None and fused is not False:
+                self._fused = FusedParts(model, ("cuda", "cpu") if fused else ("cuda",))
             self._prefix = find_prefix(model, self.lowest_layer) if self.lowest_layer else []
             for module in self._prefix:
                 module.train = MethodType(_stay_in_eval_mode, module)  # type: ignore[method-assign]
@@ -203,6 +216,8 @@ class PartialParameters:
                 vars(module).pop(name, None)
             for name in _COMPACT.values():
                 module._parameters.pop(name, None)
+        if self._fused is not None:
+            self._fused.restore()
         for module in self._prefix:
             vars(module).pop("train", None)
             module.train(self.model.training)

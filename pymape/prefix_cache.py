@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pymape.delta import tensor_digest
-from pymape.files import at_work, await_workers, discard, overwrite, sync_tree
+from pymape.storage.files import at_work, await_workers, discard, overwrite, sync_tree
 
 __all__ = ["PrefixCache"]
 

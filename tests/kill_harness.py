@@ -25,7 +25,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 from session_tools import REQUESTS, options, write_files
 
 from pymape.session import UnlearnSession, weights_hash
-from pymape.store import FolderStore
+from pymape.storage.store import FolderStore
 
 # Place of a kill -> (the file operation that is not reached, whether the first request is finished then).
 NAMED: dict[str, tuple[Callable[[str, str], bool], bool]] = {

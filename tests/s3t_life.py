@@ -15,7 +15,7 @@ from s3t_ledger_tools import BASE, make_rows, make_stage, name_of
 from pymape.prefix_cache import PrefixCache
 from pymape.s3t.ledger import Ledger
 from pymape.s3t.ledger.folder import CACHE
-from pymape.store import file_hash
+from pymape.storage.store import file_hash
 
 KEY = bytes(range(32))  # all lives have the same names
 CYCLIC = [(0, 1, 2), (2, 0, 1), (1, 2, 0)]

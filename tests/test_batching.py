@@ -11,8 +11,8 @@ from model_zoo import tiny_model
 from torch.utils.data import IterableDataset
 
 from pymape import importance
-from pymape.batching import PaddingCollator, RecordBatches
-from pymape.pairing import PairCollator, check_set, checked_sets, holds_all, record_ids
+from pymape.data.batching import PaddingCollator, RecordBatches
+from pymape.trainer.pairing import PairCollator, check_set, checked_sets, holds_all, record_ids
 
 
 def texts(count: int = 3, **fields: Any) -> list[dict[str, Any]]:

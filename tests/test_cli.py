@@ -17,7 +17,7 @@ from pymape.architectures import layout
 from pymape.cli import main
 from pymape.config import DemoConfig, UnlearnConfig
 from pymape.masks import ModuleMasks
-from pymape.runs import run_folder
+from pymape.storage.runs import run_folder
 
 REQUIRED = ["--model", "m", "--data.path", "d.csv", "--data.forget", "f.txt"]
 
@@ -28,8 +28,8 @@ def received(monkeypatch: pytest.MonkeyPatch) -> list:
     from types import ModuleType
 
     configs: list = []
-    for name, function in (("demo", "run_demo"), ("pipeline", "run_unlearn")):
-        module = ModuleType(f"pymape.{name}")
+    for name, function in (("demo", "run_demo"), ("unlearn", "run_unlearn")):
+        module = ModuleType(f"pymape.commands.{name}")
         setattr(module, function, configs.append)
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return configs
@@ -172,7 +172,7 @@ def test_errors_of_the_work_are_one_line(
     def fail(config: DemoConfig) -> None:
         raise error
 
-    monkeypatch.setattr(sys.modules["pymape.demo"], "run_demo", fail)
+    monkeypatch.setattr(sys.modules["pymape.commands.demo"], "run_demo", fail)
     assert main(["demo"]) == code
     assert capsys.readouterr().err == line
 
@@ -185,7 +185,7 @@ def test_a_terminated_command_cleans_up(
             (folder / "half").write_text("x")
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(sys.modules["pymape.demo"], "run_demo", work)
+    monkeypatch.setattr(sys.modules["pymape.commands.demo"], "run_demo", work)
     before = signal.getsignal(signal.SIGTERM)
     assert main(["demo", "--output", str(tmp_path / "demo")]) == 130
     assert capsys.readouterr().err == "pymape: interrupted\n"

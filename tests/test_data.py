@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pymape.data import load_ids, load_records, read_table, split_forget, validate_labels
+from pymape.data.tables import load_ids, load_records, read_table, split_forget, validate_labels
 
 ROWS = [
     {"id": "a", "text": "one, two", "label": 0},

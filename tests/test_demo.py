@@ -11,8 +11,8 @@ import pytest
 from transformers import ViTForImageClassification
 
 from pymape.cli import main
+from pymape.commands.demo import run_demo
 from pymape.config import DemoConfig
-from pymape.demo import run_demo
 from pymape.masks import ModuleMasks
 from pymape.metrics import METRICS, mean_gap
 
@@ -117,7 +117,7 @@ def test_same_seed_gives_the_same_figures(demo: tuple[Path, dict[str, Any]], tmp
 def test_bad_options_are_refused_before_any_work(
     flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pymape.demo.make_task", lambda config: pytest.fail("work was begun"))
+    monkeypatch.setattr("pymape.commands.demo.make_task", lambda config: pytest.fail("work was begun"))
     assert main(["demo", "--output", str(tmp_path / "demo"), *flags]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

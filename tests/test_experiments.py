@@ -17,8 +17,8 @@ import torch
 
 from pymape.architectures import find_layers
 from pymape.cli import main
+from pymape.commands.demo import run_demo
 from pymape.config import DemoConfig
-from pymape.demo import run_demo
 from pymape.experiments import cells, methods, tasks, unit
 from pymape.experiments.config import (
     ExperimentConfig,

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from pymape.files import FileLock, at_work, atomic_write, await_workers, overwrite, written_elsewhere
+from pymape.storage.files import FileLock, at_work, atomic_write, await_workers, overwrite, written_elsewhere
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from pymape.files import FileLock
+from pymape.storage.files import FileLock
 lock = FileLock(Path(sys.argv[1]), "store")
 print("held", flush=True)
 time.sleep(60)
@@ -142,7 +142,7 @@ def test_workers_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     path = tmp_path / "folder" / "at-work"
     await_workers(path)  # nobody has ever worked here
     with at_work(path), at_work(path):
-        monkeypatch.setattr("pymape.files._WORK_SECONDS", 0.1)
+        monkeypatch.setattr("pymape.storage.files._WORK_SECONDS", 0.1)
         with pytest.raises(ValueError, match="workers of a process that was killed must have ended, got one"):
             await_workers(path)
     await_workers(path)

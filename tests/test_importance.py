@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from pymape.architectures import find_layers, layout
-from pymape.batching import LengthBucketSampler, PaddingCollator, RecordBatches
+from pymape.data.batching import LengthBucketSampler, PaddingCollator, RecordBatches
 from pymape.gradient_pass import BatchScores, GradientPass
 from pymape.importance import Importance, importance
 from pymape.modules import instrument, is_instrumented, set_gates

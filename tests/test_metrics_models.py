@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import BertForTokenClassification, ResNetConfig, ResNetForImageClassification
 
+from pymape.data.positions import most_tokens
 from pymape.metrics import (
     RecordScores,
     evaluate,
@@ -35,7 +36,6 @@ from pymape.metrics import (
 )
 from pymape.metrics import costs as costs_module
 from pymape.metrics.scores import gradient_norms
-from pymape.positions import most_tokens
 
 KINDS = [("bert", "sequence_classification"), ("vit", "image_classification"), ("gpt2", "causal_lm")]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from session_tools import options, write_files
 
+from pymape.commands.unlearn import run_unlearn
 from pymape.config import DataConfig
-from pymape.pipeline import run_unlearn
 
 
 @pytest.fixture(scope="module", params=["bert", "gpt2"])

@@ -12,7 +12,7 @@ from model_zoo import tiny_batch, tiny_model
 
 from pymape.objectives import OneShot, RecordGradients, Step, UnlearnBatch, get_objective, objective, objective_names
 from pymape.objectives.registry import _OBJECTIVES
-from pymape.sophia import Sophia
+from pymape.objectives.sophia import Sophia
 
 NAMES = [
     "dpo", "ft", "ga", "gd", "idk", "influence", "kl", "l1_sparse", "match", "match_tokens", "npo",

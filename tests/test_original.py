@@ -19,9 +19,9 @@ from trainer_tools import arguments, collate, records, some_masks
 from transformers import TrainerControl, TrainerState
 
 from pymape.objectives.match import matched_losses
-from pymape.reference_cache import ReferenceCache, record_digest, weights_digest
-from pymape.stopping import StopWhenForgotten
 from pymape.trainer import UnlearnTrainer
+from pymape.trainer.reference_cache import ReferenceCache, record_digest, weights_digest
+from pymape.trainer.stopping import StopWhenForgotten
 
 
 def rows_of(digests: list[bytes], asked: list[list[int]]):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pymape.runs import environment, run_folder, write_summary
+from pymape.storage.runs import environment, run_folder, write_summary
 
 
 def _content(folder: Path) -> set[str]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from session_tools import write_files
 
-import pymape.files
+import pymape.storage.files
 from pymape.cli import main
 from pymape.prefix_cache import PrefixCache
 from pymape.s3t import S3T, S3TConfig, StageConfig
@@ -122,7 +122,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, files: Path, capsys: pytest.Capt
 def test_a_receipt_is_printed_whatever_holds_up_requests(
     tmp_path: Path, files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    system, real = tmp_path / "system", pymape.files.overwrite
+    system, real = tmp_path / "system", pymape.storage.files.overwrite
     with S3T.create(system, S3TConfig(str(files / "model"), shards=1, slices=2)) as opened:
         opened.ingest(read_records(files / "train.csv", opened.config, Columns(id="id")))
         kept = opened._ledger.folder / "cache" / ("0" * 32)

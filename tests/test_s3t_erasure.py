@@ -33,7 +33,7 @@ from pymape.s3t.erasure import erase_files, revoke_export
 from pymape.s3t.ledger import Ledger
 from pymape.s3t.partition import subject_name
 from pymape.s3t.stages import StageKey, row_digest, unpack_stage
-from pymape.store import file_hash
+from pymape.storage.store import file_hash
 
 # Files
 

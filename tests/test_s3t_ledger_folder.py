@@ -30,7 +30,7 @@ from s3t_ledger_tools import (
     trained_ledger,
 )
 
-import pymape.files
+import pymape.storage.files
 from pymape.prefix_cache import PrefixCache
 from pymape.s3t import faults
 from pymape.s3t.ledger import Ledger, RecordRow
@@ -208,7 +208,7 @@ def test_a_stage_that_cannot_be_read_now_is_not_damaged(
 
 def refuse(patch: pytest.MonkeyPatch, place: str, *paths: Path) -> None:
     """Some files can be read, and not written, as those of another user or immutable ones."""
-    real = pymape.files.overwrite
+    real = pymape.storage.files.overwrite
 
     def overwrite(path: str | os.PathLike[str]) -> int:
         if Path(path) in paths:
@@ -284,7 +284,7 @@ def full_files(ledger: Ledger, patch: pytest.MonkeyPatch) -> Callable[[], None]:
     def fail(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    patch.setattr("pymape.files.os.fsync", fail)
+    patch.setattr("pymape.storage.files.os.fsync", fail)
     return patch.undo
 
 

@@ -114,7 +114,7 @@ def test_a_new_writer_waits_for_workers_of_the_one_before(tmp_path: Path, monkey
         assert orphan.stdout is not None
         assert orphan.stdout.readline() == "at work\n"
         with monkeypatch.context() as patch:
-            patch.setattr("pymape.files._WORK_SECONDS", 0.1)
+            patch.setattr("pymape.storage.files._WORK_SECONDS", 0.1)
             with pytest.raises(ValueError, match="workers of a process that was killed must have ended"):
                 Ledger(tmp_path / "system")
         Ledger(tmp_path / "system", "read").close()

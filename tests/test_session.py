@@ -22,14 +22,15 @@ from safetensors.torch import load_file
 from session_tools import REQUESTS, options, upper_masks, write_files
 from transformers import AutoModelForSequenceClassification
 
-from pymape import pipeline, session_request
 from pymape.cli import main
+from pymape.commands import unlearn as unlearn_command
 from pymape.config import DataConfig, MaskConfig
 from pymape.importance import Importance
 from pymape.masks import ModuleMasks
 from pymape.prefix_cache import PrefixCache
 from pymape.session import UnlearnSession, weights_hash
-from pymape.store import FolderStore
+from pymape.session import request as session_request
+from pymape.storage.store import FolderStore
 
 PHASES = {"load", "evaluate", "importance", "search", "unlearn", "save"}
 
@@ -136,8 +137,8 @@ def test_retain_importance_is_computed_once_and_forgotten_records_are_never_reta
         trained.append({side: [record["id"] for record in rows] for side, rows in data.sets.items()})
         real_unlearn(config, model, data, *others)
 
-    real_importance, real_unlearn = pipeline.importance, session_request.unlearn
-    monkeypatch.setattr(pipeline, "importance", importance)
+    real_importance, real_unlearn = unlearn_command.importance, session_request.unlearn
+    monkeypatch.setattr(unlearn_command, "importance", importance)
     monkeypatch.setattr(session_request, "unlearn", unlearn)
     with UnlearnSession(new) as session:
         for request, ids in REQUESTS.items():
@@ -166,8 +167,8 @@ def test_a_request_with_few_records_to_retain_does_not_cap_the_next_ones(
         sizes.append(len(retain.ids))
         return real_search(retain=retain, **settings)
 
-    real_search = pipeline.search
-    monkeypatch.setattr(pipeline, "search", search)
+    real_search = unlearn_command.search
+    monkeypatch.setattr(unlearn_command, "search", search)
     (tmp_path / "few.txt").write_text("r20\nr21\nr22\n")
     with UnlearnSession(new) as session:
         data = dataclasses.replace(session.config.data, retain=str(tmp_path / "few.txt"))

@@ -10,7 +10,7 @@ import torch
 from model_zoo import tiny_batch, tiny_model
 
 from pymape.objectives import UnlearnBatch
-from pymape.sophia import Sophia, gauss_newton_bartlett
+from pymape.objectives.sophia import Sophia, gauss_newton_bartlett
 
 
 def test_the_step_by_hand():

@@ -22,9 +22,9 @@ from trainer_tools import NAMES, arguments, build, collate, make, mean_loss, out
 from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerFast, TrainingArguments
 
 from pymape.architectures import find_layers
-from pymape.batching import bare_record
-from pymape.pairing import PairSampler
+from pymape.data.records import bare_record
 from pymape.trainer import UnlearnTrainer
+from pymape.trainer.pairing import PairSampler
 
 
 @pytest.mark.parametrize("masked", [True, False])

@@ -12,11 +12,11 @@ from torch import Tensor
 from trainer_tools import KINDS, NAMES, arguments, collate, make, outside, records, some_masks
 from transformers import TrainerCallback
 
-from pymape.batching import bare_record
+from pymape.data.records import bare_record
 from pymape.objectives import objective_names
 from pymape.objectives.match import matched_losses
 from pymape.objectives.registry import _OBJECTIVES, objective
-from pymape.sophia import Sophia
+from pymape.objectives.sophia import Sophia
 from pymape.trainer import UnlearnTrainer
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pymape.experiments.workers import share_out
-from pymape.files import atomic_write
+from pymape.storage.files import atomic_write
 
 
 def write_slowly(folder: Path, names: Iterator[str], look: Callable[[], None]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from pymape.architectures import find_layers, layout
-from pymape.batching import bare_record
+from pymape.data.records import bare_record
 from pymape.losses import per_sample_loss
 from pymape.masks import ModuleMasks
 from pymape.trainer import UnlearnTrainer

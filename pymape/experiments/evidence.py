@@ -33,7 +33,7 @@ from pymape.metrics import (
 )
 from pymape.metrics.costs import added_memory
 from pymape.metrics.scores import LANGUAGE_MODEL
-from pymape.runs import MASKS
+from pymape.storage.runs import MASKS
 
 __all__ = ["SETS", "Evidence", "Subject", "subjects"]
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
 from pymape.architectures import layout
-from pymape.batching import PaddingCollator, bare_record, record_lengths
+from pymape.data.batching import PaddingCollator, record_lengths
+from pymape.data.records import bare_record
 from pymape.errors import NothingSelected
 from pymape.experiments.config import ExperimentConfig, MethodConfig, SelectionConfig
 from pymape.experiments.kinds import KINDS

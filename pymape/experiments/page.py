@@ -27,7 +27,7 @@ from pymape.experiments.sections import (
 from pymape.experiments.summaries import EVIDENCE, RESULTS, Outcome, read_cells, summarise_cells
 from pymape.experiments.tables import SELECTION_RULE
 from pymape.report import Report, Section, flat_settings, run_facts, write_report
-from pymape.runs import SUMMARY
+from pymape.storage.runs import SUMMARY
 
 __all__ = ["run_report"]
 

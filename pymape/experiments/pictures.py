@@ -15,7 +15,7 @@ from pymape.experiments.summaries import Outcome, group
 from pymape.masks import ModuleMasks
 from pymape.metrics import Predictions, RecordScores
 from pymape.report import Figure, Section, evidence_section
-from pymape.runs import MASKS
+from pymape.storage.runs import MASKS
 
 __all__ = ["SavedEvidence", "example_sections", "gap_figures", "glance_figures", "relearning_figures"]
 

@@ -22,8 +22,8 @@ from pymape.experiments.summaries import EVIDENCE, RESULTS, Outcome, read_cells,
 from pymape.experiments.tasks import make_task
 from pymape.experiments.unit import Unit
 from pymape.experiments.workers import share_out
-from pymape.files import atomic_write
-from pymape.runs import SUMMARY, environment, quiet_transformers, write_summary
+from pymape.storage.files import atomic_write
+from pymape.storage.runs import SUMMARY, environment, quiet_transformers, write_summary
 
 __all__ = ["run_experiment"]
 

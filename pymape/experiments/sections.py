@@ -9,8 +9,8 @@ from typing import Any
 from pymape.experiments.claims import CRITERION, Claim, at_a_glance, by_objective, claims
 from pymape.experiments.summaries import Outcome, pool
 from pymape.experiments.tables import SELECTION_RULE, comparison_tables, evidence_tables, markdown, result_table
-from pymape.files import atomic_write
 from pymape.report import Section
+from pymape.storage.files import atomic_write
 
 __all__ = [
     "claim_sections",

@@ -20,9 +20,9 @@ from pymape.experiments.cells import CODE, REFERENCES, Cell, Place, digest, trai
 from pymape.experiments.config import ExperimentConfig
 from pymape.experiments.methods import Chosen, Measured, choose, pass_size, unlearn
 from pymape.experiments.tasks import JUDGED, Forgetting, Task, forgetting, selection_score, train
-from pymape.files import atomic_write
 from pymape.metrics import Predictions, record_scores, summarise
 from pymape.metrics.costs import Cost, measure_cost
+from pymape.storage.files import atomic_write
 
 __all__ = ["Unit", "Unlearned"]
 

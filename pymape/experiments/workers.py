@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pymape.runs import quiet_transformers
+from pymape.storage.runs import quiet_transformers
 
 __all__ = ["share_out"]
 

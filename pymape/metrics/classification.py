@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pymape.batching import PaddingCollator, bare_record
+from pymape.data.batching import PaddingCollator
+from pymape.data.records import bare_record
 from pymape.forward import eval_mode, on_device, padding_token, unlabelled
 from pymape.losses import IGNORED_LABEL, check_labels, task_of, token_labels
 

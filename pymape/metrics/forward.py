@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pymape.batching import RecordBatches
+from pymape.data.batching import RecordBatches
 from pymape.forward import padding_token
 from pymape.losses import IGNORED_LABEL, token_labels
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from pymape.data.positions import most_tokens
 from pymape.forward import eval_mode
 from pymape.losses import IGNORED_LABEL
-from pymape.positions import most_tokens
 
 __all__ = ["TEMPLATE", "answer_records", "answer_text", "generate_answers"]
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pymape.batching import RecordBatches
+from pymape.data.batching import RecordBatches
 from pymape.errors import NotFinite
-from pymape.files import atomic_write
 from pymape.forward import eval_mode, on_device, unlabelled
 from pymape.losses import LOGITS_AT_A_TIME, check_labels, per_sample_loss, task_of
 from pymape.metrics.classification import Predictions
 from pymape.metrics.forward import model_batches, task_logits
+from pymape.storage.files import atomic_write
 
 __all__ = ["LANGUAGE_MODEL", "RecordScores", "gradient_norms", "read_rows", "record_scores", "write_rows"]
 

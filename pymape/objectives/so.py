@@ -8,8 +8,8 @@ from torch import Tensor
 
 from pymape.objectives.npo import npo
 from pymape.objectives.registry import objective
+from pymape.objectives.sophia import Sophia
 from pymape.objectives.step import Step
-from pymape.sophia import Sophia
 
 
 @objective("so", retain="optional", retain_term=True, reference=["nll"], optimizer=Sophia)

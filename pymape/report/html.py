@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from pymape.files import atomic_write
+from pymape.storage.files import atomic_write
 
 __all__ = ["Figure", "Report", "Row", "Section", "Table", "write_report"]
 

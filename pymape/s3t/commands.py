@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from pymape.files import atomic_write
 from pymape.s3t.config import EngineName, S3TConfig
+from pymape.storage.files import atomic_write
 
 __all__ = ["COMMANDS", "run_command"]
 
@@ -314,7 +314,7 @@ def _receipts(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 def _asked(ids: str | None, subjects: str | None, id_column: str) -> tuple[list[str], list[str]]:
     """What the files of ids and of subjects name."""
-    from pymape.data import load_ids
+    from pymape.data.tables import load_ids
 
     files = (("ids", ids), ("subjects", subjects))
     named, people = ([] if path is None else load_ids(path, id_column, argument=name) for name, path in files)

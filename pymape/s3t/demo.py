@@ -25,8 +25,7 @@ import torch
 from tqdm import tqdm
 from transformers import ViTForImageClassification
 
-from pymape.digits import digit_records, load_digits, small_vit
-from pymape.runs import environment, quiet_transformers, run_folder, write_summary
+from pymape.data.digits import digit_records, load_digits, small_vit
 from pymape.s3t.config import LoraConfig, S3TConfig, S3TDemoConfig, StageConfig
 from pymape.s3t.demo_page import demo_text, write_demo_page
 from pymape.s3t.ensemble import Ensemble
@@ -34,6 +33,7 @@ from pymape.s3t.sisa import one_group, split_rows, train_plain, train_sisa
 from pymape.s3t.stages import encode_row, unpack_stage
 from pymape.s3t.system import S3T
 from pymape.s3t.theory import forecast
+from pymape.storage.runs import environment, quiet_transformers, run_folder, write_summary
 
 __all__ = ["digit_parts", "pretrain", "run_s3t_demo"]
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pymape.files import overwrite, sync_tree
 from pymape.s3t import faults
-from pymape.store import file_hash
+from pymape.storage.files import overwrite, sync_tree
+from pymape.storage.store import file_hash
 
 __all__ = ["erase_files", "erase_folder", "revoke_export", "try_each"]
 

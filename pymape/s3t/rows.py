@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pymape.data.positions import most_tokens
 from pymape.losses import IGNORED_LABEL, check_labels, task_of
-from pymape.positions import most_tokens
 from pymape.s3t.adapters import model_class
 from pymape.s3t.config import S3TConfig
 from pymape.s3t.stages import decode_row, encode_row

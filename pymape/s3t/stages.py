@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from pymape.batching import bare_record
+from pymape.data.records import bare_record
 
 __all__ = [
     "Provenance",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from pymape.batching import bare_record
+from pymape.data.records import bare_record
 from pymape.s3t.adapters import SlicedAdapters, base_hash, load_base
 from pymape.s3t.config import EngineName, LoraConfig, S3TConfig, StageConfig, check_config
 from pymape.s3t.engines import Engine

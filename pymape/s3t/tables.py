@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pymape.checkpoint import load_tokenizer
-from pymape.data import Records, load_records, read_table, validate_labels
+from pymape.data.tables import Records, load_records, read_table, validate_labels
 from pymape.s3t.adapters import model_class
 from pymape.s3t.config import S3TConfig
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from pymape.data.positions import most_tokens
 from pymape.experiments.config import SettingConfig
 from pymape.metrics import QuestionSet
-from pymape.positions import most_tokens
 
 __all__ = [
     "JUDGED",

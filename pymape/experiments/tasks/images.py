@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ViTConfig
 
-from pymape.digits import load_digits, small_vit
+from pymape.data.digits import load_digits, small_vit
 from pymape.experiments.tasks.base import VALIDATION, Record, Split, Task, digest
 
 __all__ = ["make_arrays", "make_digits", "make_folder"]

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from pymape.checkpoint import load_tokenizer
-from pymape.data import read_delimited
+from pymape.data.tables import read_delimited
 from pymape.experiments.tasks.base import VALIDATION, Record, Split, Task, check_max_length, digest, read_bytes
 
 __all__ = ["make_table"]

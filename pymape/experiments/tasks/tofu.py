@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from pymape.batching import ALTERNATIVE
+from pymape.data.records import ALTERNATIVE
 from pymape.experiments.tasks.base import Forgetting, Record, Split, Task, digest, read_bytes
 from pymape.metrics import QuestionSet, answer_records
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pymape.batching import PaddingCollator, bare_record, record_lengths
+from pymape.data.batching import PaddingCollator, record_lengths
+from pymape.data.records import bare_record
 from pymape.experiments.config import TaskConfig
 from pymape.experiments.kinds import KINDS
 from pymape.experiments.tasks.base import Record

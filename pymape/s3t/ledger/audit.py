@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pymape.files import atomic_write
 from pymape.s3t import faults
 from pymape.s3t.ledger.database import Database, now
+from pymape.storage.files import atomic_write
 
 __all__ = ["AuditEntry", "AuditLog", "first_entry"]
 

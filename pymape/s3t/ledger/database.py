@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pymape.files import overwrite
 from pymape.s3t import faults
+from pymape.storage.files import overwrite
 
 __all__ = ["Database", "create_database", "now"]
 

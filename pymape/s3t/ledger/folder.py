@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from pymape.files import sync_tree
+from pymape.storage.files import sync_tree
 
 __all__ = ["ANCHOR", "CACHE", "DATABASE", "KEY", "LOCK", "STAGES", "TEMPORARY", "check_free", "write_key"]
 

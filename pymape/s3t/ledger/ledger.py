@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pymape.files import FileLock, atomic_write
 from pymape.s3t import faults
 from pymape.s3t.erasure import erase_files, try_each
 from pymape.s3t.ledger.audit import AuditLog, first_entry
@@ -17,6 +16,7 @@ from pymape.s3t.ledger.database import Database, create_database, now
 from pymape.s3t.ledger.folder import ANCHOR, DATABASE, KEY, LOCK, STAGES, check_free, write_key
 from pymape.s3t.ledger.stages import StageRow
 from pymape.s3t.ledger.verify import LedgerVerify
+from pymape.storage.files import FileLock, atomic_write
 
 __all__ = ["Ledger"]
 

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pymape.files import atomic_write
 from pymape.prefix_cache import PrefixCache
 from pymape.s3t import faults
 from pymape.s3t.erasure import erase_files
 from pymape.s3t.ledger.folder import CACHE, STAGES
 from pymape.s3t.ledger.records import LedgerRecords
 from pymape.s3t.stages import Provenance, StageKey, row_digest, unpack_stage
+from pymape.storage.files import atomic_write
 
 __all__ = ["LedgerStages", "StageRow", "deepest"]
 

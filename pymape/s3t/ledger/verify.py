@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
-from pymape.files import written_elsewhere
 from pymape.s3t.ledger.finish import LedgerFinish
 from pymape.s3t.ledger.folder import LOCK, STAGES, TEMPORARY
 from pymape.s3t.ledger.requests import STATES, is_receipt, names_digest
 from pymape.s3t.ledger.stages import StageRow, deepest
 from pymape.s3t.stages import row_digest, unpack_stage
+from pymape.storage.files import written_elsewhere
 
 __all__ = ["LedgerVerify"]
 

@@ -13,25 +13,20 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from pymape.batching import PaddingCollator
+from pymape.data.batching import PaddingCollator
+from pymape.data.positions import PositionCollator, counts_padding
 from pymape.errors import NotFinite
 from pymape.forward import LABELS, eval_mode, padding_token
 from pymape.frozen_prefix import FrozenPrefix
 from pymape.losses import check_labels
 from pymape.masks import ModuleMasks
 from pymape.objectives import Objective, OneShot, RecordGradients, Step, UnlearnBatch, get_objective
+from pymape.objectives.sophia import Sophia, gauss_newton_bartlett
 from pymape.objectives.step import count_tokens
-from pymape.original import OriginalModel
-from pymape.pairing import PairCollator, PairDataset, PairSampler, check_set
 from pymape.partial import PartialParameters
-from pymape.positions import PositionCollator, counts_padding
 from pymape.prefix_cache import PrefixCache
-from pymape.preparation import embeddings_as_they_are, undo_preparation
 from pymape.processes import rank, world_size
-from pymape.reference_cache import ReferenceCache, weights_digest
-from pymape.sophia import Sophia, gauss_newton_bartlett
-from pymape.stopping import StopWhenForgotten
-from pymape.trainer_checks import (
+from pymape.trainer.checks import (
     check_choices,
     check_loss,
     check_weights,
@@ -40,6 +35,11 @@ from pymape.trainer_checks import (
     reject_ignored,
     reject_wrapped,
 )
+from pymape.trainer.original import OriginalModel
+from pymape.trainer.pairing import PairCollator, PairDataset, PairSampler, check_set
+from pymape.trainer.preparation import embeddings_as_they_are, undo_preparation
+from pymape.trainer.reference_cache import ReferenceCache, weights_digest
+from pymape.trainer.stopping import StopWhenForgotten
 
 __all__ = ["UnlearnTrainer"]
 

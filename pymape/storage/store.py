@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pymape.files import FileLock, atomic_write, sync_tree
+from pymape.storage.files import FileLock, atomic_write, sync_tree
 
 __all__ = ["FIRST", "STATE", "FolderStore", "Step", "file_hash"]
 

@@ -13,7 +13,7 @@ from pymape.losses import task_of
 from pymape.objectives.match import matched_losses
 from pymape.objectives.step import UnlearnBatch
 from pymape.partial import PartialParameters
-from pymape.reference_cache import ReferenceCache, record_digest, stack_rows
+from pymape.trainer.reference_cache import ReferenceCache, record_digest, stack_rows
 
 __all__ = ["OriginalModel"]
 

@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from session_tools import upper_masks, write_files
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainingArguments
 
-from pymape import pipeline
-from pymape.batching import PaddingCollator
 from pymape.cli import main
+from pymape.commands import unlearn as unlearn_command
+from pymape.commands.unlearn import fine_tune
 from pymape.config import TrainConfig
+from pymape.data.batching import PaddingCollator
 from pymape.masks import ModuleMasks
-from pymape.pipeline import fine_tune
 from pymape.prefix_cache import PrefixCache
 
 WORDS = [f"w{number}" for number in range(40)]
@@ -482,8 +482,8 @@ def test_a_checkpoint_in_half_precision_is_trained_in_full(files: Path, tmp_path
 def test_what_cannot_work_is_refused_before_anything_is_trained(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pipeline, "fine_tune", lambda *_: pytest.fail("nothing must be trained"))
-    monkeypatch.setattr(pipeline, "judge", lambda *_: pytest.fail("nothing must be judged"))
+    monkeypatch.setattr(unlearn_command, "fine_tune", lambda *_: pytest.fail("nothing must be trained"))
+    monkeypatch.setattr(unlearn_command, "judge", lambda *_: pytest.fail("nothing must be judged"))
     output = tmp_path / "run"
     for changes, message in (
         ({"objective": "rmu"}, "objective_options must have 'layer'"),

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from pymape.batching import ALTERNATIVE, bare_record, check_unique, collated, is_map_style, plain, record_id, tensor_of
+from pymape.data.batching import collated
+from pymape.data.records import ALTERNATIVE, bare_record, check_unique, is_map_style, plain, record_id, tensor_of
 from pymape.forward import LABELS, unlabelled
-from pymape.reference_cache import record_digest
+from pymape.trainer.reference_cache import record_digest
 
 __all__ = [
     "PairCollator",

@@ -7,11 +7,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from pymape.batching import ALTERNATIVE, PaddingCollator
 from pymape.checkpoint import CLASSIFIER, head_task
 from pymape.config import UnlearnConfig
-from pymape.data import Records, read_table, validate_labels
-from pymape.positions import most_tokens
+from pymape.data.batching import PaddingCollator
+from pymape.data.positions import most_tokens
+from pymape.data.records import ALTERNATIVE
+from pymape.data.tables import Records, read_table, validate_labels
 
 __all__ = ["Encoder"]
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from pymape.config import UnlearnConfig, check_config
-from pymape.data import Records, load_ids, load_records, read_table, split_forget
-from pymape.runs import IMPORTANCE, MODEL, environment, write_summary
-from pymape.store import FIRST, STATE, FolderStore
+from pymape.data.tables import Records, load_ids, load_records, read_table, split_forget
+from pymape.storage.runs import IMPORTANCE, MODEL, environment, write_summary
+from pymape.storage.store import FIRST, STATE, FolderStore
 
 __all__ = ["UnlearnSession", "run_request", "stored_options", "weights_hash"]
 
@@ -73,7 +73,7 @@ class UnlearnSession:
             ValueError: a folder in use, an option out of range, a model or data that cannot be used.
         """
         _check(config)
-        from pymape.session_request import start  # loads transformers
+        from pymape.session.request import start  # loads transformers
 
         store = FolderStore(folder, KIND, "create")
         try:
@@ -169,7 +169,7 @@ class UnlearnSession:
             if asked != own and (own is not None or name != "alternative_column"):
                 raise ValueError(f"data.{name} must be the session's, {own!r}, got {asked!r}")
         records, retain = self._records(forget, config)
-        from pymape.session_request import meet  # loads transformers
+        from pymape.session.request import meet  # loads transformers
 
         number = len(self._store.content["requests"]) + 1
         last, name = f"step-{number - 1:04d}", f"step-{number:04d}"

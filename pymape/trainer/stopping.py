@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pymape.batching import is_map_style, plain
-from pymape.pairing import check_set
+from pymape.data.records import is_map_style, plain
+from pymape.trainer.pairing import check_set
 
 __all__ = ["StopWhenForgotten"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pymape.config import DataConfig, UnlearnConfig
-from pymape.data import load_ids, load_records, read_table, split_forget
+from pymape.data.tables import load_ids, load_records, read_table, split_forget
 from pymape.losses import task_of
 from pymape.metrics.costs import measure_cost
 from pymape.metrics.distances import model_distance
@@ -19,7 +19,7 @@ from pymape.metrics.relearning import relearning_attack
 from pymape.metrics.scores import LANGUAGE_MODEL, RecordScores, record_scores
 from pymape.metrics.tofu import AnswerScores, QuestionSet, score_answers, tofu_metrics
 from pymape.report import aligned
-from pymape.runs import environment, quiet_transformers, run_folder, write_summary
+from pymape.storage.runs import environment, quiet_transformers, run_folder, write_summary
 
 __all__ = ["EvaluateConfig", "QuestionsConfig", "RelearnConfig", "run_evaluate"]
 
@@ -210,7 +210,7 @@ class _Evaluation:
     def _load(self, path: str) -> tuple[Any, Any, dict[str, list[dict[str, Any]]], Any]:
         """A model, its tokenizer, the sets encoded for it, and how they are collated."""
         from pymape.checkpoint import load_model  # loads transformers
-        from pymape.encoding import Encoder
+        from pymape.commands.encoding import Encoder
 
         config = UnlearnConfig(path, self.config.data)
         model, tokenizer = load_model(config, self.source)

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pymape.files import atomic_write, sync_tree, umask
+from pymape.storage.files import atomic_write, sync_tree, umask
 from pymape.version import __version__
 
 __all__ = [
@@ -202,7 +202,7 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     """Commit of the checkout this package is imported from; None for an installed package."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:

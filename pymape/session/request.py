@@ -11,13 +11,13 @@ from typing import Any
 from transformers import set_seed
 
 from pymape.checkpoint import load_model
+from pymape.commands.encoding import Encoder
+from pymape.commands.unlearn import Clock, Data, check_objective, fine_tune, judge, learn_masks, model_figures, unlearn
 from pymape.config import UnlearnConfig
-from pymape.data import Records
-from pymape.encoding import Encoder
+from pymape.data.tables import Records
 from pymape.importance import Importance
-from pymape.pipeline import Clock, Data, check_objective, fine_tune, judge, learn_masks, model_figures, unlearn
-from pymape.runs import IMPORTANCE, MASKS, MODEL, quiet_transformers
-from pymape.store import file_hash
+from pymape.storage.runs import IMPORTANCE, MASKS, MODEL, quiet_transformers
+from pymape.storage.store import file_hash
 
 __all__ = ["meet", "start"]
 

@@ -35,9 +35,10 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from pymape.commands.demo_page import Evidence, summary_text, write_page
+from pymape.commands.demo_results import aggregate, paired_differences
 from pymape.config import DemoConfig
-from pymape.demo_page import Evidence, summary_text, write_page
-from pymape.digits import CLASSES
+from pymape.data.digits import CLASSES
 from pymape.experiments.config import MethodConfig, SelectionConfig, SettingConfig, TaskConfig
 from pymape.experiments.methods import Chosen, Measured, choose, unlearn
 from pymape.experiments.tasks import (
@@ -51,8 +52,7 @@ from pymape.experiments.tasks import (
     without_class,
 )
 from pymape.metrics import Predictions, mean_gap, predict, summarise
-from pymape.results import aggregate, paired_differences
-from pymape.runs import MODEL, environment, quiet_transformers, run_folder, write_summary
+from pymape.storage.runs import MODEL, environment, quiet_transformers, run_folder, write_summary
 
 __all__ = ["run_demo"]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from pymape.architectures import config_text
-from pymape.files import atomic_write
+from pymape.storage.files import atomic_write
 
 __all__ = ["ReferenceCache", "record_digest", "stack_rows", "weights_digest"]
 

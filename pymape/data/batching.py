@@ -11,33 +11,22 @@ from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
-    IterableDataset,
     RandomSampler,
     Sampler,
     SequentialSampler,
     default_collate,
 )
 
+from pymape.data.records import bare_record, is_map_style, is_numeric, record_id
 from pymape.losses import IGNORED_LABEL
 
 __all__ = [
-    "ALTERNATIVE",
     "LengthBucketSampler",
     "PaddingCollator",
     "RecordBatches",
-    "bare_record",
-    "check_unique",
     "collated",
-    "is_map_style",
-    "plain",
-    "record_id",
     "record_lengths",
-    "sample_of",
-    "tensor_of",
 ]
-
-# Fields of a record that hold another answer to the same question: `alternative_input_ids`, `alternative_labels`.
-ALTERNATIVE = "alternative_"
 
 _PADDING = {"labels": IGNORED_LABEL, "special_tokens_mask": 1}
 _LABELS = ("labels", "label", "label_ids")  # the first that a record has counts, as in transformers' own collator
@@ -84,7 +73,7 @@ class PaddingCollator:
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         fields = [(name, value) for record in records for name, value in record.items()]
-        names = dict.fromkeys(name for name, value in fields if name == "input_ids" or _is_numeric(value))
+        names = dict.fromkeys(name for name, value in fields if name == "input_ids" or is_numeric(value))
         columns = {name: _column(name, records) for name in names if name not in _LABELS}
         label = next((name for name in _LABELS if name in names), None)
         if label is not None:
@@ -217,56 +206,6 @@ def record_lengths(data: Any, positions: Sequence[int] | None = None) -> list[in
     return [_length(columns[place], place) for place in places]
 
 
-def bare_record(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model is to see of a record: not its `id`, nor an alternative answer."""
-    return {name: value for name, value in record.items() if name != "id" and not name.startswith(ALTERNATIVE)}
-
-
-def record_id(record: Mapping[str, Any]) -> str:
-    """The `id` of a record, as text.
-
-    Raises:
-        ValueError: it has none.
-    """
-    if "id" not in record:
-        raise ValueError(f"records must have an id, all or none of them, got one with {sorted(record)}")
-    return str(plain(record["id"]))
-
-
-def plain(value: Any) -> Any:
-    """The Python value of a tensor, array or number of numpy without dimensions; anything else as it is."""
-    return value.item() if getattr(value, "ndim", None) == 0 else value
-
-
-def tensor_of(value: Any) -> Any:
-    """Numbers as a tensor; anything else as it is."""
-    return torch.as_tensor(value) if _is_numeric(value) else value
-
-
-def is_map_style(data: Any) -> bool:
-    """Whether a data set has a length and can be indexed."""
-    return hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, IterableDataset)
-
-
-def check_unique(ids: Sequence[str], taken: set[str] | None = None, *, name: str = "ids") -> None:
-    """Refuse ids that repeat each other or those in `taken`, and add them to it.
-
-    Raises:
-        ValueError: naming what they are, and those that repeat.
-    """
-    taken = set() if taken is None else taken
-    twice: list[str] = []
-    for one in ids:
-        (twice.append if one in taken else taken.add)(one)
-    if twice:
-        raise ValueError(f"{name} must be unique, got {sample_of(twice)} more than once")
-
-
-def sample_of(ids: Sequence[str]) -> str:
-    """The first few of some ids, for a message."""
-    return f"{list(ids[:5])}" + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
-
-
 def collated(collate: Callable[[list[Any]], Any], records: Sequence[Mapping[str, Any]]) -> Any:
     """A batch of what the model is to see of records.
 
@@ -309,20 +248,12 @@ def _takes_all(sampler: Any, count: int) -> bool:
     return type(sampler) is SequentialSampler
 
 
-def _is_numeric(value: Any) -> bool:
-    while isinstance(value, list | tuple):
-        if not value:
-            return False
-        value = value[0]
-    return not isinstance(value, str | bytes) and (hasattr(value, "dtype") or isinstance(value, int | float))
-
-
 def _column(name: str, records: Sequence[Mapping[str, Any]]) -> list[Tensor]:
     """A field of every record, as tensors."""
     values = []
     for place, record in enumerate(records):
         try:
-            value = torch.as_tensor(record[name]) if _is_numeric(record[name]) else None
+            value = torch.as_tensor(record[name]) if is_numeric(record[name]) else None
         except (KeyError, TypeError, ValueError, RuntimeError):
             value = None
         if value is None or value.numel() == 0:

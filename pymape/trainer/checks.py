@@ -13,7 +13,7 @@ from transformers import IntervalStrategy, PreTrainedModel, TrainingArguments
 from pymape.losses import task_of
 from pymape.masks import ModuleMasks
 from pymape.objectives import Objective
-from pymape.pairing import alternative_answer, check_set, checked_sets, holds_all
+from pymape.trainer.pairing import alternative_answer, check_set, checked_sets, holds_all
 
 __all__ = [
     "check_choices",

@@ -21,22 +21,23 @@ from transformers import (
 )
 
 from pymape.architectures import find_layers
-from pymape.batching import ALTERNATIVE, PaddingCollator
 from pymape.checkpoint import full_precision, load_model
+from pymape.commands.encoding import Encoder
+from pymape.commands.unlearn_page import summary_text, write_page
 from pymape.config import TrainConfig, UnlearnConfig, check_config
-from pymape.data import load_ids, load_records, split_forget
-from pymape.encoding import Encoder
+from pymape.data.batching import PaddingCollator
+from pymape.data.records import ALTERNATIVE
+from pymape.data.tables import load_ids, load_records, split_forget
 from pymape.importance import Importance, importance
 from pymape.masks import ModuleMasks
 from pymape.metrics import Predictions, mean_gap, measure_cost, predict, summarise
 from pymape.objectives import get_objective
-from pymape.pairing import holds_all
 from pymape.prefix_cache import PrefixCache
-from pymape.runs import MASKS, MODEL, environment, quiet_transformers, run_folder, write_summary
 from pymape.search import search
-from pymape.stopping import StopWhenForgotten
+from pymape.storage.runs import MASKS, MODEL, environment, quiet_transformers, run_folder, write_summary
 from pymape.trainer import UnlearnTrainer
-from pymape.unlearn_page import summary_text, write_page
+from pymape.trainer.pairing import holds_all
+from pymape.trainer.stopping import StopWhenForgotten
 
 __all__ = ["run_unlearn"]
 

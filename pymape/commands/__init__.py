@@ -1,0 +1,1 @@
+"""What the `pymape` command runs, one module a command, and the page that each leaves."""

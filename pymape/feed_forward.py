@@ -1,0 +1,151 @@
+"""Feed-forward blocks whose forward pass is replaced: gated by `modules`, fused for `PartialParameters`, or both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from pymape.architectures import LayerModules, find_layers
+from pymape.layers import gate_filters, is_unhooked
+from pymape.ops.masked_activation import masked_activation
+
+__all__ = [
+    "STATE",
+    "FilterState",
+    "GateState",
+    "bind",
+    "check_batch",
+    "filter_state",
+    "fuse_ffn",
+    "is_instrumented",
+    "unbind",
+    "unfuse_ffn",
+]
+
+STATE = "_pymape"  # the attribute of an instrumented module: a plain object, so that the state_dict stays as it is
+
+
+@dataclass(eq=False)
+class GateState:
+    """What an instrumented attention module remembers."""
+
+    backend: str
+    gate: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GateState:
+        # A gate is often a view of a larger leaf, which torch cannot deepcopy; the copy starts from the same values.
+        return replace(self, gate=None if self.gate is None else self.gate.detach().clone())
+
+
+@dataclass(eq=False)
+class FilterState(GateState):
+    """The same for a feed-forward module, instrumented or fused, with its submodules by name.
+
+    Names outlive deepcopy and LoRA wrapping.
+    """
+
+    method: str = "forward"
+    activation: str | None = None
+    linear_name: str = ""
+    up_name: str | None = None
+    activation_name: str = ""
+    tail_names: tuple[str, ...] = ()
+    fused: tuple[str, ...] = ()  # devices on which the activation is fused even without a gate
+
+
+def is_instrumented(model: nn.Module) -> bool:
+    """Whether `instrument` has been called on the model."""
+    return any(type(vars(module).get(STATE)) is GateState for module in model.modules())
+
+
+def fuse_ffn(model: nn.Module, devices: tuple[str, ...]) -> None:
+    """Fuse the activation of gated feed-forward blocks with the product, gated by `set_gates` or not.
+
+    Args:
+        model: a supported model, instrumented or not.
+        devices: types of devices on which the activation is fused where there is no gate.
+    """
+    for layer in find_layers(model):
+        state = vars(layer.ffn).get(STATE)
+        if state is None and layer.ffn_method not in vars(layer.ffn):
+            state = filter_state(layer, "auto")
+        if state is not None and state.up_name is not None and state.activation is not None:
+            state.fused = devices
+            bind(layer.ffn, state)
+
+
+def unfuse_ffn(model: nn.Module) -> None:
+    """Undo `fuse_ffn`."""
+    instrumented = is_instrumented(model)
+    for module in model.modules():
+        state = vars(module).get(STATE)
+        if isinstance(state, FilterState):
+            state.fused = ()
+            if not instrumented:
+                unbind(module, state)
+
+
+def bind(ffn: nn.Module, state: FilterState) -> None:
+    setattr(ffn, STATE, state)
+    setattr(ffn, state.method, MethodType(_gated_ffn, ffn))
+
+
+def unbind(ffn: nn.Module, state: FilterState) -> None:
+    delattr(ffn, STATE)
+    delattr(ffn, state.method)
+
+
+def filter_state(layer: LayerModules, backend: str) -> FilterState:
+    before: FilterState | None = vars(layer.ffn).get(STATE)
+    names = {module: name for name, module in layer.ffn.named_modules()}
+    activation = layer.activation if is_unhooked(layer.ffn_activation) else None
+    if activation is None and backend not in ("auto", "reference"):
+        name = type(layer.ffn_activation).__name__
+        raise ValueError(f"backend must be 'auto' or 'reference' for the activation {name}, got {backend!r}")
+    if before is None and layer.ffn_method in vars(layer.ffn):
+        raise ValueError(f"model must not have a replaced {layer.ffn_method} in {type(layer.ffn).__name__}")
+    return FilterState(
+        backend,
+        method=layer.ffn_method,
+        activation=activation,
+        linear_name=names[layer.ffn_in],
+        up_name=None if layer.ffn_up is None else names[layer.ffn_up],
+        activation_name=names[layer.ffn_activation],
+        tail_names=tuple(names[module] for module in layer.ffn_tail),
+        fused=() if before is None else before.fused,
+    )
+
+
+def _gated_ffn(module: nn.Module, x: Tensor) -> Tensor:
+    """What the feed-forward method is rebound to: filters, gate, and whatever the original does after them."""
+    state: FilterState = getattr(module, STATE)
+    if state.gate is None and x.device.type not in state.fused:
+        return getattr(type(module), state.method)(module, x)
+    if state.gate is not None:
+        check_batch(state.gate, x.shape[0])
+    linear = module.get_submodule(state.linear_name)
+    up = None if state.up_name is None else module.get_submodule(state.up_name)
+    activation = module.get_submodule(state.activation_name)
+    if state.gate is None:
+        hidden = masked_activation(linear(x), up=None if up is None else up(x), activation=str(state.activation))
+    elif state.backend == "reference" or state.activation is None:
+        hidden = activation(linear(x))
+        hidden = hidden if up is None else hidden * up(x)
+        gate = state.gate if state.gate.dim() == 1 else state.gate.unsqueeze(1)
+        hidden = (hidden * gate).to(hidden.dtype)
+    else:
+        hidden = gate_filters(linear, up, x, state.gate, state.activation, state.backend)
+    for name in state.tail_names:
+        hidden = module.get_submodule(name)(hidden)
+    return hidden
+
+
+def check_batch(gate: Tensor, batch: int) -> None:
+    if gate.dim() == 2 and gate.shape[0] != batch:
+        raise ValueError(
+            f"per-sample gates must have one row per row of the batch ({batch}), got {gate.shape[0]}; "
+            "beam search and the like, which repeat samples, need gates shared by all samples"
+        )

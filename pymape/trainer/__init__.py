@@ -1,0 +1,5 @@
+"""Unlearning with `transformers.Trainer`."""
+
+from pymape.trainer.trainer import UnlearnTrainer
+
+__all__ = ["UnlearnTrainer"]
