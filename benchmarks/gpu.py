@@ -66,7 +66,7 @@ _EXPECTED = {"build": 240, "operators": 240, "tiles": 240, "models": 180} | dict
 )
 _MEASURING = ("benchmarks/harness.py", "benchmarks/timing.py", "benchmarks/shapes.py")
 _OPERATORS = "benchmarks/gpu_operators.py"
-_MODEL_TESTS = ("tests/test_instrumented_models.py", "tests/test_importance.py")
+_MODEL_TESTS = ("tests/test_instrumented_models.py", "tests/test_importance.py", "tests/test_fused.py")
 
 
 @dataclass(frozen=True)
