@@ -1,8 +1,8 @@
 """Which backends can run here, and the one rule that chooses among them.
 
-The rule for `backend="auto"`: CPU tensors take `cpu`; CUDA tensors take `triton` where the operator has a Triton kernel
-and triton is installed, and `cuda` otherwise, or, with a warning, `reference` where the CUDA kernels were not built;
-tensors of any other device take `reference`. One operator differs: `selected_weight_grad` takes `cuda`, since gathering
+The rule for `backend="auto"`: the first of the operator's backends, in its own order, that can run on the tensors.
+Every order begins with `cpu` and ends with `reference`, which a CUDA tensor takes with a warning. Between them comes
+`triton` before `cuda`, where an operator has both; `selected_weight_grad` has them the other way round, since gathering
 once is less work there than in every tile. A backend asked for by name either runs or raises with the reason.
 """
 
@@ -46,7 +46,7 @@ def _triton_interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def _why_not(backend: str, device: torch.device) -> str | None:
+def _why_not(backend: str, device: torch.device, needs_core: bool = True) -> str | None:
     """Return why `backend` cannot work on tensors of `device`, or None if it can."""
     if backend == "reference":
         return None
@@ -55,7 +55,9 @@ def _why_not(backend: str, device: torch.device) -> str | None:
     if backend == "cuda":
         if device.type != "cuda":
             return f"it needs CUDA tensors, got tensors on {device}"
-        return None if native().has_cuda else "this build has no CUDA kernels (it was built without nvcc 12 or newer)"
+        if needs_core and not native().has_cuda:
+            return "this build has no CUDA kernels (it was built without nvcc 12 or newer)"
+        return None
     if not _has_triton():
         return "triton is not installed"
     if device.type != "cuda" and not (device.type == "cpu" and _triton_interpreted()):
@@ -63,14 +65,17 @@ def _why_not(backend: str, device: torch.device) -> str | None:
     return None
 
 
-def resolve_backend(op: str, backend: str, device: torch.device, *, supported: tuple[str, ...]) -> str:
+def resolve_backend(
+    op: str, backend: str, device: torch.device, *, supported: tuple[str, ...], needs_core: bool = True
+) -> str:
     """Turn a `backend` argument into the backend to run.
 
     Args:
         op: the operator's name, for messages.
         backend: one of `BACKENDS`.
         device: where the operator's tensors are.
-        supported: the backends that implement the operator, without `auto`.
+        supported: the backends that implement the operator, in the order in which `auto` tries them.
+        needs_core: whether its `cuda` is a kernel of the native core, not torch's own.
 
     Returns:
         One of `supported`.
@@ -80,24 +85,23 @@ def resolve_backend(op: str, backend: str, device: torch.device, *, supported: t
         RuntimeError: the backend was asked for and cannot run here.
     """
     if backend == "auto":
-        if device.type == "cpu":
-            return "cpu"
-        if device.type == "cuda":
-            return "triton" if "triton" in supported and _has_triton() else _cuda_or_reference(op, device, supported)
-        return "reference"
+        return _first(op, device, supported, needs_core)
     if backend not in supported:
         valid = ", ".join(("auto", *supported))
         raise ValueError(f"backend of {op} must be one of {valid}, got {backend!r}")
-    reason = _why_not(backend, device)
+    reason = _why_not(backend, device, needs_core)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} of {op} cannot run: {reason}")
     return backend
 
 
-def _cuda_or_reference(op: str, device: torch.device, supported: tuple[str, ...]) -> str:
-    reason = _why_not("cuda", device) if "cuda" in supported else "triton is not installed"
-    if reason is None:
-        return "cuda"
-    if not torch.compiler.is_compiling():  # under torch.compile a warning would break the graph
+def _first(op: str, device: torch.device, supported: tuple[str, ...], needs_core: bool) -> str:
+    reason = None
+    for backend in supported[:-1]:
+        reason = _why_not(backend, device, needs_core)
+        if reason is None:
+            return backend
+    # Under torch.compile a warning would break the graph.
+    if device.type == "cuda" and not torch.compiler.is_compiling():
         warnings.warn(f"{op} runs in plain torch: {reason}", stacklevel=3)
-    return "reference"
+    return supported[-1]

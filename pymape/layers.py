@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pymape.backends import resolve_backend
-from pymape.ops.masked_attention import gate_heads, masked_attention
+from pymape.ops.masked_attention import SUPPORTED, gate_heads, masked_attention
 from pymape.ops.masked_ffn import ACTIVATIONS, masked_activation, masked_ffn
 
 __all__ = ["MaskedFeedForward", "MaskedMultiheadAttention"]
@@ -168,8 +168,7 @@ class MaskedFeedForward(nn.Module):
 
 def takes_triton(backend: str, tensor: Tensor) -> bool:
     """Whether attention runs as one Triton kernel; otherwise it is torch's, with the head gate behind it."""
-    supported = ("cpu", "cuda", "triton", "reference")
-    return resolve_backend("masked_attention", backend, tensor.device, supported=supported) == "triton"
+    return resolve_backend("masked_attention", backend, tensor.device, supported=SUPPORTED) == "triton"
 
 
 def gate_output(output: Tensor, gate: Tensor, backend: str) -> Tensor:

@@ -12,7 +12,7 @@ from pymape import backends
 from pymape.backends import resolve_backend
 from pymape.ops.masked_activation import resolve_ffn_backend
 
-ALL = ("cpu", "cuda", "triton", "reference")
+ALL = ("cpu", "triton", "cuda", "reference")
 GPU = torch.device("cuda")
 
 
@@ -28,6 +28,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, *, cuda: bool, triton: bool) -> Non
         (ALL, True, False, "cuda"),
         (("cpu", "cuda", "reference"), True, True, "cuda"),
         (("cpu", "triton", "reference"), False, True, "triton"),
+        (("cpu", "cuda", "triton", "reference"), True, True, "cuda"),
     ],
 )
 def test_auto_on_a_gpu(
@@ -55,8 +56,14 @@ def test_what_was_not_built_is_said(
         resolve_backend("op", named, GPU, supported=supported)
 
 
+def test_what_torch_computes_needs_no_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, cuda=False, triton=True)
+    for backend in ("auto", "cuda"):
+        assert resolve_backend("op", backend, GPU, supported=("cpu", "cuda", "reference"), needs_core=False) == "cuda"
+
+
 def test_compiling_says_nothing_and_breaks_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_why_not", lambda backend, device: "it cannot")
+    monkeypatch.setattr(backends, "_why_not", lambda *_: "it cannot")
 
     def chosen(x: torch.Tensor) -> torch.Tensor:
         backend = resolve_backend("op", "auto", GPU, supported=("cpu", "cuda", "reference"))

@@ -375,7 +375,7 @@ X, W = torch.zeros(2, 3, 4), torch.zeros(5, 4)
         ({"weight": W.half()}, "weight must have the dtype of x torch.float32, got torch.float16"),
         ({"gate": torch.zeros(5).int()}, "gate must be fp64, fp32, bf16 or fp16, got torch.int32"),
         ({"bias": torch.zeros(5, device="meta")}, "bias must be on the device of x cpu, got meta"),
-        ({"backend": "metal"}, "backend of masked_ffn must be one of auto, cpu, cuda, triton, reference, got 'metal'"),
+        ({"backend": "metal"}, "backend of masked_ffn must be one of auto, cpu, triton, cuda, reference, got 'metal'"),
     ],
 )
 def test_bad_input(arguments: dict[str, Any], message: str) -> None:

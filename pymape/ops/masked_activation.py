@@ -14,7 +14,7 @@ from pymape.ops.second_derivative import refuse_second_derivative
 __all__ = ["ACTIVATIONS", "masked_activation", "masked_activation_reference"]
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
-_SUPPORTED = ("cpu", "cuda", "triton", "reference")
+_SUPPORTED = ("cpu", "triton", "cuda", "reference")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

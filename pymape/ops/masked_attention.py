@@ -11,6 +11,8 @@ from pymape.ops.second_derivative import refuse_second_derivative
 
 __all__ = ["gate_heads", "gate_heads_reference", "masked_attention", "masked_attention_reference"]
 
+SUPPORTED = ("cpu", "triton", "cuda", "reference")
+_WITHOUT_TRITON = ("cpu", "cuda", "reference")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -42,7 +44,7 @@ def gate_heads(output: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor
     if output.dtype not in _FLOATS:
         raise ValueError(f"output must be fp64, fp32, bf16 or fp16, got {output.dtype}")
     _check_gate(gate, output, batch=output.shape[0], heads=output.shape[2])
-    chosen = resolve_backend("gate_heads", backend, output.device, supported=("cpu", "cuda", "reference"))
+    chosen = resolve_backend("gate_heads", backend, output.device, supported=_WITHOUT_TRITON)
     if chosen == "reference":
         return gate_heads_reference(output, gate)
     return torch.ops.pymape.gate_heads(output, gate, chosen)
@@ -117,9 +119,7 @@ def masked_attention(
     scale = size**-0.5 if scale is None else float(scale)
 
     problem = _why_no_triton(query, attn_mask)
-    supported = (
-        ("cpu", "cuda", "reference") if problem and backend == "auto" else ("cpu", "cuda", "triton", "reference")
-    )
+    supported = _WITHOUT_TRITON if problem and backend == "auto" else SUPPORTED
     chosen = resolve_backend("masked_attention", backend, query.device, supported=supported)
     if chosen == "reference":
         return masked_attention_reference(

@@ -11,6 +11,7 @@ from pymape.backends import resolve_backend
 
 __all__ = ["selected_weight_grad", "selected_weight_grad_reference"]
 
+# Scattered columns are loaded 2 bytes at a time, so that gathering them once beats gathering in every tile.
 _SUPPORTED = ("cpu", "cuda", "triton", "reference")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _AXES = ("rows", "columns")
@@ -42,11 +43,9 @@ def selected_weight_grad(x: Tensor, dy: Tensor, index: Tensor | None, axis: str,
     (arXiv 2412.06289).
     """
     _check(x, dy, index, axis)
-    if backend == "auto" and x.is_cuda:
-        # Scattered columns are loaded 2 bytes at a time, so that gathering them once beats gathering in every tile.
-        chosen = "cuda"  # which needs nothing but torch
-    else:
-        chosen = resolve_backend("selected_weight_grad", backend, x.device, supported=_SUPPORTED)
+    chosen = resolve_backend(
+        "selected_weight_grad", backend, x.device, supported=_SUPPORTED, needs_core=False
+    )  # its `cuda` is torch's own
     if chosen == "triton" and x.dtype == torch.float64:
         raise RuntimeError("backend 'triton' of selected_weight_grad cannot run: it takes fp32, bf16 and fp16")
     if chosen == "reference":
