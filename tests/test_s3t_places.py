@@ -149,6 +149,48 @@ def test_an_export_whose_disk_was_not_there_is_erased_when_it_is(tmp_path: Path)
         assert ledger.verify()["problems"] == []
 
 
+@pytest.mark.parametrize("asked", ["before", "meanwhile", "never"])
+def test_an_interrupted_export_whose_disk_was_not_there_is_erased_when_it_is(tmp_path: Path, asked: str) -> None:
+    disk, away, partial = tmp_path / "disk", tmp_path / "away", tmp_path / "disk" / ".export.x.partial"
+    disk.mkdir()
+    with trained_ledger(tmp_path / "system") as ledger:
+        names = names_in(ledger, 0, 0)[:1]
+    code = f"""
+import os
+from pathlib import Path
+from pymape.s3t.ledger import Ledger
+ledger, partial = Ledger({str(tmp_path / "system")!r}), Path({str(partial)!r})
+with ledger.exporting(partial, [row.key for row in ledger.serving()[0]]):
+    partial.mkdir()
+    (partial / "adapter").write_bytes({CONTENT!r})
+    if {asked == "before"}:
+        ledger.tombstone([("one", {names!r})])
+    os._exit(9)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    os.link(partial / "adapter", tmp_path / "link")
+    disk.rename(away)
+    for _ in range(2):
+        with Ledger(tmp_path / "system") as ledger:
+            assert ledger.verify()["problems"] == []
+    with Ledger(tmp_path / "system") as ledger:
+        if asked == "meanwhile":
+            ledger.tombstone([("one", names)])
+            ledger.finish()
+        requests = [receipt["state"] for receipt in ledger.requests()]
+        assert requests == ["verified"] * (asked != "never")
+        assert [entry["outcome"]["missing"] for entry in ledger.exports()] == [["."]] * len(requests)
+        away.rename(disk)
+        assert len(ledger.verify()["problems"]) == len(requests)
+        ledger.finish()
+        if asked != "never":
+            assert [entry["outcome"]["erased"] for entry in ledger.exports()] == [["."]]
+    with Ledger(tmp_path / "system") as ledger:
+        assert ledger.verify()["problems"] == []
+    assert not partial.exists()
+    assert not any((tmp_path / "link").read_bytes())
+
+
 def test_a_later_export_in_the_place_of_a_revoked_one_is_left_alone(tmp_path: Path) -> None:
     with trained_ledger(tmp_path / "system", shards=2) as ledger:
         for shard in (0, 1):

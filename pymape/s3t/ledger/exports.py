@@ -20,6 +20,7 @@ __all__ = ["LedgerExports"]
 # Revoked, and no later export took the place.
 _OVER = "outcome NOTNULL AND NOT EXISTS (SELECT 1 FROM exports l WHERE l.path = e.path AND l.export > e.export)"
 _PARTIAL = ".partial"  # how the folder of an export is called while it is written
+_ALL = "."  # stands for the files of such a folder, whose names are not known
 
 
 class LedgerExports(LedgerStages):
@@ -70,7 +71,7 @@ class LedgerExports(LedgerStages):
 
     @contextmanager
     def exporting(self, folder: str | os.PathLike[str], stages: Iterable[StageKey]) -> Iterator[None]:
-        """A block that writes an export in a temporary folder: what a crash leaves of it is erased at the next opening.
+        """A block that writes an export in a temporary folder. What a crash leaves of it is erased when it is found.
 
         A request that ends one of the stages meanwhile is not erased before the block has ended.
 
@@ -92,7 +93,10 @@ class LedgerExports(LedgerStages):
             with self._landed:
                 self._exporting.discard(export)
                 self._landed.notify_all()
-                with contextlib.suppress(OSError):  # a full disk; the next opening forgets it
+                with contextlib.suppress(OSError):  # a full disk; it will be missing
+                    if Path(path).parent.is_dir() and not os.path.lexists(path):  # moved or removed, as it should be
+                        with self._change("forget export"):
+                            self._drop_export(export)
                     self._sweep_exports()
 
     def exports(self) -> list[dict[str, Any]]:
@@ -135,9 +139,11 @@ class LedgerExports(LedgerStages):
         for export, path in self._db.rows("SELECT export, path FROM exports WHERE files = 'null'"):
             if export in self._exporting or not path.endswith(_PARTIAL):  # no other folder is all ours
                 continue
+            if not os.path.lexists(path):  # its disk may come back
+                continue
             try:
                 erase_folder(Path(path))
-            except OSError:  # its disk may come back
+            except OSError:  # tried again
                 continue
             with self._change("forget export"):
                 self._drop_export(export)
@@ -151,15 +157,18 @@ class LedgerExports(LedgerStages):
             )
         ):
             contents = json.loads(files)
+            if contents is None:
+                contents = {_ALL: ""} if path.endswith(_PARTIAL) else {}
             try:
-                if contents is None and path.endswith(_PARTIAL):
-                    erase_folder(Path(path))
-                outcome = revoke_export(Path(path), contents or {})
+                outcome = _erased(Path(path), contents)
             except OSError as error:
                 failed.setdefault(request, error)
                 continue
             with self._db.transaction("revoke"):
-                self._db.run("UPDATE exports SET outcome = ? WHERE export = ?", (json.dumps(outcome), export))
+                self._db.run(
+                    "UPDATE exports SET outcome = ?, files = ? WHERE export = ?",
+                    (json.dumps(outcome), json.dumps(contents), export),
+                )
         return failed
 
     def _revoke_late(self) -> None:
@@ -173,7 +182,7 @@ class LedgerExports(LedgerStages):
             outcome = json.loads(text)
             missing = {file: json.loads(files)[file] for file in outcome["missing"]}
             with contextlib.suppress(OSError):
-                late = revoke_export(Path(path), missing)
+                late = _erased(Path(path), missing)
                 if len(late["missing"]) == len(missing):
                     continue
                 outcome |= {"missing": late["missing"]}
@@ -192,3 +201,12 @@ class LedgerExports(LedgerStages):
         """What became of the exports that requests revoked."""
         rows = self._db.rows_in("SELECT outcome FROM exports WHERE request IN ({}) ORDER BY export", requests)
         return [json.loads(outcome) for (outcome,) in rows]
+
+
+def _erased(folder: Path, files: Mapping[str, str]) -> dict[str, Any]:
+    """What `revoke_export` tells, also of an export that was being written."""
+    if _ALL not in files:
+        return revoke_export(folder, files)
+    there = folder.is_dir()
+    erase_folder(folder)
+    return {"path": str(folder), "erased": [_ALL] * there, "changed": [], "missing": [_ALL] * (not there)}
