@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 from tqdm import tqdm
@@ -176,35 +177,46 @@ def train_planned(
         ValueError: a base model that has changed, or a stage whose training failed; all that finished has landed.
     """
     load_base(config.model, config.labels, ledger.base)  # what every worker would refuse is refused before they start
+    open_jobs: set[StageKey] = set()
+    try:
+        with _opened(engine, workers, address, config.stage.device) as chosen:
+            plan()
+            folder = str(ledger.folder / CACHE) if cache and chosen.reaches_cache else None
+            done = _train(ledger, config, chosen, folder, open_jobs, progress)
+    finally:  # after an interruption; no worker goes on, which could cache what is erased
+        for key in open_jobs:
+            ledger.erase_late(key)
+    return done | {"switched_off": ledger.switched_off()}
+
+
+def _train(
+    ledger: Ledger,
+    config: S3TConfig,
+    engine: Engine,
+    cache: str | None,
+    open_jobs: set[StageKey],
+    progress: bool | None,
+) -> dict[str, int]:
+    """Have an engine train what is planned; `open_jobs` names what it is at, or was when it was interrupted."""
     done = {"trained": 0, "discarded": 0}
     failure: BaseException | None = None
-    chosen = make_engine(engine, workers, address, config.stage.device) if isinstance(engine, str) else engine
-    folder = str(ledger.folder / CACHE) if cache and chosen.reaches_cache else None
-    try:
-        plan()
-    except BaseException:
-        if chosen is not engine:
-            chosen.close()
-        raise
     submitted: set[StageKey] = set()
-    open_jobs: set[StageKey] = set()
     total = ledger.stage_counts().get("planned", 0)
-    bar = tqdm(total=total, desc="train", unit="stage", disable=None if progress is None else not progress)
-    try:
+    with tqdm(total=total, desc="train", unit="stage", disable=None if progress is None else not progress) as bar:
         while True:
             # No job is made before a worker is free: a request may delete its records meanwhile.
             for row in [] if failure else ledger.runnable():
-                if chosen.pending >= chosen.workers:
+                if engine.pending >= engine.workers:
                     break
                 if row.key not in submitted:
                     submitted.add(row.key)
-                    job = stage_job(ledger, config, row, folder)
+                    job = stage_job(ledger, config, row, cache)
                     if job is not None:
                         open_jobs.add(row.key)
-                        chosen.submit(job)
-            if not chosen.pending:
+                        engine.submit(job)
+            if not engine.pending:
                 break
-            job, result = chosen.wait()
+            job, result = engine.wait()
             bar.update()
             if isinstance(result, BaseException):
                 failure = failure or result
@@ -213,19 +225,25 @@ def train_planned(
                 landed = ledger.land(job.provenance.key, result)
                 done["trained" if landed else "discarded"] += 1
             open_jobs.discard(job.provenance.key)
-    finally:
-        bar.close()
-        try:  # after an interruption; no worker may go on, which could cache what is erased
-            if chosen is not engine:
-                chosen.close()
-            while chosen is engine and chosen.pending:
-                chosen.wait()
-        finally:
-            for key in open_jobs:
-                ledger.erase_late(key)
     if failure is not None:
         raise failure
-    return done | {"switched_off": ledger.switched_off()}
+    return done
+
+
+@contextmanager
+def _opened(
+    engine: EngineName | Engine, workers: int | None, address: str | None, device: Literal["cpu", "cuda"]
+) -> Iterator[Engine]:
+    """The engine for a block, after which none of its workers is at work: one made from its name is closed."""
+    if isinstance(engine, str):
+        with make_engine(engine, workers, address, device) as made:
+            yield made
+        return
+    try:
+        yield engine
+    finally:
+        while engine.pending:
+            engine.wait()
 
 
 def stage_job(ledger: Ledger, config: S3TConfig, row: StageRow, cache: str | None = None) -> StageJob | None:

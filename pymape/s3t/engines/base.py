@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pickle
 import traceback
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Self
 
 from pymape.s3t.training import StageJob, train_stage
 
@@ -31,10 +32,11 @@ class WorkerLostError(RuntimeError):
     """Every worker that was given a stage died."""
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """Trains stages. A stage is a pure function, so its bits depend neither on the engine nor on the order.
 
-    Every submitted stage is returned by `wait` exactly once, whatever becomes of the workers in between.
+    Every submitted stage is returned by `wait` exactly once, whatever becomes of the workers in between. A `with` block
+    closes the engine.
 
     Attributes:
         workers: stages trained at the same time.
@@ -42,17 +44,27 @@ class Engine(Protocol):
         reaches_cache: whether a prefix cache in a folder of this machine is the same folder for all workers.
     """
 
-    reaches_cache: bool
+    reaches_cache: bool = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     @property
+    @abstractmethod
     def workers(self) -> int: ...
 
     @property
+    @abstractmethod
     def pending(self) -> int: ...
 
+    @abstractmethod
     def submit(self, job: StageJob) -> None:
         """Take a stage; returns at once. It is sent to a worker when one is free."""
 
+    @abstractmethod
     def wait(self) -> tuple[StageJob, bytes | BaseException]:
         """The next finished stage, in no particular order.
 
@@ -64,33 +76,23 @@ class Engine(Protocol):
             RuntimeError: nothing is pending.
         """
 
+    @abstractmethod
     def close(self) -> None:
         """End all workers and drop what is pending."""
 
-    def __enter__(self) -> Engine: ...
 
-    def __exit__(self, *error: object) -> None: ...
-
-
-class InlineEngine:
+class InlineEngine(Engine):
     """Trains one stage after the other in this process, each when it is waited for.
 
     Args:
         work: what trains a stage.
     """
 
-    reaches_cache = True
     workers = 1
 
     def __init__(self, work: Work = train_stage) -> None:
         self._work = work
         self._queue: deque[StageJob] = deque()
-
-    def __enter__(self) -> InlineEngine:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     @property
     def pending(self) -> int:

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 
 import torch
 
-from pymape.s3t.engines.base import Task, Work, require_open, require_pending, run
+from pymape.s3t.engines.base import Engine, Task, Work, require_open, require_pending, run
 from pymape.s3t.training import StageJob, train_stage
 
 __all__ = ["LocalEngine", "serve"]
@@ -36,7 +36,7 @@ serve(connection, parent=int(sys.argv[2]))
 """
 
 
-class LocalEngine:
+class LocalEngine(Engine):
     """Worker processes on this machine, each training one stage at a time and keeping the base model loaded.
 
     A worker that dies is replaced, and its stage trained again. No worker outlives this process, not even one that was
@@ -57,7 +57,7 @@ class LocalEngine:
                 job, stage = engine.wait()
     """
 
-    reaches_cache = True
+    workers = 1
 
     def __init__(self, workers: int = 1, work: Work = train_stage) -> None:
         if workers < 1:
@@ -67,12 +67,6 @@ class LocalEngine:
         self._queue: deque[Task] = deque()
         self._started: list[_Worker] = []
         self._closed = False
-
-    def __enter__(self) -> LocalEngine:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     @property
     def pending(self) -> int:

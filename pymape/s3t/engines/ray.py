@@ -12,7 +12,7 @@ import tempfile
 from collections import deque
 from typing import Any, Literal
 
-from pymape.s3t.engines.base import Task, Work, require_open, require_pending, run
+from pymape.s3t.engines.base import Engine, Task, Work, require_open, require_pending, run
 from pymape.s3t.training import StageJob, train_stage
 
 try:
@@ -28,7 +28,7 @@ __all__ = ["RayEngine"]
 _JOB, _RESULT = b"job", b"result"
 
 
-class RayEngine:
+class RayEngine(Engine):
     """Trains stages as tasks of a Ray cluster, each on as many CPUs as `config.stage.threads` says, and one GPU if any.
 
     A stage whose worker or node is lost is trained again elsewhere. What Ray stores in shared memory and, when that is
@@ -86,12 +86,6 @@ class RayEngine:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> RayEngine:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     @property
     def workers(self) -> int:
