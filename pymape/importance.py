@@ -248,7 +248,7 @@ def importance(
         )
         require_equal((batches.positions, batches.shares), "data")
         count, taken = len(batches.positions), set[str]()
-        names: list[str] = [str(place) for place in batches.positions]
+        names = [""] * count
         if ids is not None:
             if len(ids) != len(batches.data):
                 raise ValueError(f"ids must name the {len(batches.data)} records of data, got {len(ids)} ids")
@@ -262,10 +262,10 @@ def importance(
             run = GradientPass(model, shape, loss, autocast, dtype)
 
             def started() -> Iterator[tuple[Tensor, BatchScores]]:
-                for rows, own_ids, batch in batches:
-                    if ids is None and own_ids is not None:
-                        check_unique(own_ids, taken)
-                        for row, name in zip(rows.tolist(), own_ids, strict=True):
+                for rows, own_names, batch in batches:
+                    if ids is None:
+                        check_unique(own_names, taken)
+                        for row, name in zip(rows.tolist(), own_names, strict=True):
                             names[row] = name
                     yield rows, run(batch, [names[row] for row in rows.tolist()])
 

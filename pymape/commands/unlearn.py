@@ -30,7 +30,7 @@ from pymape.data.records import ALTERNATIVE
 from pymape.data.tables import load_ids, load_records, split_forget
 from pymape.importance import Importance, importance
 from pymape.masks import ModuleMasks
-from pymape.metrics import Predictions, mean_gap, measure_cost, predict, summarise
+from pymape.metrics import METRICS, Predictions, mean_gap, measure_cost, predict, summarise
 from pymape.objectives import get_objective
 from pymape.prefix_cache import PrefixCache
 from pymape.search import search
@@ -310,13 +310,10 @@ def model_figures(models: dict[str, dict[str, Predictions]], seed: int) -> dict[
     """UA and RA, with a test set TA and MIA too, losses, and the gap where there is a retrained model."""
     figures = {}
     for name, sets in models.items():
-        if "test" in sets:
-            row = summarise(sets["forget"], sets["retain"], sets["test"], seed=seed)
-        else:
-            row = {"UA": 100 - sets["forget"].accuracy, "RA": sets["retain"].accuracy}
+        row = summarise(sets["forget"], sets["retain"], sets.get("test"), seed=seed)
         figures[name] = row | {f"{part}_loss": found.loss.mean().item() for part, found in sets.items()}
     if "retrained" in figures:
-        metrics = [name for name in ("UA", "RA", "TA", "MIA") if name in figures["retrained"]]
+        metrics = [name for name in METRICS if name in figures["retrained"]]
         for row in figures.values():
             row["gap"] = mean_gap(row, figures["retrained"], metrics)
     return figures

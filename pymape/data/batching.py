@@ -115,7 +115,7 @@ class RecordBatches:
         positions: [N] int64 places in `data` of the records, rising: row n of a result is record positions[n].
         shares: the rows of every share.
 
-    Iterating yields `(rows [B], ids [B] or None, batch)`: `ids` are the records' own `id` fields.
+    Iterating yields `(rows [B], names [B], batch)`: names are the records' `id` fields, or their places in `data`.
 
     Raises:
         ValueError: `data` is empty, cannot be indexed, or a sampler draws a record twice.
@@ -181,9 +181,10 @@ class RecordBatches:
         """The batch that the record of one row of the results makes by itself."""
         return self._collate([self.data[self.positions[row]]])[1]
 
-    def __iter__(self) -> Iterator[tuple[Tensor, list[str] | None, Any]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, list[str], Any]]:
         for places, (ids, batch) in zip(self._batches, self._loader, strict=True):
-            yield torch.tensor([self._rows[place] for place in places]), ids, batch
+            names = [str(place) for place in places] if ids is None else ids
+            yield torch.tensor([self._rows[place] for place in places]), names, batch
 
 
 def record_lengths(data: Any, positions: Sequence[int] | None = None) -> list[int] | None:

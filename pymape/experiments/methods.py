@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
 from pymape.architectures import layout
-from pymape.data.batching import PaddingCollator, record_lengths
-from pymape.data.records import bare_record
+from pymape.data.batching import PaddingCollator, collated, record_lengths
 from pymape.errors import NothingSelected
 from pymape.experiments.config import ExperimentConfig, MethodConfig, SelectionConfig
 from pymape.experiments.kinds import KINDS
@@ -321,8 +320,8 @@ def _adapters(model: Any, rank: int | None, seed: int) -> Iterator[Callable[[], 
 
 def _batches(model: Any, records: list[Record], most: int) -> list[dict[str, Tensor]]:
     collate = PaddingCollator(padding_token(model))
-    rows, size = [bare_record(record) for record in records], pass_size(model, records, most)
-    batches = (collate(rows[start : start + size]) for start in range(0, len(rows), size))
+    size = pass_size(model, records, most)
+    batches = (collated(collate, records[start : start + size]) for start in range(0, len(records), size))
     return [{name: value.to(model.device) for name, value in batch.items()} for batch in batches]
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pymape.data.batching import PaddingCollator
-from pymape.data.records import bare_record
+from pymape.data.batching import PaddingCollator, collated
 from pymape.forward import eval_mode, on_device, padding_token, unlabelled
 from pymape.losses import IGNORED_LABEL, check_labels, task_of, token_labels
 
@@ -170,7 +169,7 @@ def predict(
     with eval_mode(model):
         for start in range(0, len(data), batch_size):
             rows = [data[row] for row in range(start, min(start + batch_size, len(data)))]
-            batch = collate([bare_record(row) for row in rows])
+            batch = collated(collate, rows)
             if batch.get("labels") is None:
                 raise ValueError(f"data must have labels, got {sorted(batch)}")
             if task is not None:

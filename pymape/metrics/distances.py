@@ -87,12 +87,12 @@ def model_distance(
         raise ValueError(f"other must be a model for {task}, got one for {task_of(other)}")
     batches = model_batches(model, data, batch_size, collate_fn)
     count = len(batches.positions)
-    names = [str(place) for place in batches.positions]
+    names = [""] * count
     columns = torch.empty(count, 4, dtype=torch.float64)
     hidden: list[list[Tensor]] = [[torch.empty(0)] * count for _ in range(2)]
     with eval_mode(model), eval_mode(other):
-        for rows, ids, batch in batches:
-            check_labels(model, batch, [names[row] for row in rows.tolist()] if ids is None else ids)
+        for rows, own_names, batch in batches:
+            check_labels(model, batch, own_names)
             (logits, inside, counts), (logits_other, inside_other, _) = (
                 _outputs(network, task, batch) for network in (model, other)
             )
@@ -109,7 +109,7 @@ def model_distance(
             columns[rows] = torch.cat([means, cosine[:, None]], 1)
             for place, row in enumerate(rows.tolist()):
                 hidden[0][row], hidden[1][row] = inside[place], inside_other[place]
-                names[row] = names[row] if ids is None else ids[place]
+                names[row] = own_names[place]
     kl, js, logit_l2, cosines = columns.unbind(1)
     return ModelDistance(names, kl, js, logit_l2, cosines, linear_cka(*map(torch.stack, hidden)))
 

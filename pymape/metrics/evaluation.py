@@ -164,8 +164,10 @@ def score_metrics(
     return figures
 
 
-def summarise(forget: Predictions, retain: Predictions, test: Predictions, *, seed: int = 0) -> dict[str, float]:
-    """The four figures from predictions that exist already.
+def summarise(
+    forget: Predictions, retain: Predictions, test: Predictions | None = None, *, seed: int = 0
+) -> dict[str, float]:
+    """The four figures from predictions that exist already, or the two that need no test set.
 
     UA = 100 - accuracy on the forget set; RA, TA = accuracy on the retain and test set; MIA = share of the forget set
     that an attack trained on retain-versus-test confidences calls non-member.
@@ -177,15 +179,13 @@ def summarise(forget: Predictions, retain: Predictions, test: Predictions, *, se
         seed: seed of the attack's draw.
 
     Returns:
-        {"UA", "RA", "TA", "MIA"}, each in [0, 100].
+        {"UA", "RA", "TA", "MIA"}, each in [0, 100]; UA and RA alone without a test set.
     """
-    attack = membership_attack(retain.confidence, test.confidence, forget.confidence, seed=seed)
-    return {
-        "UA": 100 - forget.accuracy,
-        "RA": retain.accuracy,
-        "TA": test.accuracy,
-        "MIA": attack.non_member_share,
-    }
+    figures = {"UA": 100 - forget.accuracy, "RA": retain.accuracy}
+    if test is not None:
+        attack = membership_attack(retain.confidence, test.confidence, forget.confidence, seed=seed)
+        figures |= {"TA": test.accuracy, "MIA": attack.non_member_share}
+    return figures
 
 
 def mean_gap(method: Mapping[str, float], retrained: Mapping[str, float], metrics: Sequence[str] = METRICS) -> float:
@@ -209,11 +209,8 @@ def mean_gap(method: Mapping[str, float], retrained: Mapping[str, float], metric
 
 
 def _summary(sets: Mapping[str, RecordScores], seed: int) -> dict[str, float]:
-    """UA and RA, and with a test set TA and MIA."""
     found = {name: scores.predictions() for name, scores in sets.items()}
-    if "test" in found:
-        return summarise(found["forget"], found["retain"], found["test"], seed=seed)
-    return {"UA": 100 - found["forget"].accuracy, "RA": found["retain"].accuracy}
+    return summarise(found["forget"], found["retain"], found.get("test"), seed=seed)
 
 
 def _require_sets(

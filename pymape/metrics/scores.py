@@ -206,12 +206,11 @@ def record_scores(
     task = task_of(model)
     batches = model_batches(model, data, batch_size, collate_fn)
     count = len(batches.positions)
-    names = [str(place) for place in batches.positions]
+    names = [""] * count
     found: list[dict[str, Tensor]] = [{} for _ in range(count)]
     bar = tqdm(total=count, desc="scores", unit="record", disable=None if progress is None else not progress)
     with torch.no_grad(), eval_mode(model), bar:
-        for rows, ids, batch in batches:
-            own = [names[row] for row in rows.tolist()] if ids is None else ids
+        for rows, own, batch in batches:
             for row, name, scores in zip(rows.tolist(), own, _score(model, task, batch, own), strict=True):
                 names[row], found[row] = name, scores
             bar.update(len(own))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pymape.objectives.registry import objective
-from pymape.objectives.step import Step, UnlearnBatch
+from pymape.objectives.step import Step
 
 
 @objective("ft", forget=False, retain="required")
@@ -16,5 +16,4 @@ def ft(step: Step) -> Tensor:
 
     Source: the fine-tuning baseline of Golatkar et al. 2020 (arXiv 1911.04933) and SalUn (arXiv 2310.12508).
     """
-    retain: UnlearnBatch = step.retain  # type: ignore[assignment]  # required above
-    return retain.loss()
+    return step.required_retain().loss()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pymape.objectives.registry import objective
-from pymape.objectives.step import Step, UnlearnBatch
+from pymape.objectives.step import Step
 
 
 @objective("kl", retain="required", reference=["log_probs"])
@@ -16,5 +16,4 @@ def kl(step: Step) -> Tensor:
 
     Source: TOFU's KL minimization (arXiv 2401.06121); here without the padding that its public code averages over.
     """
-    retain: UnlearnBatch = step.retain  # type: ignore[assignment]  # required above
-    return -step.forget.loss() + step.alpha * retain.kl()
+    return -step.forget.loss() + step.alpha * step.required_retain().kl()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pymape.objectives.registry import objective
-from pymape.objectives.step import Step, UnlearnBatch
+from pymape.objectives.step import Step
 
 
 @objective("l1_sparse", forget=False, retain="required", not_negative=["weight"])
@@ -17,6 +17,6 @@ def l1_sparse(step: Step, *, weight: float = 5e-4) -> Tensor:
 
     Source: Jia et al. 2023 (arXiv 2304.04934), equation 6 with a constant weight.
     """
-    retain: UnlearnBatch = step.retain  # type: ignore[assignment]  # required above
+    retain = step.required_retain()
     trained = [parameter for parameter in retain.model.parameters() if parameter.requires_grad]
     return retain.loss() + weight * torch.stack([parameter.abs().sum() for parameter in trained]).sum()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pymape.objectives.registry import objective
-from pymape.objectives.step import Step, UnlearnBatch
+from pymape.objectives.step import Step
 
 
 @objective("rmu", retain="required", reference=["activations"], positive=["norm"], not_negative=["layer", "seed"])
@@ -28,7 +28,7 @@ def rmu(step: Step, *, layer: int, norm: float = 6.5, seed: int = 0) -> Tensor:
 
     Source: Li et al. 2024 (WMDP, arXiv 2403.03218), whose direction has positive entries only.
     """
-    retain: UnlearnBatch = step.retain  # type: ignore[assignment]  # required above
+    retain = step.required_retain()
     if retain.reference_activations is None:
         raise ValueError("reference_activations must be known for rmu, got None")
     forgotten, kept = step.forget.activations(layer), retain.activations(layer)  # [B, T, D]

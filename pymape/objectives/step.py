@@ -212,6 +212,12 @@ class Step:
     beta: float
     retain_term: Literal["nll", "kl"] = "nll"
 
+    def required_retain(self) -> UnlearnBatch:
+        """The retain records of an objective that needs them."""
+        if self.retain is None:
+            raise ValueError("retain records must be given for this objective, got none")
+        return self.retain
+
     def retain_loss(self) -> Tensor | float:
         """alpha NLL_r, or alpha KL(p_ref || p) on the retain records if that was chosen; 0 without a retain set."""
         if self.retain is None:

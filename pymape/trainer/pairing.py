@@ -109,8 +109,8 @@ class PairCollator:
         if not answers[0].keys() <= set(LABELS):
             return self.collate(answers)
         # The same inputs: only their labels are needed, in the form that the collator gives them.
-        collated = self.collate([bare_record(record) | answer for record, answer in zip(records, answers, strict=True)])
-        return {name: collated[name] for name in answers[0]}
+        batch = self.collate([bare_record(record) | answer for record, answer in zip(records, answers, strict=True)])
+        return {name: batch[name] for name in answers[0]}
 
 
 def alternative_answer(record: Mapping[str, Any]) -> dict[str, Any]:

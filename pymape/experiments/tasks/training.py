@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pymape.data.batching import PaddingCollator, record_lengths
-from pymape.data.records import bare_record
+from pymape.data.batching import PaddingCollator, collated, record_lengths
 from pymape.experiments.config import TaskConfig
 from pymape.experiments.kinds import KINDS
 from pymape.experiments.tasks.base import Record
@@ -29,9 +28,8 @@ def train(model: PreTrainedModel, records: list[Record], config: TaskConfig, see
     """
     started = time.perf_counter()
     collate = PaddingCollator(padding_token(model))
-    rows = [bare_record(record) for record in records]
-    lengths = record_lengths(rows) if KINDS[config.name].bucketed else None
-    steps = config.epochs * math.ceil(len(rows) / config.batch_size)
+    lengths = record_lengths(records) if KINDS[config.name].bucketed else None
+    steps = config.epochs * math.ceil(len(records) / config.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps)
     order = torch.Generator().manual_seed(seed)
@@ -39,10 +37,10 @@ def train(model: PreTrainedModel, records: list[Record], config: TaskConfig, see
         torch.manual_seed(seed)  # of dropout
         model.train()
         for _ in range(config.epochs):
-            batches = torch.randperm(len(rows), generator=order).split(config.batch_size)
+            batches = torch.randperm(len(records), generator=order).split(config.batch_size)
             for chosen in batches if lengths is None else _bucketed(batches, lengths, order):
                 optimizer.zero_grad()
-                batch = collate([rows[row] for row in chosen.tolist()])
+                batch = collated(collate, [records[row] for row in chosen.tolist()])
                 model(**{name: value.to(model.device) for name, value in batch.items()}).loss.backward()
                 optimizer.step()
                 schedule.step()
