@@ -20,10 +20,11 @@ from transformers import (
 
 from pymape.config import UnlearnConfig
 from pymape.data.tables import Records
+from pymape.losses import LANGUAGE_MODEL
 
-__all__ = ["CLASSIFIER", "LANGUAGE_MODEL", "full_precision", "head_task", "load_model", "load_tokenizer"]
+__all__ = ["CLASSIFIER", "full_precision", "head_task", "load_model", "load_tokenizer"]
 
-CLASSIFIER, LANGUAGE_MODEL = "sequence classification", "causal language model"
+CLASSIFIER = "sequence classification"  # beside `LANGUAGE_MODEL`
 _HEADS = {"ForSequenceClassification": CLASSIFIER, "ForCausalLM": LANGUAGE_MODEL, "LMHeadModel": LANGUAGE_MODEL}
 
 

@@ -7,6 +7,10 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pymape.errors import check_ranges
+from pymape.objectives import get_objective
+from pymape.search import Mode, Objective
+
 __all__ = ["DataConfig", "DemoConfig", "MaskConfig", "TrainConfig", "UnlearnConfig", "check_config"]
 
 UnlearnObjective = Literal[
@@ -15,7 +19,7 @@ UnlearnObjective = Literal[
 ]  # fmt: skip
 # Those that need neither options nor alternative answers nor unseen records.
 DemoObjective = Literal["ga", "gd", "kl", "npo", "simnpo", "ft", "rl", "so", "influence"]
-MaskObjective = Literal["difference", "ratio", "forget", "random", "magnitude", "everything"]
+MaskObjective = Literal[Objective, "everything"]
 
 
 @dataclass
@@ -73,12 +77,16 @@ class MaskConfig:
     budget: float = 0.3
     objective: MaskObjective = "difference"
     lam: float = 1.0
-    mode: Literal["greedy", "warm", "rearrange"] = "greedy"
+    mode: Mode = "greedy"
     normalize: bool = True
     across_layers: bool = False
     first_order: bool = False
     max_swaps: int = 400
     file: str | None = None
+
+    def search_options(self) -> dict[str, Any]:
+        """What `pymape.search` takes of these."""
+        return {name: getattr(self, name) for name in vars(self) if name != "file"}
 
 
 @dataclass
@@ -205,8 +213,6 @@ def check_config(config: UnlearnConfig) -> None:
     Raises:
         ValueError: naming the first one.
     """
-    from pymape.objectives import get_objective  # loads torch
-
     ranges = {
         "masks.budget": (config.masks.budget, 0 < config.masks.budget <= 1, "in (0, 1]"),
         "masks.lam": (config.masks.lam, 0 <= config.masks.lam < math.inf, "finite and not negative"),
@@ -228,9 +234,7 @@ def check_config(config: UnlearnConfig) -> None:
             "not negative",
         ),
     }
-    for name, (value, valid, expected) in ranges.items():
-        if not valid:
-            raise ValueError(f"{name} must be {expected}, got {value}")
+    check_ranges(ranges)
     if config.compare_retrain and not config.train_first:
         raise ValueError(
             "compare_retrain must come with train_first: true, so that both models start from the same weights, "

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 __all__ = [
+    "CLASSIFICATION",
     "IGNORED_LABEL",
+    "LANGUAGE_MODEL",
     "LOGITS_AT_A_TIME",
+    "QUESTION_ANSWERING",
     "base_model",
     "check_labels",
     "per_sample_loss",
@@ -23,17 +26,18 @@ __all__ = [
 ]
 
 IGNORED_LABEL = -100
+CLASSIFICATION, QUESTION_ANSWERING, LANGUAGE_MODEL = "classification", "question answering", "causal language model"
 LOGITS_AT_A_TIME = 2**24  # raised to fp32: 64 MiB
 
 # Part of the model's class name -> task; the first that fits decides, as in transformers itself.
 _TASKS = {
-    "ForSequenceClassification": "classification",
-    "ForImageClassification": "classification",
+    "ForSequenceClassification": CLASSIFICATION,
+    "ForImageClassification": CLASSIFICATION,
     "ForTokenClassification": "token classification",
-    "ForQuestionAnswering": "question answering",
+    "ForQuestionAnswering": QUESTION_ANSWERING,
     "ForMaskedLM": "masked language model",
-    "ForCausalLM": "causal language model",
-    "LMHeadModel": "causal language model",
+    "ForCausalLM": LANGUAGE_MODEL,
+    "LMHeadModel": LANGUAGE_MODEL,
 }
 
 
@@ -57,14 +61,14 @@ def per_sample_loss(model: nn.Module, inputs: Mapping[str, Tensor], outputs: Any
         ValueError: the model's task is not known, or the batch has no labels.
     """
     task = task_of(model)
-    if task == "question answering":
+    if task == QUESTION_ANSWERING:
         _require(model, inputs, "start_positions", "end_positions")
         start = _span_loss(outputs.start_logits, inputs["start_positions"], inputs.get("attention_mask"))
         end = _span_loss(outputs.end_logits, inputs["end_positions"], inputs.get("attention_mask"))
         return (start + end) / 2
     _require(model, inputs, "labels")
     logits = outputs.logits
-    if task == "classification":
+    if task == CLASSIFICATION:
         labels = inputs["labels"].to(logits.device)
         return _classification_loss(_at_least_fp32(logits), labels, _problem_type(model.config, labels))
     labels = token_labels(task, inputs).to(logits.device)
@@ -113,7 +117,7 @@ def check_labels(model: nn.Module, inputs: Mapping[str, Tensor], ids: Sequence[s
         ValueError: naming the range, the value and the record; or rows or tokens that are not those of the records.
     """
     task = task_of(model)
-    names = ("start_positions", "end_positions") if task == "question answering" else ("labels",)
+    names = ("start_positions", "end_positions") if task == QUESTION_ANSWERING else ("labels",)
     _require(model, inputs, *names)
     labels, tokens = inputs[names[0]], inputs.get("input_ids")
     if len(labels) != len(ids):
@@ -121,10 +125,10 @@ def check_labels(model: nn.Module, inputs: Mapping[str, Tensor], ids: Sequence[s
     if tokens is not None and tokens.ndim > 2:
         shape = tuple(tokens.shape[1:])
         raise ValueError(f"records must be single, without a batch dimension, got input_ids of shape {shape}")
-    if task == "question answering":
+    if task == QUESTION_ANSWERING:
         return None
     config: Any = model.config
-    if task == "classification":
+    if task == CLASSIFICATION:
         problem = _problem_type(config, labels)
         if problem != "single_label_classification":
             width = labels.numel() // max(len(labels), 1)
@@ -171,11 +175,11 @@ def token_labels(task: str, inputs: Mapping[str, Tensor]) -> Tensor:
     labels, mask = inputs["labels"], inputs.get("attention_mask")
     if mask is not None and mask.shape == labels.shape:
         own = mask.to(labels.device) != 0
-        if task == "causal language model":
+        if task == LANGUAGE_MODEL:
             # Behind left padding the first token would be predicted from padding; alone it is not predicted at all.
             own = own & own.roll(1, 1)
         labels = labels.where(own, IGNORED_LABEL)
-    if task == "causal language model":
+    if task == LANGUAGE_MODEL:
         # Shifting the labels instead of the logits spares a copy of the [B, T, vocabulary] logits.
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
     return labels

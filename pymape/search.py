@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,12 @@ from pymape.importance import Importance
 from pymape.masks import ModuleMasks, versions
 from pymape.ops.greedy_swap import greedy_swap
 
-__all__ = ["MODES", "OBJECTIVES", "search"]
+__all__ = ["MODES", "OBJECTIVES", "Mode", "Objective", "search"]
 
-OBJECTIVES = ("difference", "ratio", "forget", "random", "magnitude")
-MODES = ("greedy", "warm", "rearrange")
+Objective = Literal["difference", "ratio", "forget", "random", "magnitude"]
+Mode = Literal["greedy", "warm", "rearrange"]
+OBJECTIVES: tuple[str, ...] = get_args(Objective)
+MODES: tuple[str, ...] = get_args(Mode)
 QUADRATIC = ("difference", "forget")  # the objectives that have a J, and so a greedy step
 CONTRASTIVE = ("difference", "ratio")  # the objectives that weigh the forget set against the retain set
 REPORTED = ("objective_before", "objective_after", "swaps")  # by greedy_swap

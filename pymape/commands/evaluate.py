@@ -10,13 +10,14 @@ from typing import Any
 
 from pymape.config import DataConfig, UnlearnConfig
 from pymape.data.tables import load_ids, load_records, read_table, split_forget
-from pymape.losses import task_of
+from pymape.errors import check_ranges
+from pymape.losses import LANGUAGE_MODEL, task_of
 from pymape.metrics.costs import measure_cost
 from pymape.metrics.distances import model_distance
 from pymape.metrics.evaluation import check_shadows, score_metrics
 from pymape.metrics.generation import TEMPLATE
 from pymape.metrics.relearning import relearning_attack
-from pymape.metrics.scores import LANGUAGE_MODEL, RecordScores, record_scores
+from pymape.metrics.scores import RecordScores, record_scores
 from pymape.metrics.tofu import AnswerScores, QuestionSet, score_answers, tofu_metrics
 from pymape.report import aligned
 from pymape.storage.runs import environment, quiet_transformers, run_folder, write_summary
@@ -297,9 +298,7 @@ def _check(config: EvaluateConfig) -> None:
         "relearn.every": (relearn.every, relearn.every >= 1, "at least 1"),
         "shadows": (len(config.shadows), len(config.shadows) != 1, "none, or two or more"),
     }
-    for name, (value, valid, expected) in ranges.items():
-        if not valid:
-            raise ValueError(f"{name} must be {expected}, got {value}")
+    check_ranges(ranges)
     for name in ("unseen", "importance_samples", "alternative_column"):
         given = getattr(config.data, name)
         if given != getattr(DataConfig, name):

@@ -231,20 +231,7 @@ def learn_masks(
         parts = [known.select([names[row] for row in rows if names[row] in stored])] if known else []
         retain = Importance.concat([*parts, measure(missing)] if missing else parts)
     with clock.phase("search"):
-        masks = search(
-            forget=forget,
-            retain=retain,
-            budget=options.budget,
-            objective=options.objective,
-            lam=options.lam,
-            mode=options.mode,
-            normalize=options.normalize,
-            across_layers=options.across_layers,
-            first_order=options.first_order,
-            max_swaps=options.max_swaps,
-            seed=config.seed,
-            model=model,
-        )
+        masks = search(forget=forget, retain=retain, seed=config.seed, model=model, **options.search_options())
     return masks, retain
 
 

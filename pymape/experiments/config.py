@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pymape.errors import check_ranges
 from pymape.experiments.kinds import KINDS
+from pymape.search import Mode, Objective
 
 __all__ = [
     "EvidenceConfig",
@@ -112,10 +114,10 @@ class SelectionConfig:
     """
 
     kind: Literal["everything", "modules", "gates", "last_layers", "saliency", "lora"] = "everything"
-    objective: Literal["difference", "ratio", "forget", "random", "magnitude"] = "difference"
+    objective: Objective = "difference"
     budget: float = 0.1
     lam: float | None = None
-    mode: Literal["greedy", "warm", "rearrange"] = "greedy"
+    mode: Mode = "greedy"
     normalize: bool = True
     across_layers: bool = False
     samples: int | None = None
@@ -195,9 +197,7 @@ class EvidenceConfig:
         }
         unknown = [name for name in self.selections or () if name not in selections]
         ranges["selections"] = (", ".join(unknown), not unknown, f"among {', '.join(selections)}")
-        for name, (value, valid, expected) in ranges.items():
-            if not valid:
-                raise ValueError(f"evidence.{name} must be {expected}, got {value}")
+        check_ranges(ranges, prefix="evidence.")
 
 
 @dataclass
@@ -292,9 +292,7 @@ class ExperimentConfig:
                     samples is None,
                     "all where there are several requests",
                 )
-        for name, (value, valid, expected) in ranges.items():
-            if not valid:
-                raise ValueError(f"{name} must be {expected}, got {value}")
+        check_ranges(ranges)
 
     def _check_settings(self) -> None:
         """Refuse what the task has nothing of to forget."""

@@ -18,7 +18,7 @@ from pymape.experiments.config import EvidenceConfig
 from pymape.experiments.methods import pass_size
 from pymape.experiments.summaries import choose_cells
 from pymape.experiments.unit import Unit
-from pymape.losses import task_of
+from pymape.losses import LANGUAGE_MODEL, task_of
 from pymape.metrics import (
     METRICS,
     AnswerScores,
@@ -32,7 +32,6 @@ from pymape.metrics import (
     tofu_metrics,
 )
 from pymape.metrics.costs import added_memory
-from pymape.metrics.scores import LANGUAGE_MODEL
 from pymape.storage.runs import MASKS
 
 __all__ = ["SETS", "Evidence", "Subject", "subjects"]

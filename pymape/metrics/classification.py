@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pymape.data.batching import PaddingCollator, collated
 from pymape.forward import eval_mode, on_device, padding_token, unlabelled
-from pymape.losses import IGNORED_LABEL, check_labels, task_of, token_labels
+from pymape.losses import CLASSIFICATION, IGNORED_LABEL, LANGUAGE_MODEL, check_labels, task_of, token_labels
 
 __all__ = [
     "Predictions",
@@ -185,7 +185,7 @@ def _task_of(model: nn.Module) -> str | None:
         task = task_of(model)
     except ValueError:
         return None
-    if task not in ("classification", "causal language model"):
+    if task not in (CLASSIFICATION, LANGUAGE_MODEL):
         raise ValueError(f"model must be a classifier or a causal language model, got one for {task}")
     return task
 
@@ -198,9 +198,9 @@ def _reduce(
         _check(logits, labels)
         loss = nn.functional.cross_entropy(logits.double(), labels, reduction="none")  # [B]
         return (logits.argmax(-1) == labels).double(), (-loss).exp(), loss
-    if task == "causal language model" and logits.ndim == 3 and labels.shape == logits.shape[:2]:
+    if task == LANGUAGE_MODEL and logits.ndim == 3 and labels.shape == logits.shape[:2]:
         # Position t predicts token t + 1.
-        logits, labels = logits[:, :-1], token_labels("causal language model", inputs)[:, :-1]
+        logits, labels = logits[:, :-1], token_labels(LANGUAGE_MODEL, inputs)[:, :-1]
         own = labels != IGNORED_LABEL  # [B, T - 1]
         count = own.sum(-1).clamp(min=1)
         loss = nn.functional.cross_entropy(

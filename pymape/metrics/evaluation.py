@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from pymape.losses import task_of
+from pymape.losses import CLASSIFICATION, LANGUAGE_MODEL, task_of
 from pymape.metrics.classification import Predictions, entropies, modified_entropies, scaled_confidences
 from pymape.metrics.costs import measure_cost
 from pymape.metrics.distances import model_distance
 from pymape.metrics.language import exact_memorization, extraction_strength
 from pymape.metrics.membership import lira_scores, membership_attack, membership_auc, membership_aucs, privleak
-from pymape.metrics.scores import LANGUAGE_MODEL, RecordScores, record_scores
+from pymape.metrics.scores import RecordScores, record_scores
 
 __all__ = ["METRICS", "check_shadows", "evaluate", "mean_gap", "score_metrics", "summarise"]
 
@@ -97,7 +97,7 @@ def check_shadows(count: int, task: str) -> None:
     """
     if count == 1:
         raise ValueError("shadows must be none, or two or more, got 1")
-    if count and task != "classification":
+    if count and task != CLASSIFICATION:
         raise ValueError(f"shadows must be left out for a model for {task}, got {count}")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pymape.data.batching import RecordBatches
 from pymape.forward import padding_token
-from pymape.losses import IGNORED_LABEL, token_labels
+from pymape.losses import CLASSIFICATION, IGNORED_LABEL, QUESTION_ANSWERING, token_labels
 
 __all__ = ["model_batches", "task_logits"]
 
@@ -36,7 +36,7 @@ def task_logits(task: str, inputs: Mapping[str, Tensor], outputs: Any) -> tuple[
     Raises:
         ValueError: labels that are not classes, or an answer beyond a record's own tokens.
     """
-    if task == "question answering":
+    if task == QUESTION_ANSWERING:
         labels = torch.stack([inputs[name].view(-1) for name in ("start_positions", "end_positions")], 1)  # [B, 2]
         logits = torch.stack([outputs.start_logits, outputs.end_logits], 1).double()  # [B, 2, T]
         own = inputs.get("attention_mask", torch.ones_like(logits[:, 0])) != 0  # [B, T]
@@ -46,7 +46,7 @@ def task_logits(task: str, inputs: Mapping[str, Tensor], outputs: Any) -> tuple[
         logits = logits.masked_fill(~own[:, None], -torch.inf)
         return logits.flatten(0, 1), labels.flatten(), [2] * len(labels)
     logits = outputs.logits
-    if task == "classification":
+    if task == CLASSIFICATION:
         labels = inputs["labels"]
         if labels.is_floating_point() or labels.numel() != len(logits) or logits.shape[-1] < 2:
             raise ValueError(

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pymape.metrics.scores import LANGUAGE_MODEL, RecordScores
+from pymape.losses import LANGUAGE_MODEL
+from pymape.metrics.scores import RecordScores
 
 __all__ = [
     "MembershipAttack",

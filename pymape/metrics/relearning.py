@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pymape.errors import check_ranges
 from pymape.forward import eval_mode, on_device, unlabelled
 from pymape.losses import per_sample_loss
 from pymape.metrics.forward import model_batches
@@ -89,9 +90,7 @@ def relearning_attack(
         "batch_size": (batch_size, batch_size >= 1, "at least 1"),
         "forget": (len(forget), len(forget) >= 1, "at least one record"),
     }
-    for name, (value, valid, expected) in ranges.items():
-        if not valid:
-            raise ValueError(f"{name} must be {expected}, got {value}")
+    check_ranges(ranges)
     with torch.inference_mode(False):
         precision = torch.promote_types(next(model.parameters()).dtype, torch.float32)
         student = copy.deepcopy(model).to(precision).requires_grad_(True)

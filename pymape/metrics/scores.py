@@ -17,14 +17,13 @@ from tqdm import tqdm
 from pymape.data.batching import RecordBatches
 from pymape.errors import NotFinite
 from pymape.forward import eval_mode, on_device, unlabelled
-from pymape.losses import LOGITS_AT_A_TIME, check_labels, per_sample_loss, task_of
+from pymape.losses import CLASSIFICATION, LOGITS_AT_A_TIME, QUESTION_ANSWERING, check_labels, per_sample_loss, task_of
 from pymape.metrics.classification import Predictions
 from pymape.metrics.forward import model_batches, task_logits
 from pymape.storage.files import atomic_write
 
-__all__ = ["LANGUAGE_MODEL", "RecordScores", "gradient_norms", "read_rows", "record_scores", "write_rows"]
+__all__ = ["RecordScores", "gradient_norms", "read_rows", "record_scores", "write_rows"]
 
-LANGUAGE_MODEL = "causal language model"
 
 _FORMAT = "pymape.scores.1"
 _TERMS = ("log_probs", "means", "stds", "predicted", "labels")
@@ -97,7 +96,7 @@ class RecordScores:
     def correct(self) -> Tensor:
         """[N] fp64: 1 where the class, or both positions, are right; for token tasks the share of right tokens."""
         share = self.mean_of(self.predicted == self.labels)
-        return share.floor() if self.task == "question answering" else share
+        return share.floor() if self.task == QUESTION_ANSWERING else share
 
     def predictions(self) -> Predictions:
         """The same, reduced to what `summarise` needs."""
@@ -225,7 +224,7 @@ def record_scores(
         task,
         _offsets(counts),
         **terms,
-        logits=torch.stack([scores["logits"] for scores in found]) if task == "classification" else None,
+        logits=torch.stack([scores["logits"] for scores in found]) if task == CLASSIFICATION else None,
         gradient_norms=_gradient_norms(model, batches) if gradients else None,
         text_bytes=text_bytes,
     )
@@ -307,7 +306,7 @@ def _score(model: nn.Module, task: str, batch: Mapping[str, Any], ids: Sequence[
     bad = [name for name, values in zip(ids, columns["log_probs"], strict=True) if not values.isfinite().all()]
     if bad:
         raise NotFinite(f"log-probabilities must be finite, got NaN or infinity for ids {bad[:3]}")
-    if task == "classification":
+    if task == CLASSIFICATION:
         columns["logits"] = logits.cpu().unbind()
     return [{name: values[row] for name, values in columns.items()} for row in range(len(ids))]
 

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from pymape.errors import check_ranges
+
 __all__ = ["Sophia", "gauss_newton_bartlett"]
 
 
@@ -53,9 +55,7 @@ class Sophia(torch.optim.Optimizer):
             "weight_decay": (weight_decay, weight_decay >= 0, ">= 0"),
             "every": (every, every >= 1, ">= 1"),
         }
-        for name, (value, valid, expected) in ranges.items():
-            if not valid:
-                raise ValueError(f"{name} must be {expected}, got {value!r}")
+        check_ranges(ranges)
         super().__init__(params, {name: value for name, (value, _, _) in ranges.items()})
 
     @property

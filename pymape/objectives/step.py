@@ -13,11 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pymape.forward import unlabelled
-from pymape.losses import IGNORED_LABEL, per_sample_loss, sum_by_part, task_of, token_labels, token_losses
+from pymape.losses import (
+    CLASSIFICATION,
+    IGNORED_LABEL,
+    QUESTION_ANSWERING,
+    per_sample_loss,
+    sum_by_part,
+    task_of,
+    token_labels,
+    token_losses,
+)
 
 __all__ = ["Step", "UnlearnBatch"]
 
-_SINGLE_LOSS = ("classification", "question answering")  # tasks whose records have one loss and no labelled tokens
+_SINGLE_LOSS = (CLASSIFICATION, QUESTION_ANSWERING)  # tasks whose records have one loss and no labelled tokens
 
 
 class UnlearnBatch:
@@ -141,7 +150,7 @@ class UnlearnBatch:
             got = f"{task} without such" if labels is None else f"{labels.dtype} labels"
             raise ValueError(f"records must have class or token labels where probabilities are compared, got {got}")
         logits = self.outputs.logits
-        if task != "classification":
+        if task != CLASSIFICATION:
             logits = logits[token_labels(task, self.inputs) != IGNORED_LABEL]
         return logits
 
@@ -229,7 +238,7 @@ def count_tokens(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """[B] number of tokens that a record's loss is a mean over; 1 where it has a single loss (classifiers, QA)."""
     task = task_of(model)
     if task in _SINGLE_LOSS:
-        labels = inputs["labels" if task == "classification" else "start_positions"]
+        labels = inputs["labels" if task == CLASSIFICATION else "start_positions"]
         return torch.ones(len(labels), dtype=torch.int64, device=labels.device)
     return (token_labels(task, inputs) != IGNORED_LABEL).sum(1)
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import IntervalStrategy, PreTrainedModel, TrainingArguments
 
-from pymape.losses import task_of
+from pymape.losses import CLASSIFICATION, LANGUAGE_MODEL, QUESTION_ANSWERING, task_of
 from pymape.masks import ModuleMasks
 from pymape.objectives import Objective
 from pymape.trainer.pairing import alternative_answer, check_set, checked_sets, holds_all
@@ -133,14 +133,14 @@ def check_choices(objective: Objective, retain: str, data: Mapping[str, Any], mo
         raise ValueError("retain_dataset must be given for retain='kl', got None")
     task = task_of(model)
     problem = model.config.problem_type or ("regression" if model.config.num_labels == 1 else None)
-    kind = problem if task == "classification" else task
+    kind = problem if task == CLASSIFICATION else task
     compares = retain == "kl" or "log_probs" in objective.reference or objective.optimizer is not None
-    if compares and kind in ("regression", "multi_label_classification", "question answering"):
+    if compares and kind in ("regression", "multi_label_classification", QUESTION_ANSWERING):
         what = "retain='kl'" if retain == "kl" else f"objective {objective.name!r}"
         raise ValueError(f"model must tell classes or tokens apart for {what}, got one for {kind}")
     if objective.alternative:
         answer = alternative_answer(data["forget"][0])
-        if task == "causal language model" and "input_ids" not in answer:
+        if task == LANGUAGE_MODEL and "input_ids" not in answer:
             raise ValueError(
                 "forget records must have alternative_input_ids beside alternative_labels for a causal language "
                 f"model, got {sorted(data['forget'][0])}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pymape.forward import eval_mode
-from pymape.losses import task_of
+from pymape.losses import CLASSIFICATION, task_of
 from pymape.objectives.match import matched_losses
 from pymape.objectives.step import UnlearnBatch
 from pymape.partial import PartialParameters
@@ -98,7 +98,7 @@ class OriginalModel:
                     own, unseen = (of_every_record(kind, side, read) for side in ("forget", "unseen"))
                     self._known[target] = matched_losses(own, unseen)
                     self._asked.discard(need)
-            if "log_probs" in self._asked and task_of(self.model) == "classification":
+            if "log_probs" in self._asked and task_of(self.model) == CLASSIFICATION:
                 self._known["retain"] = of_every_record("log_probs", "retain", UnlearnBatch.log_probs)
                 self._asked.discard("log_probs")
         if self._asked:
