@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pymape.architectures import LayerModules, find_layers
 from pymape.layers import gate_filters, is_unhooked
-from pymape.ops.masked_activation import masked_activation
+from pymape.ops.masked_activation import apply_gate, masked_activation
 
 __all__ = [
     "STATE",
@@ -133,9 +133,7 @@ def _gated_ffn(module: nn.Module, x: Tensor) -> Tensor:
         hidden = masked_activation(linear(x), up=None if up is None else up(x), activation=str(state.activation))
     elif state.backend == "reference" or state.activation is None:
         hidden = activation(linear(x))
-        hidden = hidden if up is None else hidden * up(x)
-        gate = state.gate if state.gate.dim() == 1 else state.gate.unsqueeze(1)
-        hidden = (hidden * gate).to(hidden.dtype)
+        hidden = apply_gate(hidden if up is None else hidden * up(x), state.gate)
     else:
         hidden = gate_filters(linear, up, x, state.gate, state.activation, state.backend)
     for name in state.tail_names:

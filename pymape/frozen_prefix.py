@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pymape.architectures import config_text, find_layers, find_prefix
 from pymape.delta import tensor_digest
+from pymape.feed_forward import STATE
 from pymape.forward import LABELS
 from pymape.prefix_cache import PrefixCache
 
@@ -24,7 +25,6 @@ __all__ = ["FrozenPrefix"]
 
 _ALL_LAYERS = ("output_hidden_states", "output_attentions")  # what asks for the states of the layers left out
 _STATES = "_pymape_prefix_states"
-_GATE_STATE = "_pymape"  # where `instrument` keeps a module's gate
 
 
 class FrozenPrefix:
@@ -133,7 +133,7 @@ class FrozenPrefix:
                 where = f"{type(module).__name__} {name}".strip()
                 if part.training:
                     raise ValueError(f"prefix must be in eval mode, where no dropout acts, got {where} in train mode")
-                if getattr(vars(part).get(_GATE_STATE), "gate", None) is not None:
+                if getattr(vars(part).get(STATE), "gate", None) is not None:
                     raise ValueError(f"prefix must have no gates, got some in {where}")
             if any(parameter.requires_grad for parameter in module.parameters()):
                 raise ValueError(f"prefix must be frozen, got parameters of {type(module).__name__} that require grad")

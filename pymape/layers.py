@@ -1,4 +1,4 @@
-"""Attention and feed-forward modules with gates, for plain PyTorch Transformers; and what they share with `modules`."""
+"""Attention and feed-forward modules with gates, for plain PyTorch Transformers, and what other models share with them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pymape.backends import resolve_backend
+from pymape.ops.masked_activation import ACTIVATIONS, masked_activation
 from pymape.ops.masked_attention import SUPPORTED, gate_heads, masked_attention
-from pymape.ops.masked_ffn import ACTIVATIONS, masked_activation, masked_ffn
+from pymape.ops.masked_ffn import masked_ffn
 
 __all__ = ["MaskedFeedForward", "MaskedMultiheadAttention"]
 

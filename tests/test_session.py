@@ -23,7 +23,7 @@ from session_tools import REQUESTS, options, upper_masks, write_files
 from transformers import AutoModelForSequenceClassification
 
 from pymape.cli import main
-from pymape.commands import unlearn as unlearn_command
+from pymape.commands import steps
 from pymape.config import DataConfig, MaskConfig
 from pymape.importance import Importance
 from pymape.masks import ModuleMasks
@@ -137,8 +137,8 @@ def test_retain_importance_is_computed_once_and_forgotten_records_are_never_reta
         trained.append({side: [record["id"] for record in rows] for side, rows in data.sets.items()})
         real_unlearn(config, model, data, *others)
 
-    real_importance, real_unlearn = unlearn_command.importance, session_request.unlearn
-    monkeypatch.setattr(unlearn_command, "importance", importance)
+    real_importance, real_unlearn = steps.importance, session_request.unlearn
+    monkeypatch.setattr(steps, "importance", importance)
     monkeypatch.setattr(session_request, "unlearn", unlearn)
     with UnlearnSession(new) as session:
         for request, ids in REQUESTS.items():
@@ -167,8 +167,8 @@ def test_a_request_with_few_records_to_retain_does_not_cap_the_next_ones(
         sizes.append(len(retain.ids))
         return real_search(retain=retain, **settings)
 
-    real_search = unlearn_command.search
-    monkeypatch.setattr(unlearn_command, "search", search)
+    real_search = steps.search
+    monkeypatch.setattr(steps, "search", search)
     (tmp_path / "few.txt").write_text("r20\nr21\nr22\n")
     with UnlearnSession(new) as session:
         data = dataclasses.replace(session.config.data, retain=str(tmp_path / "few.txt"))

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from pymape.cli import main
 from pymape.commands import unlearn as unlearn_command
-from pymape.commands.unlearn import fine_tune
+from pymape.commands.steps import fine_tune
 from pymape.config import TrainConfig
 from pymape.data.batching import PaddingCollator
 from pymape.masks import ModuleMasks

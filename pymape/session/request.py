@@ -12,7 +12,7 @@ from transformers import set_seed
 
 from pymape.checkpoint import load_model
 from pymape.commands.encoding import Encoder
-from pymape.commands.unlearn import Clock, Data, check_objective, fine_tune, judge, learn_masks, model_figures, unlearn
+from pymape.commands.steps import Clock, Data, check_objective, fine_tune, judge, learn_masks, model_figures, unlearn
 from pymape.config import UnlearnConfig
 from pymape.data.tables import Records
 from pymape.importance import Importance
