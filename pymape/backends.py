@@ -15,7 +15,7 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["BACKENDS", "native", "resolve_backend"]
+__all__ = ["BACKENDS", "has_kernel", "native", "resolve_backend"]
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 
@@ -44,6 +44,11 @@ def _triton_interpreted() -> bool:
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
+
+
+def has_kernel(device: torch.device, supported: tuple[str, ...]) -> bool:
+    """Whether an operator with these backends has any on a device but plain torch."""
+    return any(_why_not(backend, device) is None for backend in supported[:-1])
 
 
 def _why_not(backend: str, device: torch.device, needs_core: bool = True) -> str | None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 
-from pymape.architectures import LayerModules, find_layers
+from pymape.architectures import LayerModules
+from pymape.backends import has_kernel
 from pymape.layers import gate_filters, is_unhooked
-from pymape.ops.masked_activation import apply_gate, masked_activation
+from pymape.ops.masked_activation import SUPPORTED, apply_gate, masked_activation
 
 __all__ = [
     "STATE",
@@ -53,7 +55,7 @@ class FilterState(GateState):
     up_name: str | None = None
     activation_name: str = ""
     tail_names: tuple[str, ...] = ()
-    fused: tuple[str, ...] = ()  # devices on which the activation is fused even without a gate
+    fused_on: tuple[str, ...] = ()  # devices on which the activation is fused even without a gate
 
 
 def is_instrumented(model: nn.Module) -> bool:
@@ -61,19 +63,19 @@ def is_instrumented(model: nn.Module) -> bool:
     return any(type(vars(module).get(STATE)) is GateState for module in model.modules())
 
 
-def fuse_ffn(model: nn.Module, devices: tuple[str, ...]) -> None:
-    """Fuse the activation of gated feed-forward blocks with the product, gated by `set_gates` or not.
+def fuse_ffn(layers: Sequence[LayerModules], devices: tuple[str, ...]) -> None:
+    """Fuse the activation of feed-forward blocks with the product behind it.
 
     Args:
-        model: a supported model, instrumented or not.
-        devices: types of devices on which the activation is fused where there is no gate.
+        layers: with gated blocks, instrumented or not, that compute no more than their projections and this.
+        devices: types of devices on which the activation is fused where `set_gates` has set no gate.
     """
-    for layer in find_layers(model):
+    for layer in layers:
         state = vars(layer.ffn).get(STATE)
         if state is None and layer.ffn_method not in vars(layer.ffn):
             state = filter_state(layer, "auto")
-        if state is not None and state.up_name is not None and state.activation is not None:
-            state.fused = devices
+        if state is not None and state.activation is not None:
+            state.fused_on = devices
             bind(layer.ffn, state)
 
 
@@ -83,19 +85,22 @@ def unfuse_ffn(model: nn.Module) -> None:
     for module in model.modules():
         state = vars(module).get(STATE)
         if isinstance(state, FilterState):
-            state.fused = ()
+            state.fused_on = ()
             if not instrumented:
                 unbind(module, state)
 
 
 def bind(ffn: nn.Module, state: FilterState) -> None:
+    """Replace the forward pass of a block by one that reads the state."""
     setattr(ffn, STATE, state)
     setattr(ffn, state.method, MethodType(_gated_ffn, ffn))
 
 
 def unbind(ffn: nn.Module, state: FilterState) -> None:
-    delattr(ffn, STATE)
-    delattr(ffn, state.method)
+    """Undo `bind`, unless somebody else has replaced the forward pass since."""
+    vars(ffn).pop(STATE, None)
+    if getattr(vars(ffn).get(state.method), "__func__", None) is _gated_ffn:
+        delattr(ffn, state.method)
 
 
 def filter_state(layer: LayerModules, backend: str) -> FilterState:
@@ -115,22 +120,25 @@ def filter_state(layer: LayerModules, backend: str) -> FilterState:
         up_name=None if layer.ffn_up is None else names[layer.ffn_up],
         activation_name=names[layer.ffn_activation],
         tail_names=tuple(names[module] for module in layer.ffn_tail),
-        fused=() if before is None else before.fused,
+        fused_on=() if before is None or activation is None else before.fused_on,
     )
 
 
 def _gated_ffn(module: nn.Module, x: Tensor) -> Tensor:
-    """What the feed-forward method is rebound to: filters, gate, and whatever the original does after them."""
+    """What the feed-forward method is rebound to: filters, gate if any, and what the original does after them."""
     state: FilterState = getattr(module, STATE)
-    if state.gate is None and x.device.type not in state.fused:
+    activation = module.get_submodule(state.activation_name)
+    # Hooks on the activation may have come since.
+    fused = x.device.type in state.fused_on and is_unhooked(activation) and has_kernel(x.device, SUPPORTED)
+    if state.gate is None and not fused:
         return getattr(type(module), state.method)(module, x)
     if state.gate is not None:
         check_batch(state.gate, x.shape[0])
     linear = module.get_submodule(state.linear_name)
     up = None if state.up_name is None else module.get_submodule(state.up_name)
-    activation = module.get_submodule(state.activation_name)
     if state.gate is None:
-        hidden = masked_activation(linear(x), up=None if up is None else up(x), activation=str(state.activation))
+        up_x = None if up is None else up(x)
+        hidden = masked_activation(linear(x), up=up_x, activation=state.activation or "")
     elif state.backend == "reference" or state.activation is None:
         hidden = activation(linear(x))
         hidden = apply_gate(hidden if up is None else hidden * up(x), state.gate)

@@ -1,8 +1,7 @@
-"""Element-wise parts of frozen layers in one operator each, which keeps its inputs alone for the backward pass."""
+"""RMS norms and gated feed-forward blocks in one operator each, which keeps its inputs alone for the backward pass."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -11,53 +10,67 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from pymape.architectures import find_layers, find_prefix
 from pymape.feed_forward import fuse_ffn, unfuse_ffn
 from pymape.layers import is_unhooked
 
 __all__ = ["FusedParts"]
 
-# Classes of RMS norms that multiply by their weight in the dtype of their input, and call their epsilon the same.
-_RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+# transformers' classes of RMS norms x / sqrt(mean(x^2) + eps) * weight, and of blocks down(act(gate(x)) * up(x)).
+_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+_BLOCKS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
+_DEVICES = "_pymape_fused_on"  # the attribute of a norm whose forward is replaced
 
 
 class FusedParts:
-    """Fused RMS norms and gated feed-forward blocks, in a model that has such parts.
+    """The norms and feed-forward blocks of a Llama, Mistral, Qwen2 or Qwen3 that can be fused; other models have none.
 
     A block keeps its two projections, where the original code also keeps act(gate); a norm keeps its input, where the
-    original code keeps it in fp32. Outputs differ from the original code's by rounding. What is hooked or replaced
-    already is left as it is.
+    original code keeps it in fp32. Outputs differ from the original code's by rounding. What is hooked or replaced runs
+    as it is, and so does what lies below `lowest_layer`, which keeps nothing anyway.
 
     Args:
         model: a supported Hugging Face model whose norms are frozen.
+        lowest_layer: the lowest layer in which something trains.
         devices: types of devices on which the fused operators run; on others the original code does.
     """
 
-    def __init__(self, model: nn.Module, devices: tuple[str, ...] = ("cuda",)) -> None:
-        self.model = model
-        self._norms = [norm for norm in model.modules() if type(norm).__name__ in _RMS_NORMS and is_unhooked(norm)]
+    def __init__(self, model: nn.Module, lowest_layer: int, devices: tuple[str, ...]) -> None:
+        self.model, self.devices = model, devices
+        below = {module for part in find_prefix(model, lowest_layer) for module in part.modules()}
+        norms = [module for module in model.modules() if module not in below and _is_one_of(_NORMS, module)]
+        self._norms: list[Any] = [norm for norm in norms if is_unhooked(norm)]
+        self._layers = [layer for layer in find_layers(model)[lowest_layer:] if _is_one_of(_BLOCKS, layer.ffn)]
+
+    def fuse(self) -> None:
+        """Replace the forward passes."""
         for norm in self._norms:
-            norm.forward = MethodType(_FusedNorm(devices), norm)
-        fuse_ffn(model, devices)
+            setattr(norm, _DEVICES, self.devices)
+            norm.forward = MethodType(_fused_norm, norm)
+        fuse_ffn(self._layers, self.devices)
 
     def restore(self) -> None:
-        """Give the model its own forward passes back."""
+        """Give the model its own forward passes back; those that somebody else has put there stay."""
         unfuse_ffn(self.model)
         for norm in self._norms:
-            vars(norm).pop("forward", None)
-        self._norms = []
+            vars(norm).pop(_DEVICES, None)
+            if getattr(vars(norm).get("forward"), "__func__", None) is _fused_norm:
+                del norm.forward
 
 
-@dataclass(frozen=True)
-class _FusedNorm:
-    """The forward pass of a norm: x / sqrt(mean(x^2) + eps) * weight."""
+def _is_one_of(classes: tuple[str, ...], module: nn.Module) -> bool:
+    """Whether a module is of one of transformers' own classes by these names, whose forward nobody has replaced."""
+    kind = type(module)
+    ours = kind.__module__.startswith("transformers.models.") and kind.forward.__module__ == kind.__module__
+    return ours and kind.__name__ in classes
 
-    devices: tuple[str, ...]
 
-    def __call__(self, module: Any, x: Tensor) -> Tensor:
-        weight, eps = module.weight, module.variance_epsilon
-        if x.device.type not in self.devices or x.dtype != weight.dtype:
-            return type(module).forward(module, x)
-        return F.rms_norm(x, weight.shape, weight, eps) if x.is_cuda else _RMSNorm.apply(x, weight, eps)
+def _fused_norm(module: Any, x: Tensor) -> Tensor:
+    """The forward pass of a fused norm."""
+    weight, eps = module.weight, module.variance_epsilon
+    if x.device.type not in getattr(module, _DEVICES) or x.dtype != weight.dtype or weight.requires_grad:
+        return type(module).forward(module, x)
+    return F.rms_norm(x, weight.shape, weight, eps) if x.is_cuda else _RMSNorm.apply(x, weight, eps)
 
 
 class _RMSNorm(torch.autograd.Function):

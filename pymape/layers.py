@@ -1,4 +1,4 @@
-"""Attention and feed-forward modules with gates, for plain PyTorch Transformers, and what other models share with them."""
+"""Attention and feed-forward modules with gates for plain PyTorch Transformers, and what other models share."""
 
 from __future__ import annotations
 

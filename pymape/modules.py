@@ -88,7 +88,7 @@ def restore(model: Model) -> Model:
         raise ValueError("model is not instrumented")
     for module in model.modules():
         state = vars(module).get(STATE)
-        if isinstance(state, FilterState) and state.fused:
+        if isinstance(state, FilterState) and state.fused_on:
             state.gate, state.backend = None, "auto"
         elif isinstance(state, FilterState):
             unbind(module, state)

@@ -46,8 +46,9 @@ class PartialParameters:
             requires grad where it is (the dense baseline).
         train_task_head: with masks, also train the parameters outside `model.base_model`, whatever their
             `requires_grad`.
-        fused: with masks, run RMS norms and gated feed-forward blocks in fused operators, which take less time and
-            keep less for the backward pass; outputs differ by rounding until `merge`. None: on a GPU.
+        fused: with masks, run the RMS norms and gated feed-forward blocks of Llama, Mistral and Qwen in fused
+            operators from the lowest selected layer on. They take less time and keep less for the backward pass;
+            outputs differ by rounding until `merge`, and there are no second derivatives. None: on a GPU.
 
     Raises:
         ValueError: masks of another model, nothing to train, or projections that are not plain linear layers.
@@ -89,8 +90,9 @@ class PartialParameters:
                 parameter.requires_grad_(True)
             for module, dim, index in selections:
                 self._select(module, dim, index)
-            if masks is not None and fused is not False:
-                self._fused = FusedParts(model, ("cuda", "cpu") if fused else ("cuda",))
+            if self.lowest_layer is not None and fused is not False:
+                self._fused = FusedParts(model, self.lowest_layer, ("cuda", "cpu") if fused else ("cuda",))
+                self._fused.fuse()
             self._prefix = find_prefix(model, self.lowest_layer) if self.lowest_layer else []
             for module in self._prefix:
                 module.train = MethodType(_stay_in_eval_mode, module)  # type: ignore[method-assign]

@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pymape.fused import _RMSNorm
+from pymape.masks import ModuleMasks
 from pymape.modules import gates, instrument, is_instrumented, restore
 from pymape.partial import PartialParameters
 
@@ -171,3 +172,44 @@ def test_gradient_of_the_norm() -> None:
     x, weight = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), torch.rand(5, dtype=torch.float64)
     assert gradcheck(lambda x: _RMSNorm.apply(x, weight, 1e-6), (x,))
     torch.testing.assert_close(_RMSNorm.apply(x, weight, 1e-6), torch.nn.functional.rms_norm(x, (5,), weight, 1e-6))
+
+
+@pytest.mark.parametrize("what", ["subclass", "patched class", "foreign norm", "activation since"])
+def test_what_computes_something_else_is_left_alone(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = tiny_model("llama"), tiny_batch("llama")
+    mlp = model.model.layers[1].mlp
+    if what == "subclass":
+        other = {"forward": lambda self, x: self.down_proj(x @ x.mT @ self.up_proj(x))}
+        mlp.__class__ = type("LlamaMLP", (type(mlp),), other)
+    elif what == "patched class":
+        monkeypatch.setattr(type(mlp), "forward", lambda self, x: self.down_proj(self.up_proj(x)))
+    elif what == "foreign norm":
+        own = type(model.model.norm)
+        model.model.norm.__class__ = type("LlamaRMSNorm", (own,), {"forward": lambda self, x: own.forward(self, x) + 1})
+    partial = PartialParameters(model, some_masks(model), fused=True)
+    if what == "activation since":
+        mlp.act_fn.register_forward_hook(lambda *_: torch.zeros(()))
+    fused = model(**batch).logits
+    torch.testing.assert_close(partial.merge()(**batch).logits, fused)
+
+
+def test_below_the_lowest_layer_nothing_changes() -> None:
+    model = tiny_model("llama")
+    masks = some_masks(model)
+    masks = ModuleMasks(*(mask.clone() for mask in (masks.heads, masks.filters)), masks.layout)
+    masks.heads[0] = masks.filters[0] = False
+    PartialParameters(model, masks, fused=True)
+    replaced = {name for name, module in model.named_modules() if {"_pymape", "_pymape_fused_on"} & vars(module).keys()}
+    assert replaced
+    assert not any(name.startswith("model.layers.0") for name in replaced)
+
+
+def test_forwards_of_somebody_else_stay() -> None:
+    model, batch = tiny_model("llama"), tiny_batch("llama")
+    partial = PartialParameters(model, some_masks(model), fused=True)
+    mlp, norm = model.model.layers[0].mlp, model.model.norm
+    mlp.forward = lambda x: x
+    norm.forward = lambda x: 2 * x
+    after = model(**batch).logits
+    torch.testing.assert_close(partial.merge()(**batch).logits, after)
+    assert not any("_pymape" in name for module in model.modules() for name in vars(module))

@@ -14,7 +14,7 @@ from pymape.ops.second_derivative import refuse_second_derivative
 __all__ = ["ACTIVATIONS", "masked_activation", "masked_activation_reference"]
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
-_SUPPORTED = ("cpu", "triton", "cuda", "reference")
+SUPPORTED = ("cpu", "triton", "cuda", "reference")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -95,7 +95,7 @@ def apply_gate(hidden: Tensor, gate: Tensor | None) -> Tensor:
 
 def resolve_ffn_backend(op: str, backend: str, x: Tensor) -> str:
     """Choose as `resolve_backend` does, minding that the Triton kernels have no fp64."""
-    chosen = resolve_backend(op, backend, x.device, supported=_SUPPORTED)
+    chosen = resolve_backend(op, backend, x.device, supported=SUPPORTED)
     if chosen == "triton" and x.dtype == torch.float64:
         if backend == "triton":
             raise RuntimeError(f"backend 'triton' of {op} cannot run: it needs fp32, bf16 or fp16, got {x.dtype}")

@@ -68,6 +68,7 @@ class UnlearnTrainer(Trainer):
         objective_options: values for its own options, for instance {"layer": 7} for `rmu`.
         masks: what to train, whatever its `requires_grad`; None trains every parameter that requires grad.
         train_task_head: with masks, train the task head too, whatever its `requires_grad`.
+        fused: as in `PartialParameters`: whether norms and gated feed-forward blocks are fused; None: on a GPU.
         alpha: weight of the retain term, >= 0.
         retain: the retain term of objectives that leave the choice: "nll", or "kl" from the original model.
         beta: inverse temperature of `npo`, `simnpo` and `dpo`, > 0.
@@ -105,6 +106,7 @@ class UnlearnTrainer(Trainer):
         objective_options: Mapping[str, Any] | None = None,
         masks: ModuleMasks | None = None,
         train_task_head: bool = False,
+        fused: bool | None = None,
         alpha: float = 1.0,
         retain: Literal["nll", "kl"] = "nll",
         beta: float = 0.1,
@@ -134,7 +136,7 @@ class UnlearnTrainer(Trainer):
             own = getattr(trainer_options.get("processing_class"), "pad_token_id", None)
             trainer_options["data_collator"] = PaddingCollator(padding_token(model) if own is None else own)
         use_cache = getattr(model.config, "use_cache", None)
-        partial = PartialParameters(model, masks, train_task_head=train_task_head)
+        partial = PartialParameters(model, masks, train_task_head=train_task_head, fused=fused)
         try:
             self._prefix = None if prefix_cache is None else _frozen_prefix(model, partial, prefix_cache)
             super().__init__(model, args, train_dataset=PairDataset(self.data), **trainer_options)
