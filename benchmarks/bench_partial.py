@@ -29,6 +29,7 @@ from benchmarks.harness import Case, Report, alternate
 from pymape import FrozenPrefix, ModuleMasks, PartialParameters, PrefixCache, layout, selected_weight_grad
 from pymape.architectures import find_layers
 from pymape.forward import unlabelled
+from pymape.fused import FusedParts
 from pymape.losses import per_sample_loss
 
 BATCH, BUDGET = 8, 0.1
@@ -38,6 +39,7 @@ TOKENS = {"cpu": 128, "cuda": 512}  # of a sample
 VOCABULARY = {"cpu": 1000, "cuda": 32000}  # small on a CPU, because embeddings are no module of a mask
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 # Partial steps that do not leave `fused` to the device.
+FUSED_DENSE = "masked gradients, fused"
 OTHER = {"partial, fused": True, "partial, original code": False}
 
 
@@ -140,6 +142,14 @@ def dense_step(model: Any, batch: dict[str, Tensor], place: str = "anywhere") ->
     return step, optimizer
 
 
+def fused_dense_step(model: Any, batch: dict[str, Tensor]) -> tuple[Callable[[], None], Any]:
+    """The masked-gradient step with the fused parts of a partial step, whose norms are frozen."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" not in name)
+    FusedParts(model, 0, ("cuda", "cpu")).fuse()
+    return dense_step(model, batch)
+
+
 def partial_step(
     model: Any,
     batch: dict[str, Tensor],
@@ -211,6 +221,7 @@ def compare_steps(report: Report, name: str, layers: int, rounds: int, device: s
         cache = PrefixCache(folder)
         contenders = {
             "masked gradients": dense_step(make_model(name, layers, device), batch)[0],
+            **({FUSED_DENSE: fused_dense_step(make_model(name, layers, device), batch)[0]} if name != "bert" else {}),
             "partial": partial_step(make_model(name, layers, device), batch)[0],
             **{
                 kind: partial_step(make_model(name, layers, device), batch, fused=OTHER[kind])[0]

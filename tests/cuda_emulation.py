@@ -100,5 +100,5 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `backend="cuda"` run the CUDA kernels in the emulator, on CPU tensors."""
     for op in _OPERATORS:
         monkeypatch.setattr(importlib.import_module(f"pymape.ops.{op}"), "native", _Core)
-    monkeypatch.setattr("pymape.backends._why_not", lambda backend, device: None)
+    monkeypatch.setattr("pymape.backends._why_not", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0))

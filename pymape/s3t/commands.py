@@ -156,8 +156,11 @@ def delete(
                 names = ", ".join(outcome["changed"])
                 problems.append(f"export {outcome['path']!r} has files that were changed and are left there: {names}")
         if receipt is not None:
-            with atomic_write(receipt) as path:
-                path.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            try:
+                with atomic_write(receipt) as path:
+                    path.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            except OSError as error:  # the request is accepted all the same
+                problems.append(f"the receipt is not kept in {receipt!r}: {error}")
         return {**state, "ok": not problems, "problems": problems, "unfinished": others}
 
 

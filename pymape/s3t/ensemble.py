@@ -194,13 +194,13 @@ class Ensemble(nn.Module):
             ValueError: as `predict`.
         """
         self.refresh()
-        served = self.shards
+        served, parts = self.shards, self._shared.parts
         right = torch.zeros(1 + len(served), dtype=torch.float64)
         batches = model_batches(self, data, batch_size, None)
         for _, _, batch in batches:
             inputs = on_device(self, batch)
             outputs = self(**inputs)
-            if self.shards != served:  # one has died or come back
+            if self._shared.parts is not parts:  # other stages are served by now
                 return self.score(data, batch_size=batch_size)
             for row, logits in enumerate((outputs.logits, *outputs.shard_logits)):
                 found, labels, counts = task_logits(self._task, inputs, EnsembleOutput(logits))

@@ -35,6 +35,7 @@ def erase_files(paths: Iterable[Path]) -> int:
     """
     erased, folders = 0, set()
     for path in paths:
+        folders.add(path.parent)  # also of a file that is gone: an interrupted attempt may not have reached the disk
         try:
             size = overwrite(path)
             faults.checkpoint("erase: overwritten")
@@ -43,9 +44,9 @@ def erase_files(paths: Iterable[Path]) -> int:
         except FileNotFoundError:
             continue
         erased += size
-        folders.add(path.parent)
     for folder in folders:
-        sync_tree(folder, deep=False)
+        with contextlib.suppress(FileNotFoundError):
+            sync_tree(folder, deep=False)
     faults.checkpoint("erase: folders synced")
     return erased
 

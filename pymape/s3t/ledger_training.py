@@ -136,12 +136,12 @@ def require_served(ledger: Ledger) -> Served:
     """
     served = read_served(ledger)
     if not served.chains:
-        if not ledger.deleted:
-            missing = "nothing is trained yet: train the system first"
-        elif any(map(any, ledger.counts())):
+        if ledger.deleted and not any(map(any, ledger.counts())):
+            missing = "every record is deleted"
+        elif ledger.stage_counts().keys() & {"trained", "tombstoned", "erased"}:
             missing = "every shard is dead: repair the system first"
         else:
-            missing = "every record is deleted"
+            missing = "nothing is trained yet: train the system first"
         raise ValueError(f"no shard can be served: {missing}")
     return served
 

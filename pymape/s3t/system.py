@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -23,6 +24,7 @@ from pymape.s3t.ensemble import Combination, Ensemble
 from pymape.s3t.export import export_ensemble
 from pymape.s3t.ledger import Ledger, RecordRow
 from pymape.s3t.ledger.requests import names_digest
+from pymape.s3t.ledger.verify import FOREIGN
 from pymape.s3t.ledger_training import (
     ServedStages,
     other_options,
@@ -74,7 +76,9 @@ class S3T:
         self.folder, self._ledger = Path(ledger.folder), ledger
         settings = dict(ledger.settings)
         self._normal_ids = settings.pop(_IDS, None) == _NORMAL
-        settings["model"] = os.path.normpath(self.folder / settings["model"])
+        folders = (self.folder, os.path.realpath(self.folder))  # a link's own neighbours, or those of what it leads to
+        places = [os.path.normpath(os.path.join(folder, settings["model"])) for folder in folders]
+        settings["model"] = next((place for place in places if os.path.isdir(place)), places[0])
         lora, stage = LoraConfig(**settings.pop("lora")), StageConfig(**settings.pop("stage"))
         self.config = S3TConfig(**settings, lora=lora, stage=stage)
 
@@ -322,7 +326,8 @@ class S3T:
             ValueError: something that is no receipt.
         """
         report = self._ledger.verify(receipts)
-        report["problems"] += other_options(self._ledger, self.config)
+        with contextlib.suppress(ValueError, *FOREIGN):  # of a damaged database, which is among the problems
+            report["problems"] += other_options(self._ledger, self.config)
         if replay:
             try:
                 report["checked"]["replayed"], problem = replay_stage(self._ledger, self.config)

@@ -28,7 +28,7 @@ RETRIES = 3  # times that a stage is begun again after its worker died
 Work = Callable[[StageJob], bytes]
 
 
-class WorkerLostError(RuntimeError):
+class WorkerLostError(ChildProcessError):
     """Every worker that was given a stage died."""
 
 

@@ -139,7 +139,7 @@ class LedgerExports(LedgerStages):
         for export, path in self._db.rows("SELECT export, path FROM exports WHERE files = 'null'"):
             if export in self._exporting or not path.endswith(_PARTIAL):  # no other folder is all ours
                 continue
-            if not os.path.lexists(path):  # its disk may come back
+            if not os.path.lexists(path) and not _occupied(Path(path).parent):  # its disk may come back
                 continue
             try:
                 erase_folder(Path(path))
@@ -201,6 +201,11 @@ class LedgerExports(LedgerStages):
         """What became of the exports that requests revoked."""
         rows = self._db.rows_in("SELECT outcome FROM exports WHERE request IN ({}) ORDER BY export", requests)
         return [json.loads(outcome) for (outcome,) in rows]
+
+
+def _occupied(folder: Path) -> bool:
+    """Whether a folder holds anything: one that is empty may be where a disk is mounted at other times."""
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _erased(folder: Path, files: Mapping[str, str]) -> dict[str, Any]:

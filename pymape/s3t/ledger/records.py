@@ -84,7 +84,8 @@ class LedgerRecords:
     sequences: list[list[tuple[int, ...]]]
 
     def _start_records(self) -> None:
-        self._digests: dict[tuple[int, int], str] = {}  # of slices; kept by the writer, who knows when they change
+        self._digests: dict[tuple[int, int], str] = {}  # of slices
+        self._digests_version = 0
 
     def snapshot(self) -> AbstractContextManager[None]:
         """A block in which what is read fits together: no request is accepted meanwhile."""
@@ -97,6 +98,10 @@ class LedgerRecords:
     def audit_log(self) -> list[AuditEntry]:
         """All rows of the audit log."""
         return self._audit.entries()
+
+    def version(self) -> int:
+        """Another number whenever somebody else has committed a change, in this process or another."""
+        return int(self._db.value("PRAGMA data_version"))
 
     @property
     def slices(self) -> int:
@@ -145,8 +150,8 @@ class LedgerRecords:
                 added += len(new)
             if added:
                 self._audit.append("records added", records=added)
+                self._forget_digests()
         if added:
-            self._forget_digests()
             with contextlib.suppress(ValueError):  # a log as large as the data is slow, but no reason to fail
                 self._db.erase_log()
         return added, there
@@ -189,14 +194,17 @@ class LedgerRecords:
     def slice_digest(self, shard: int, part: int) -> str:
         """sha256 over the names and digests of a slice's live records (`stages.slice_digest`)."""
         with self._db.lock:
+            version = 0 if self._db.write else self.version()
+            if version != self._digests_version:
+                self._digests.clear()
+                self._digests_version = version
             digest = self._digests.get((shard, part))
             if digest is None:
                 rows = self._db.rows(
                     f"SELECT name, digest FROM records r WHERE shard = ? AND slice = ? AND {_LIVE}", (shard, part)
                 )
                 digest = slice_digest((name.hex(), content.hex()) for name, content in rows)
-                if self._db.write:
-                    self._digests[shard, part] = digest
+                self._digests[shard, part] = digest
             return digest
 
     def names_of_subject(self, subject: str) -> list[str]:

@@ -247,7 +247,7 @@ class LedgerRequests(LedgerExports):
 
 def is_receipt(value: Any) -> bool:
     """Whether a value has the form of a receipt."""
-    return isinstance(value, Mapping) and {"request", "audit"} <= value.keys()
+    return isinstance(value, Mapping) and isinstance(value.get("request"), str) and "audit" in value
 
 
 def names_digest(names: Iterable[str]) -> str:

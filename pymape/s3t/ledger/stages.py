@@ -125,7 +125,7 @@ class LedgerStages(LedgerRecords):
         content = self._db.value("SELECT provenance FROM files WHERE stage = ?", (row.stage,))
         try:
             return Provenance.from_json(bytes(content or b"").decode())
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"stage {row.key.name} must have a provenance in the ledger: {error}") from error
 
     def read_stage(self, row: StageRow) -> bytes:
@@ -177,9 +177,7 @@ class LedgerStages(LedgerRecords):
             if row.state != "planned" or row.stage in self._landing:
                 self.erase_late(key)
                 return False
-            problem = self._difference(row, provenance)
-            if problem:
-                raise ValueError(f"stage {key.name} must be made from what the ledger holds, got {problem}")
+            self._require_made(row, provenance)
             self._db.require_in_place()
             self._landing.add(row.stage)
         path = self.path(key)
@@ -209,10 +207,6 @@ class LedgerStages(LedgerRecords):
             key.prefix,
         )
         self._erase_cached([name.hex() for (name,) in rows])
-
-    def version(self) -> int:
-        """Another number whenever somebody else has committed a change, in this process or another."""
-        return int(self._db.value("PRAGMA data_version"))
 
     def serving(self) -> list[list[StageRow]]:
         """The chain that every shard serves, root first; an empty one is a dead shard.
@@ -258,6 +252,7 @@ class LedgerStages(LedgerRecords):
     def _commit_landing(self, row: StageRow, content: bytes, provenance: Provenance) -> bool:
         if not self._db.run("UPDATE stages SET state = 'trained' WHERE stage = ? AND state = 'planned'", (row.stage,)):
             return False
+        self._require_made(row, provenance)  # records may have been added since
         digest = row_digest(content)
         self._db.run(
             "INSERT INTO files (stage, sha256, size, provenance) VALUES (?, ?, ?, ?)",
@@ -271,8 +266,9 @@ class LedgerStages(LedgerRecords):
         """Leave no file where nothing was committed, whatever the reason."""
         with self._db.lock:
             try:
-                if self._state(row) != "trained" and not self._db.replaced():
-                    erase_files([self.path(row.key)])
+                path = self.path(row.key)
+                if self._state(row) != "trained" and not self._db.replaced() and path.exists():
+                    erase_files([path])
             finally:
                 self._landing.discard(row.stage)
                 self._landed.notify_all()
@@ -331,6 +327,11 @@ class LedgerStages(LedgerRecords):
             if digest != self.slice_digest(row.key.shard, part):
                 return f"other records of slice {part}"
         return None
+
+    def _require_made(self, row: StageRow, provenance: Provenance) -> None:
+        problem = self._difference(row, provenance)
+        if problem:
+            raise ValueError(f"stage {row.key.name} must be made from what the ledger holds, got {problem}")
 
     def _provenance_problems(self, shard: int) -> list[str]:
         """Trained stages that were not made from what the ledger holds now."""

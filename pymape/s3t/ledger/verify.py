@@ -18,6 +18,7 @@ from pymape.storage.files import written_elsewhere
 
 __all__ = ["LedgerVerify"]
 
+FOREIGN = (AttributeError, IndexError, KeyError, TypeError)  # what a changed value of another type leads to
 _PAGE = 1000  # records read at a time, so that a writer is not kept waiting
 _SETTLE_SECONDS = 1.0  # what lies around for longer is not just being written
 
@@ -60,10 +61,12 @@ class LedgerVerify(LedgerFinish):
                 checked[name], found = check()
             except (ValueError, OSError) as error:
                 found = [str(error)]
+            except FOREIGN as error:
+                found = [f"the {name.replace('_', ' ')} cannot be checked, a value is none of a ledger's: {error}"]
             problems += found
         problems = list(dict.fromkeys(problems))
         unfinished: list[str] = []
-        with contextlib.suppress(ValueError, OSError):  # of a damaged database, which is among the problems
+        with contextlib.suppress(ValueError, OSError, *FOREIGN):  # of a damaged database, which is among the problems
             unfinished = self._left_undone()
         return {"ok": not problems, "problems": problems, "checked": checked, "unfinished": unfinished}
 
