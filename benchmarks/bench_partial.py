@@ -38,8 +38,8 @@ LAYERS = {"cpu": {"bert": 12, "llama": 4}, "cuda": {"bert": 12, "llama": 22}}
 TOKENS = {"cpu": 128, "cuda": 512}  # of a sample
 VOCABULARY = {"cpu": 1000, "cuda": 32000}  # small on a CPU, because embeddings are no module of a mask
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
-# Partial steps that do not leave `fused` to the device.
 FUSED_DENSE = "masked gradients, fused"
+# Partial steps that do not leave `fused` to the device.
 OTHER = {"partial, fused": True, "partial, original code": False}
 
 
@@ -312,15 +312,16 @@ def _check(name: str, layers: int, device: str) -> None:
     """The compact gradients are the selected rows and columns of the full ones, and the cache changes no bit."""
     batch = make_batch(name, device)
     dense, model = (make_model(name, layers, device, torch.float32).eval() for _ in range(2))
-    dense(**batch).loss.backward()
-    partial = PartialParameters(model, make_masks(model, "anywhere"))
-    expected = model(**batch)
+    expected = dense(**batch)
     expected.loss.backward()
-    for one, other in zip(model.modules(), dense.modules(), strict=True):
-        if getattr(one, "selected_weight", None) is not None:
-            full = other.weight.grad if one.selected_axis == "rows" else other.weight.grad.t()
-            torch.testing.assert_close(one.selected_weight.grad, full[one.selected_index], rtol=1e-3, atol=1e-5)
-    partial.merge()
+    for fused in (False, True):
+        partial = PartialParameters(model, make_masks(model, "anywhere"), fused=fused)
+        model(**batch).loss.backward()
+        for one, other in zip(model.modules(), dense.modules(), strict=True):
+            if getattr(one, "selected_weight", None) is not None:
+                full = other.weight.grad if one.selected_axis == "rows" else other.weight.grad.t()
+                torch.testing.assert_close(one.selected_weight.grad, full[one.selected_index], rtol=1e-3, atol=1e-5)
+        partial.merge()
     model.requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder:
         prefix = FrozenPrefix(model, 1, PrefixCache(folder))

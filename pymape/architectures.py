@@ -17,6 +17,7 @@ __all__ = [
     "Architecture",
     "LayerModules",
     "ModelLayout",
+    "activation_name",
     "config_text",
     "find_layers",
     "find_prefix",
@@ -248,10 +249,7 @@ class LayerModules:
     @property
     def activation(self) -> str | None:
         """`masked_ffn`'s name of the activation, or None where it has none."""
-        module = self.ffn_activation
-        if isinstance(module, nn.GELU) and module.approximate == "tanh":
-            return "gelu_tanh"
-        return _ACTIVATIONS.get(type(module).__name__)
+        return activation_name(self.ffn_activation)
 
     @property
     def head_dim(self) -> int:
@@ -293,6 +291,13 @@ class LayerModules:
         if self.ffn_up is not None:
             slices += _rows(self.ffn_up, filters)
         return [*slices, (self.ffn_out, "weight", _in_dim(self.ffn_out), filters)]
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """What `masked_ffn` calls an activation, or None where it has no such."""
+    if isinstance(module, nn.GELU) and module.approximate == "tanh":
+        return "gelu_tanh"
+    return _ACTIVATIONS.get(type(module).__name__)
 
 
 def config_text(model: nn.Module) -> str:

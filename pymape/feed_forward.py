@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pymape.architectures import LayerModules
+from pymape.architectures import LayerModules, activation_name
 from pymape.backends import has_kernel
 from pymape.layers import gate_filters, is_unhooked
 from pymape.ops.masked_activation import SUPPORTED, apply_gate, masked_activation
@@ -127,26 +127,31 @@ def filter_state(layer: LayerModules, backend: str) -> FilterState:
 def _gated_ffn(module: nn.Module, x: Tensor) -> Tensor:
     """What the feed-forward method is rebound to: filters, gate if any, and what the original does after them."""
     state: FilterState = getattr(module, STATE)
-    activation = module.get_submodule(state.activation_name)
-    # Hooks on the activation may have come since.
-    fused = x.device.type in state.fused_on and is_unhooked(activation) and has_kernel(x.device, SUPPORTED)
-    if state.gate is None and not fused:
+    kind = None if state.gate is not None else _fused_activation(module, state, x)
+    if state.gate is None and kind is None:
         return getattr(type(module), state.method)(module, x)
     if state.gate is not None:
         check_batch(state.gate, x.shape[0])
     linear = module.get_submodule(state.linear_name)
     up = None if state.up_name is None else module.get_submodule(state.up_name)
-    if state.gate is None:
-        up_x = None if up is None else up(x)
-        hidden = masked_activation(linear(x), up=up_x, activation=state.activation or "")
+    if kind is not None:
+        hidden = masked_activation(linear(x), up=None if up is None else up(x), activation=kind)
     elif state.backend == "reference" or state.activation is None:
-        hidden = activation(linear(x))
+        hidden = module.get_submodule(state.activation_name)(linear(x))
         hidden = apply_gate(hidden if up is None else hidden * up(x), state.gate)
     else:
         hidden = gate_filters(linear, up, x, state.gate, state.activation, state.backend)
     for name in state.tail_names:
         hidden = module.get_submodule(name)(hidden)
     return hidden
+
+
+def _fused_activation(module: nn.Module, state: FilterState, x: Tensor) -> str | None:
+    """The activation if it is to be fused here; it may have been hooked or replaced since `fuse_ffn`."""
+    if x.device.type not in state.fused_on or not has_kernel(x.device, SUPPORTED):
+        return None
+    activation = module.get_submodule(state.activation_name)
+    return activation_name(activation) if is_unhooked(activation) else None
 
 
 def check_batch(gate: Tensor, batch: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ from partial_tools import some_masks
 from torch import nn
 from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import TrainingArguments
 
 from pymape.fused import _RMSNorm
 from pymape.masks import ModuleMasks
 from pymape.modules import gates, instrument, is_instrumented, restore
 from pymape.partial import PartialParameters
+from pymape.trainer import UnlearnTrainer
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
@@ -157,24 +159,13 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
         torch.testing.assert_close(one, parameter.grad)
 
 
-def test_torch_compile() -> None:
-    model, batch = tiny_model("llama"), tiny_batch("llama")
-    partial = PartialParameters(model, some_masks(model), fused=True)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    with sdpa_kernel(SDPBackend.MATH):
-        plain = torch.autograd.grad(model(**batch).loss, list(partial.parameters()))
-        graph = torch.autograd.grad(compiled(**batch).loss, list(partial.parameters()))
-    for one, other in zip(plain, graph, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
 def test_gradient_of_the_norm() -> None:
     x, weight = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), torch.rand(5, dtype=torch.float64)
     assert gradcheck(lambda x: _RMSNorm.apply(x, weight, 1e-6), (x,))
     torch.testing.assert_close(_RMSNorm.apply(x, weight, 1e-6), torch.nn.functional.rms_norm(x, (5,), weight, 1e-6))
 
 
-@pytest.mark.parametrize("what", ["subclass", "patched class", "foreign norm", "activation since"])
+@pytest.mark.parametrize("what", ["subclass", "patched class", "foreign norm", "hooked since", "replaced since"])
 def test_what_computes_something_else_is_left_alone(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = tiny_model("llama"), tiny_batch("llama")
     mlp = model.model.layers[1].mlp
@@ -187,8 +178,10 @@ def test_what_computes_something_else_is_left_alone(what: str, monkeypatch: pyte
         own = type(model.model.norm)
         model.model.norm.__class__ = type("LlamaRMSNorm", (own,), {"forward": lambda self, x: own.forward(self, x) + 1})
     partial = PartialParameters(model, some_masks(model), fused=True)
-    if what == "activation since":
+    if what == "hooked since":
         mlp.act_fn.register_forward_hook(lambda *_: torch.zeros(()))
+    elif what == "replaced since":
+        mlp.act_fn = nn.Tanh()
     fused = model(**batch).logits
     torch.testing.assert_close(partial.merge()(**batch).logits, fused)
 
@@ -213,3 +206,14 @@ def test_forwards_of_somebody_else_stay() -> None:
     after = model(**batch).logits
     torch.testing.assert_close(partial.merge()(**batch).logits, after)
     assert not any("_pymape" in name for module in model.modules() for name in vars(module))
+
+
+def test_the_trainer_passes_it_on(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    records = [{"input_ids": [5, 6, 7], "attention_mask": [1] * 3, "labels": [5, 6, 7]}] * 2
+    args = TrainingArguments(str(tmp_path), save_strategy="no", report_to="none", max_steps=1, learning_rate=0.1)
+    trainer = UnlearnTrainer(model, args, forget_dataset=records, objective="ga", masks=some_masks(model), fused=True)
+    assert "_pymape_fused_on" in vars(model.model.norm)
+    trainer.train()
+    trainer.merge()
+    assert "_pymape_fused_on" not in vars(model.model.norm)

@@ -263,9 +263,10 @@ def test_gates_and_compact_parameters_work_together(family, first):
     assert torch.equal(restore(partial.merge())(**batch).logits, before)
 
 
-def test_torch_compile():
+@pytest.mark.parametrize("fused", [False, True])
+def test_torch_compile(fused):
     model, batch = tiny_model("llama"), tiny_batch("llama")
-    partial = PartialParameters(model, some_masks(model))
+    partial = PartialParameters(model, some_masks(model), fused=fused)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with sdpa_kernel(SDPBackend.MATH):
         plain = torch.autograd.grad(model(**batch).loss, list(partial.parameters()))

@@ -494,3 +494,25 @@ def test_a_receipt_that_was_changed(folder: Path, field: str) -> None:
     (problem,) = found
     wrong = "was received at other by its receipt" if field == "received" else f"has another {field} in its receipt"
     assert problem.startswith(f"request 'second' {wrong}")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE files SET provenance = 'text' WHERE stage = 1",
+        "UPDATE files SET sha256 = 'text' WHERE stage = 1",
+        "UPDATE records SET digest = 'text' WHERE record = 1",
+        "UPDATE records SET name = 'text' WHERE record = 1",
+        "UPDATE contents SET content = 'text' WHERE record = 1",
+        "UPDATE audit SET detail = '[]' WHERE event = 'records deleted'",
+        "UPDATE stages SET prefix = 'text' WHERE stage = 1",
+    ],
+)
+def test_values_of_another_type_are_named(folder: Path, statement: str) -> None:
+    edit(folder / "ledger.sqlite", statement)
+    assert problems(folder)
+
+
+def test_a_receipt_names_one_request(folder: Path) -> None:
+    with Ledger(folder, "read") as ledger, pytest.raises(ValueError, match="receipts must be what delete gave"):
+        ledger.verify([{"request": ["first"], "audit": 1}])

@@ -17,8 +17,10 @@ import pymape.storage.files
 from pymape.cli import main
 from pymape.prefix_cache import PrefixCache
 from pymape.s3t import S3T, S3TConfig, StageConfig
+from pymape.s3t.engines import LocalEngine
 from pymape.s3t.partition import record_name
 from pymape.s3t.tables import Columns, read_records
+from pymape.s3t.training import StageJob
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,30 @@ def test_what_deletions_ended_before_it_was_trained_is_left_to_repair(
     assert run(capsys, "train", system, "--engine", "inline") == words
     assert run(capsys, "repair", system, "--engine", "inline") == f"{ended} stages trained\n"
     assert "everything is in order" in run(capsys, "verify", system)
+
+
+def test_a_receipt_that_cannot_be_kept_is_printed(
+    tmp_path: Path, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    system, place = tmp_path / "system", tmp_path / "file" / "receipt.json"
+    (tmp_path / "file").touch()
+    run(capsys, "init", system, "--model", files / "model", "--shards", 1, "--slices", 2, "--stage.max_length", 8)
+    run(capsys, "ingest", system, "--data", files / "train.csv")
+    words = ("--request-id", "one", "--ids", files / "ids.txt", "--receipt", place, "--json")
+    printed = json.loads(run(capsys, "delete", system, *words, code=1))
+    assert printed["state"] == "verified"
+    assert "the receipt is not kept in" in printed["problems"][0]
+
+
+def test_workers_that_die_are_an_error_in_a_line(
+    tmp_path: Path, files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system = tmp_path / "system"
+    run(capsys, "init", system, "--model", files / "model", "--shards", 1, "--slices", 2, "--stage.max_length", 8)
+    run(capsys, "ingest", system, "--data", files / "train.csv")
+    monkeypatch.setattr("pymape.s3t.engines.LocalEngine", lambda workers: LocalEngine(workers, os._exit))
+    monkeypatch.setattr(StageJob, "__reduce__", lambda job: (int, (9,)))  # what the workers are given
+    assert "lost 4 workers, the last one ended with exit code 9" in run(capsys, "train", system, "--workers", 1, code=2)
 
 
 def test_what_is_wrong_is_named(tmp_path: Path, files: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -261,10 +261,11 @@ class Script:
         return self
 
 
-def test_a_shard_that_dies_while_records_are_scored_has_no_score(bert: str) -> None:
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_shard_that_dies_or_loses_stages_while_records_are_scored(bert: str, depth: int) -> None:
     config, records = options(bert), make_records(count=12)
-    chains = make_chains(config, [2, 1, 3])
-    left = {0: chains[0], 2: chains[2]}
+    chains = make_chains(config, [2, 3, 3])
+    left = {shard: chain[:depth] if shard == 1 else chain for shard, chain in chains.items() if shard != 1 or depth}
     expected = Ensemble(bert, config, left).score(records, batch_size=4)
     for when in range(4):  # before the first batch, or between two
         ensemble = Ensemble(bert, config, chains, source=Script({when: left}))

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from s3t_ledger_tools import land_all, make_ledger, make_stage, names_in, record_export, trained_ledger
+from s3t_ledger_tools import land_all, make_ledger, make_stage, name_of, names_in, record_export, trained_ledger
+from s3t_tools import make_records, options, write_base
 
 from pymape.prefix_cache import PrefixCache
-from pymape.s3t import faults
-from pymape.s3t.ledger import Ledger
+from pymape.s3t import S3T, erasure, faults
+from pymape.s3t.ledger import Ledger, RecordRow
 from pymape.s3t.ledger.folder import CACHE
 from pymape.s3t.ledger_training import ServedStages
 from pymape.s3t.stages import row_digest
@@ -300,3 +301,99 @@ def test_an_accepted_request_is_missed_in_a_copy_without_the_log(tmp_path: Path)
         copied = shutil.copytree(ledger.folder, tmp_path / "copy", ignore=shutil.ignore_patterns("*-wal", "*-shm"))
     with pytest.raises(ValueError, match=r"audit log ends at row .*, its anchor at row"):
         Ledger(copied)
+
+
+def test_a_finished_export_is_not_taken_for_an_interrupted_one(tmp_path: Path) -> None:
+    partial = tmp_path / "exports" / ".export.x.partial"
+    partial.mkdir(parents=True)
+    with trained_ledger(tmp_path / "system") as ledger:
+        names = names_in(ledger, 0, 0)[:1]
+    code = f"""
+import os
+from pathlib import Path
+from pymape.s3t.ledger import Ledger
+ledger, partial = Ledger({str(tmp_path / "system")!r}), Path({str(partial)!r})
+with ledger.exporting(partial, [row.key for row in ledger.serving()[0]]):
+    partial.rename(partial.with_name("export"))
+    os._exit(9)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    with Ledger(tmp_path / "system") as ledger:
+        ledger.tombstone([("one", names)])
+        ledger.finish()
+        assert ledger.exports() == []
+
+
+def test_a_stage_that_lands_while_records_come_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with make_ledger(tmp_path / "system", shards=1) as ledger:
+        row = ledger.runnable()[0]
+        content, part = make_stage(ledger, row), row.key.prefix[0]
+
+        def ingest(point: str) -> None:
+            if point == "land: file written":
+                ledger.add_records([RecordRow.of(name_of(ledger, 99), None, 0, part, b"late")])
+
+        monkeypatch.setattr(faults, "checkpoint", ingest)
+        with pytest.raises(ValueError, match=f"got other records of slice {part}"):
+            ledger.land(row.key, content)
+        monkeypatch.undo()
+        assert not ledger.path(row.key).exists()
+        assert ledger.land(row.key, make_stage(ledger, row))
+        assert ledger.verify()["problems"] == []
+
+
+def test_a_reader_reads_a_slice_again_only_after_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with trained_ledger(tmp_path / "system", shards=1) as ledger, Ledger(tmp_path / "system", "read") as reader:
+        before, read = reader.slice_digest(0, 1), []
+        rows = reader._db.rows
+
+        def noted(query: str, *values: Any) -> list[Any]:
+            read.extend([query] if query.startswith("SELECT name, digest") else [])
+            return rows(query, *values)
+
+        monkeypatch.setattr(reader._db, "rows", noted)
+        assert reader.slice_digest(0, 1) == before
+        assert read == []
+        ledger.tombstone([("one", names_in(ledger, 0, 1)[:1])])
+        assert reader.slice_digest(0, 1) == ledger.slice_digest(0, 1) != before
+        assert len(read) == 1
+
+
+def test_the_folder_of_an_erased_file_reaches_the_disk_after_another_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for path in (one, other):
+        path.write_bytes(CONTENT)
+    synced: list[Path] = []
+
+    def overwrite(path: Path) -> int:
+        if path == other:
+            raise PermissionError(errno.EPERM, "not now", str(path))
+        return real(path)
+
+    real = erasure.overwrite
+    monkeypatch.setattr(erasure, "overwrite", overwrite)
+    monkeypatch.setattr(erasure, "sync_tree", lambda folder, deep: synced.append(folder))
+    assert set(erasure.try_each(erasure.erase_files, [one, other])) == {other}
+    assert not one.exists()
+    assert synced == [tmp_path]
+
+
+def test_a_base_beside_a_system_is_found_through_a_link(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    (tmp_path / "data").mkdir()
+    base = write_base(tmp_path / "data" / "base")
+    S3T.create(tmp_path / "data" / "system", options(base)).close()
+    (tmp_path / "link").symlink_to(tmp_path / "data" / "system")
+    with S3T(tmp_path / "link", read_only=True) as system:
+        assert system.config.model == base
+
+
+def test_what_is_not_trained_yet_is_not_called_dead(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    with S3T.create(tmp_path / "system", options(write_base(tmp_path / "base"), shards=1)) as system:
+        system.ingest(make_records("bert", 40))
+        system.delete(["r1"], "one")
+        with pytest.raises(ValueError, match="nothing is trained yet"):
+            system.ensemble()

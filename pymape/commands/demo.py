@@ -39,6 +39,7 @@ from pymape.commands.demo_page import Evidence, summary_text, write_page
 from pymape.commands.demo_results import aggregate, paired_differences
 from pymape.config import DemoConfig
 from pymape.data.digits import CLASSES
+from pymape.errors import check_ranges
 from pymape.experiments.config import MethodConfig, SelectionConfig, SettingConfig, TaskConfig
 from pymape.experiments.methods import Chosen, Measured, choose, unlearn
 from pymape.experiments.tasks import (
@@ -247,6 +248,4 @@ def _check(config: DemoConfig) -> None:
         "settings": (len(set(config.settings)) == len(config.settings) > 0, "at least one, each once"),
         "objectives": (len(set(config.objectives)) == len(config.objectives) > 0, "at least one, each once"),
     }
-    for name, (valid, expected) in ranges.items():
-        if not valid:
-            raise ValueError(f"{name} must be {expected}, got {getattr(config, name)}")
+    check_ranges({name: (getattr(config, name), *range_) for name, range_ in ranges.items()})

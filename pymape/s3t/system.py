@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
@@ -326,8 +325,10 @@ class S3T:
             ValueError: something that is no receipt.
         """
         report = self._ledger.verify(receipts)
-        with contextlib.suppress(ValueError, *FOREIGN):  # of a damaged database, which is among the problems
+        try:
             report["problems"] += other_options(self._ledger, self.config)
+        except (ValueError, *FOREIGN) as error:  # of a damaged database, which is among the problems as a rule
+            report["problems"] = report["problems"] or [f"the options of stages cannot be checked: {error}"]
         if replay:
             try:
                 report["checked"]["replayed"], problem = replay_stage(self._ledger, self.config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import time
@@ -66,8 +65,10 @@ class LedgerVerify(LedgerFinish):
             problems += found
         problems = list(dict.fromkeys(problems))
         unfinished: list[str] = []
-        with contextlib.suppress(ValueError, OSError, *FOREIGN):  # of a damaged database, which is among the problems
+        try:
             unfinished = self._left_undone()
+        except (ValueError, OSError, *FOREIGN) as error:  # of a damaged database, which is among the problems as a rule
+            problems = problems or [f"what is left to finish cannot be read: {error}"]
         return {"ok": not problems, "problems": problems, "checked": checked, "unfinished": unfinished}
 
     def _left_undone(self) -> list[str]:
