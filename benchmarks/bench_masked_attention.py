@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.harness import Case, Report, add_rates, compare, compiled, doubled, other_backends, step
 from benchmarks.shapes import LAYERS
 from pymape.ops import gate_heads, gate_heads_reference, masked_attention, masked_attention_reference
+from pymape.ops.masked_attention import SUPPORTED
 
 PARTS = ("gates", "layers", "long", "closed")
 KERNELS = {
@@ -168,7 +169,7 @@ def _providers(
 ) -> Iterator[tuple[str, Attention]]:
     """pymape first; without `everything` only what runs on a CPU, without `compiles` nothing that is compiled."""
     yield "pymape", functools.partial(masked_attention, is_causal=causal)
-    for backend in other_backends("masked_attention", device):
+    for backend in other_backends("masked_attention", SUPPORTED, device):
         yield f"pymape, {backend}", functools.partial(masked_attention, is_causal=causal, backend=backend)
     gated = functools.partial(_sdpa_and_gate, causal)
     for kernel, number in KERNELS.items():

@@ -19,6 +19,7 @@ from torch import Tensor
 from benchmarks.harness import Case, Report, add_rates, compare, compiled, doubled, other_backends, step
 from benchmarks.shapes import LAYERS, LayerShape
 from pymape.ops import masked_activation, masked_activation_reference, masked_ffn, masked_ffn_reference
+from pymape.ops.masked_activation import SUPPORTED
 
 PARTS = ("activation", "block")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -110,7 +111,7 @@ def _block_providers(
     weight: Tensor, bias: Tensor | None, block: dict[str, Any], device: str, compiles: bool
 ) -> Iterator[tuple[str, Callable[..., Tensor]]]:
     yield "pymape", lambda x, gate: masked_ffn(x, weight, bias, gate, **block)
-    for backend in other_backends("masked_ffn", device):
+    for backend in other_backends("masked_ffn", SUPPORTED, device):
         yield f"pymape, {backend}", lambda x, gate, b=backend: masked_ffn(x, weight, bias, gate, **block, backend=b)
 
     def eager(x: Tensor, gate: Tensor) -> Tensor:

@@ -296,15 +296,20 @@ def compare(
     return [found.get(name) or Case(shape, name, reason=reasons[name]) for name in calls]
 
 
-def other_backends(op: str, device: str) -> tuple[str, ...]:
-    """The GPU backends of an operator that has both which `auto` does not choose there; on a CPU none.
+def other_backends(op: str, supported: tuple[str, ...], device: str) -> tuple[str, ...]:
+    """The GPU backends of an operator which `auto` does not choose there; on a CPU none.
 
     Against its own choice `auto` could only lose, by noise.
+
+    Args:
+        op: the operator's name.
+        supported: its backends, in the order in which `auto` tries them.
+        device: "cpu" or "cuda".
     """
     if device == "cpu":
         return ()
-    own = resolve_backend(op, "auto", torch.device(device), supported=("cuda", "triton", "reference"))
-    return tuple(backend for backend in ("triton", "cuda") if backend != own)
+    own = resolve_backend(op, "auto", torch.device(device), supported=supported)
+    return tuple(backend for backend in supported if backend in ("triton", "cuda") and backend != own)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -34,6 +34,7 @@ from benchmarks.harness import (  # noqa: E402
     other_backends,
     plot,
 )
+from pymape.ops.masked_activation import SUPPORTED  # noqa: E402
 
 
 @pytest.fixture
@@ -129,14 +130,16 @@ def test_what_is_slow_is_measured_after_the_others() -> None:
 def test_auto_is_not_held_against_its_own_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.bench_masked_attention import _providers
 
-    monkeypatch.setattr("pymape.backends._has_triton", lambda: True)
-    assert other_backends("masked_ffn", "cuda") == ("cuda",)
+    def only(*can_run: str) -> None:
+        monkeypatch.setattr("pymape.backends._why_not", lambda backend, *_: None if backend in can_run else "no")
+
+    only("triton", "cuda")
+    assert other_backends("masked_ffn", SUPPORTED, "cuda") == ("cuda",)
     names = [name for name, _ in islice(_providers(False, 5, "cuda", everything=False), 3)]
     assert names == ["pymape", "pymape, cuda", "SDPA flash, gate"]
-    monkeypatch.setattr("pymape.backends._has_triton", lambda: False)
-    monkeypatch.setattr("pymape.backends._why_not", lambda *_: None)
-    assert other_backends("masked_ffn", "cuda") == ("triton",)
-    assert other_backends("masked_ffn", "cpu") == ()
+    only("cuda")
+    assert other_backends("masked_ffn", SUPPORTED, "cuda") == ("triton",)
+    assert other_backends("masked_ffn", SUPPORTED, "cpu") == ()
 
 
 def test_a_wrong_result_of_pymape_stops_the_benchmark() -> None:
