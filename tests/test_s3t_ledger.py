@@ -364,13 +364,13 @@ def test_what_is_left_is_what_avoids_the_deleted_slices(tmp_path: Path) -> None:
 
 
 def test_the_rate_of_requests(ledger: Ledger) -> None:
-    assert ledger.request_rate() is None
+    assert ledger.deletion_rate() is None
     ledger.tombstone([("first", [name_of(ledger, 0)]), ("second", [name_of(ledger, 1), name_of(ledger, 2)])])
-    assert ledger.request_rate() is None
+    assert ledger.deletion_rate() is None
     connection = ledger._db._connection
     connection.execute("UPDATE requests SET received = '2026-01-01T00:00:00.000+00:00' WHERE name = 'first'")
     connection.execute("UPDATE requests SET received = '2026-01-05T00:00:00.000+00:00' WHERE name = 'second'")
-    assert ledger.request_rate() == pytest.approx(0.5)  # two records after the first request, in four days
+    assert ledger.deletion_rate() == pytest.approx(0.5)  # two records after the first request, in four days
 
 
 # Repair
@@ -432,6 +432,25 @@ def test_repair_replaces_damaged_stages(ledger: Ledger) -> None:
     assert json.loads((ledger.folder / "audit.head").read_text())["seq"] == ledger.audit_log()[-1].seq
     assert land_all(ledger) == 3
     assert [len(chain) for chain in ledger.serving()] == [4, 4]
+    assert ledger.verify()["problems"] == []
+
+
+@pytest.mark.parametrize("problem", [OSError(28, "no space left on device"), ValueError("others keep reading")])
+def test_a_repair_stays_planned_where_nothing_can_be_erased_now(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, problem: Exception
+) -> None:
+    damaged = ledger.path(StageKey(1, (3, 0)))
+    damaged.write_bytes(b"")
+
+    def fail(*_: object) -> None:
+        raise problem
+
+    monkeypatch.setattr(ledger._db, "erase_log", fail)
+    assert ledger.repair() == 3
+    monkeypatch.undo()
+    assert ledger.finish(check=False) == {}
+    assert land_all(ledger) == 3
+    ledger.finish()
     assert ledger.verify()["problems"] == []
 
 

@@ -20,7 +20,7 @@ from pymape.prefix_cache import PrefixCache
 from pymape.s3t import S3T, erasure, faults
 from pymape.s3t.ledger import Ledger, RecordRow
 from pymape.s3t.ledger.folder import CACHE
-from pymape.s3t.ledger_training import ServedStages
+from pymape.s3t.served import ServedStages
 from pymape.s3t.stages import row_digest
 
 CONTENT = b"weights of every stage"

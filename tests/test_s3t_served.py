@@ -9,7 +9,7 @@ import pytest
 from s3t_ledger_tools import keys, make_ledger, make_stage, names_in, trained_ledger
 
 from pymape.s3t.ledger import Ledger, StageRow
-from pymape.s3t.ledger_training import ServedStages
+from pymape.s3t.served import ServedStages
 
 
 def test_a_change_is_one_of_what_is_served(tmp_path: Path) -> None:

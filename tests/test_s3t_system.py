@@ -272,6 +272,19 @@ def test_a_system_of_before_ids_had_a_normal_form_finds_what_it_stored(tmp_path:
             assert system.plan(subjects=[name])["records"] == 2
 
 
+@pytest.mark.parametrize("change", [{"merging": "ties"}, {"lora": None}])
+def test_a_system_with_options_of_another_version_is_refused_and_let_go(
+    tmp_path: Path, bases: dict[str, str], change: dict[str, Any]
+) -> None:
+    S3T.create(tmp_path / "system", options(bases["bert"])).close()
+    with Ledger(tmp_path / "system") as ledger, ledger._db.transaction("test"):
+        settings = json.dumps(ledger.settings | change)
+        ledger._db.run("UPDATE system SET value = ? WHERE name = 'settings'", (settings,))
+    with pytest.raises(ValueError, match="folder must hold a system with the options that this pymape knows"):
+        S3T(tmp_path / "system")
+    Ledger(tmp_path / "system").close()  # which another writer would keep from opening
+
+
 def test_numbers_of_a_table_are_ids_as_numbers_are(tmp_path: Path) -> None:
     vit = write_base(tmp_path / "base", "vit")
     table = [

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pymape.s3t.config import EngineName, S3TConfig
 from pymape.storage.files import atomic_write
+
+if TYPE_CHECKING:
+    from pymape.s3t.system import S3T
 
 __all__ = ["COMMANDS", "run_command"]
 
@@ -44,13 +47,12 @@ def ingest(
         subject_column: column of the person a record is about; one person's records share a slice.
         text_column: column of the text.
         text_pair_column: column of a second text.
-        label_column: column of the labels; ignored by language models.
+        label_column: column of the labels; not read for causal language models.
     """
-    from pymape.s3t.system import S3T
     from pymape.s3t.tables import Columns, read_records
 
     columns = Columns(text_column, text_pair_column, label_column, id_column, subject_column)
-    with S3T(folder) as system:
+    with _opened(folder) as system:
         return system.ingest(read_records(data, system.config, columns))
 
 
@@ -70,9 +72,7 @@ def train(
         address: of a Ray cluster; default: one is started here.
         cache: keep hidden states of frozen layers in the folder, for later stages and repairs.
     """
-    from pymape.s3t.system import S3T
-
-    with S3T(folder) as system:
+    with _opened(folder) as system:
         return system.train(engine=engine, workers=workers, address=address, cache=cache)
 
 
@@ -92,9 +92,7 @@ def repair(
         address: of a Ray cluster; default: one is started here.
         cache: keep hidden states of frozen layers in the folder, for later stages and repairs.
     """
-    from pymape.s3t.system import S3T
-
-    with S3T(folder) as system:
+    with _opened(folder) as system:
         return system.repair(engine=engine, workers=workers, address=address, cache=cache)
 
 
@@ -104,9 +102,8 @@ def status(folder: str) -> dict[str, Any]:
     Args:
         folder: the system's folder.
     """
-    from pymape.s3t.system import S3T
-
-    return S3T(folder, read_only=True).status()
+    with _opened(folder, read_only=True) as system:
+        return system.status()
 
 
 def plan(folder: str, ids: str | None = None, subjects: str | None = None, id_column: str = "id") -> dict[str, Any]:
@@ -118,10 +115,9 @@ def plan(folder: str, ids: str | None = None, subjects: str | None = None, id_co
         subjects: file of the ids of subjects, one per line, or a table: all records of these people.
         id_column: of such a table.
     """
-    from pymape.s3t.system import S3T
-
     named, people = _asked(ids, subjects, id_column)
-    return S3T(folder, read_only=True).plan(named, subjects=people)
+    with _opened(folder, read_only=True) as system:
+        return system.plan(named, subjects=people)
 
 
 def delete(
@@ -142,9 +138,9 @@ def delete(
         id_column: of such a table.
         receipt: file to keep the receipt in as JSON, outside the folder, for `verify --receipts`.
     """
-    from pymape.s3t.system import S3T, not_finished
+    from pymape.s3t.system import not_finished
 
-    with S3T(folder) as system:
+    with _opened(folder) as system:
         named, people = _asked(ids, subjects, id_column)
         system.delete(named, request_id, subjects=people, finish=False)
         found = system.finish(check=False)
@@ -171,9 +167,7 @@ def receipt(folder: str, request_id: str) -> dict[str, Any]:
         folder: the system's folder.
         request_id: your name of the request.
     """
-    from pymape.s3t.system import S3T
-
-    with S3T(folder, read_only=True) as system:
+    with _opened(folder, read_only=True) as system:
         return system.receipt(request_id)
 
 
@@ -185,9 +179,9 @@ def finish(folder: str, accept_lost_anchor: bool = False) -> dict[str, Any]:
         accept_lost_anchor: open the system without its file audit.head, after you have made sure that the rest of the
             folder is not an older copy; the audit log notes it.
     """
-    from pymape.s3t.system import S3T, not_finished
+    from pymape.s3t.system import not_finished
 
-    with S3T(folder, accept_lost_anchor=accept_lost_anchor) as system:
+    with _opened(folder, accept_lost_anchor=accept_lost_anchor) as system:
         problems = [not_finished(request, problem) for request, problem in system.finish(check=False).items()]
         return {"requests": system.status()["requests"], "ok": not problems, "problems": problems}
 
@@ -201,24 +195,21 @@ def verify(folder: str, replay: bool = False, receipts: str | None = None) -> di
         receipts: a receipt kept elsewhere, as `delete --receipt` writes it, or a folder of such files: they tell
             whether the system was set back.
     """
-    from pymape.s3t.system import S3T
-
     kept, unreadable = ([], []) if receipts is None else _receipts(Path(receipts))
-    with S3T(folder, read_only=True) as system:
+    with _opened(folder, read_only=True) as system:
         found = system.verify(replay=replay, receipts=kept)
     return found | {"ok": found["ok"] and not unreadable, "problems": [*unreadable, *found["problems"]]}
 
 
 def forecast(folder: str, rate: float | None = None) -> dict[str, Any]:
-    """Say how many more requests the system can take.
+    """Say how many more records can be deleted before a shard is dead, and before all are.
 
     Args:
         folder: the system's folder.
-        rate: requests a day; default: what the ledger has seen.
+        rate: records deleted a day; default: what the ledger has seen.
     """
-    from pymape.s3t.system import S3T
-
-    return S3T(folder, read_only=True).forecast(rate)
+    with _opened(folder, read_only=True) as system:
+        return system.forecast(rate)
 
 
 def export(folder: str, output: str) -> dict[str, Any]:
@@ -228,9 +219,7 @@ def export(folder: str, output: str) -> dict[str, Any]:
         folder: the system's folder.
         output: a new or empty folder. A later deletion revokes what it concerns there.
     """
-    from pymape.s3t.system import S3T
-
-    with S3T(folder) as system:
+    with _opened(folder) as system:
         return {"output": output, "files": system.export(output)}
 
 
@@ -256,12 +245,12 @@ def evaluate(
         label_column: column of the labels.
         batch_size: records per forward pass.
     """
-    from pymape.s3t.system import S3T
     from pymape.s3t.tables import Columns, read_records
 
-    system = S3T(folder, read_only=True)
-    records = read_records(data, system.config, Columns(text_column, text_pair_column, label_column, id_column))
-    return system.evaluate(records, combination=combination, batch_size=batch_size)
+    columns = Columns(text_column, text_pair_column, label_column, id_column)
+    with _opened(folder, read_only=True) as system:
+        records = read_records(data, system.config, columns)
+        return system.evaluate(records, combination=combination, batch_size=batch_size)
 
 
 COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -292,6 +281,13 @@ def run_command(name: str, options: dict[str, Any], *, as_json: bool = False) ->
 
         print(describe(name, found))
     return bool(found.get("ok", True))
+
+
+def _opened(folder: str, **options: bool) -> S3T:
+    """The system in a folder; imported here, so that `pymape --help` does not wait for torch."""
+    from pymape.s3t.system import S3T
+
+    return S3T(folder, **options)
 
 
 def _receipts(path: Path) -> tuple[list[dict[str, Any]], list[str]]:

@@ -22,7 +22,7 @@ from pymape.s3t.config import S3TConfig
 from pymape.s3t.shared_forward import SharedForward
 
 if TYPE_CHECKING:
-    from pymape.s3t.ledger_training import ServedStages
+    from pymape.s3t.served import ServedStages
 
 __all__ = [
     "LANGUAGE_TASKS",

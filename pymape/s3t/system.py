@@ -24,17 +24,11 @@ from pymape.s3t.export import export_ensemble
 from pymape.s3t.ledger import Ledger, RecordRow
 from pymape.s3t.ledger.requests import names_digest
 from pymape.s3t.ledger.verify import FOREIGN
-from pymape.s3t.ledger_training import (
-    ServedStages,
-    other_options,
-    read_served,
-    replay_stage,
-    require_served,
-    train_planned,
-)
+from pymape.s3t.ledger_training import other_options, replay_stage, train_planned
 from pymape.s3t.partition import place, read_identifier, record_name, subject_name
 from pymape.s3t.rows import RecordCheck
 from pymape.s3t.sequences import choose_sequences
+from pymape.s3t.served import ServedStages, read_served, require_served
 from pymape.s3t.theory import forecast
 
 __all__ = ["S3T", "not_finished"]
@@ -75,11 +69,13 @@ class S3T:
         self.folder, self._ledger = Path(ledger.folder), ledger
         settings = dict(ledger.settings)
         self._normal_ids = settings.pop(_IDS, None) == _NORMAL
-        folders = (self.folder, os.path.realpath(self.folder))  # a link's own neighbours, or those of what it leads to
-        places = [os.path.normpath(os.path.join(folder, settings["model"])) for folder in folders]
-        settings["model"] = next((place for place in places if os.path.isdir(place)), places[0])
-        lora, stage = LoraConfig(**settings.pop("lora")), StageConfig(**settings.pop("stage"))
-        self.config = S3TConfig(**settings, lora=lora, stage=stage)
+        try:
+            self.config = _read_config(settings, self.folder)
+        except (KeyError, TypeError) as error:
+            ledger.close()
+            raise ValueError(
+                f"folder must hold a system with the options that this pymape knows, got {str(self.folder)!r}: {error}"
+            ) from error
 
     @classmethod
     def create(cls, folder: str | os.PathLike[str], config: S3TConfig, *, key: bytes | None = None) -> S3T:
@@ -273,38 +269,47 @@ class S3T:
         return self._ledger.receipt(request_id)
 
     def status(self) -> dict[str, Any]:
-        """Records, stages, depth of every shard and requests, as JSON-able figures."""
-        serving, counts = self._ledger.serving(), self._ledger.counts()
-        return {
-            "folder": str(self.folder),
-            "model": self.config.model,
-            "layers_per_slice": self.config.layers_per_slice,
-            "slices": self.config.slices,
-            "sequences": [list(sequence) for sequence in self._ledger.sequences[0]],
-            "stages": self._ledger.stage_counts(),
-            "requests": dict(Counter(request["state"] for request in self._ledger.requests())),
-            "shards": [
-                {
-                    "shard": shard,
-                    "records": sum(counts[shard]),
-                    "records_by_slice": counts[shard],
-                    "depth": len(chain),
-                    "serving": list(chain[-1].key.prefix) if chain else [],
-                    "generation": self._ledger.generation(shard),
-                }
-                for shard, chain in enumerate(serving)
-            ],
-        }
+        """Records, stages, depth of every shard and requests, as JSON-able figures of one moment."""
+        with self._ledger.snapshot():
+            serving, counts = self._ledger.serving(), self._ledger.counts()
+            return {
+                "folder": str(self.folder),
+                "model": self.config.model,
+                "layers_per_slice": self.config.layers_per_slice,
+                "slices": self.config.slices,
+                "sequences": [list(sequence) for sequence in self._ledger.sequences[0]],
+                "stages": self._ledger.stage_counts(),
+                "requests": dict(Counter(request["state"] for request in self._ledger.requests())),
+                "shards": [
+                    {
+                        "shard": shard,
+                        "records": sum(counts[shard]),
+                        "records_by_slice": counts[shard],
+                        "depth": len(chain),
+                        "serving": list(chain[-1].key.prefix) if chain else [],
+                        "generation": self._ledger.generation(shard),
+                    }
+                    for shard, chain in enumerate(serving)
+                ],
+            }
 
     def forecast(self, rate: float | None = None, **options: Any) -> dict[str, Any]:
-        """How many more requests the system can take, from its own ledger.
+        """How many more records can be deleted before a shard is dead, and before all are, from the system's ledger.
 
         Args:
-            rate: requests a day; default: the observed rate, where at least two requests were made.
+            rate: records deleted a day; default: the observed rate, where at least two requests were made.
             options: of `pymape.s3t.theory.forecast`.
+
+        Returns:
+            As `pymape.s3t.theory.forecast`.
+
+        Raises:
+            ValueError: as `pymape.s3t.theory.forecast`.
         """
-        rate = self._ledger.request_rate() if rate is None else rate
-        return forecast(self._ledger.live_prefixes(), self._ledger.counts(), rate=rate, **options)
+        with self._ledger.snapshot():
+            rate = self._ledger.deletion_rate() if rate is None else rate
+            prefixes, counts = self._ledger.live_prefixes(), self._ledger.counts()
+        return forecast(prefixes, counts, rate=rate, **options)
 
     def verify(self, *, replay: bool = False, receipts: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
         """Check everything that can be checked.
@@ -487,6 +492,15 @@ def not_finished(request: str | None, problem: Exception) -> str:
 def _fields(record: Mapping[str, Any]) -> dict[str, Any]:
     """What the model is to see of a record."""
     return {name: value for name, value in bare_record(record).items() if name != "subject"}
+
+
+def _read_config(settings: dict[str, Any], folder: Path) -> S3TConfig:
+    """The options of the system in a folder, as its ledger keeps them."""
+    folders = (folder, os.path.realpath(folder))  # a link's own neighbours, or those of what it leads to
+    places = [os.path.normpath(os.path.join(folder, settings["model"])) for folder in folders]
+    settings["model"] = next((place for place in places if os.path.isdir(place)), places[0])
+    lora, stage = LoraConfig(**settings.pop("lora")), StageConfig(**settings.pop("stage"))
+    return S3TConfig(**settings, lora=lora, stage=stage)
 
 
 def _placed(model: str, folder: str | os.PathLike[str]) -> str:

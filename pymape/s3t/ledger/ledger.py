@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -148,9 +149,9 @@ class Ledger(LedgerVerify):
             if planned or damaged:
                 names, others = (sorted(row.key.name for row in rows) for rows in (damaged, ended))
                 self._audit.append("repair planned", shards=shards, stages=planned, damaged=names, ended=others)
-        with self._finishing:
-            self._erase([])  # `finish` says what cannot be erased, and tries again
-            self.move_anchor()
+        with self._finishing, contextlib.suppress(OSError, ValueError):  # `finish` says what, and tries again
+            self._erase([])
+        self.move_anchor()
         return planned
 
     def _open(self, *, write: bool, accept_lost_anchor: bool) -> None:

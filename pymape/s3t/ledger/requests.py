@@ -109,7 +109,7 @@ class LedgerRequests(LedgerExports):
         """Receipts of the requests that are not verified."""
         return self._receipts("WHERE q.verified IS NULL")
 
-    def request_rate(self) -> float | None:
+    def deletion_rate(self) -> float | None:
         """Records deleted a day, from the first request to the last; None before there are two moments."""
         first, last = self._db.rows("SELECT min(received), max(received) FROM requests")[0]
         if first == last:
