@@ -51,7 +51,7 @@ def has_kernel(device: torch.device, supported: tuple[str, ...]) -> bool:
     return any(_why_not(backend, device) is None for backend in supported[:-1])
 
 
-def _why_not(backend: str, device: torch.device, needs_core: bool = True) -> str | None:
+def _why_not(backend: str, device: torch.device, needs_core: bool = True, no_triton: str | None = None) -> str | None:
     """Return why `backend` cannot work on tensors of `device`, or None if it can."""
     if backend == "reference":
         return None
@@ -67,11 +67,17 @@ def _why_not(backend: str, device: torch.device, needs_core: bool = True) -> str
         return "triton is not installed"
     if device.type != "cuda" and not (device.type == "cpu" and _triton_interpreted()):
         return f"it needs CUDA tensors, got tensors on {device}"
-    return None
+    return no_triton
 
 
 def resolve_backend(
-    op: str, backend: str, device: torch.device, *, supported: tuple[str, ...], needs_core: bool = True
+    op: str,
+    backend: str,
+    device: torch.device,
+    *,
+    supported: tuple[str, ...],
+    needs_core: bool = True,
+    no_triton: str | None = None,
 ) -> str:
     """Turn a `backend` argument into the backend to run.
 
@@ -81,6 +87,7 @@ def resolve_backend(
         device: where the operator's tensors are.
         supported: the backends that implement the operator, in the order in which `auto` tries them.
         needs_core: whether its `cuda` is a kernel of the native core, not torch's own.
+        no_triton: why its Triton kernel cannot take these tensors, or None.
 
     Returns:
         One of `supported`.
@@ -90,20 +97,20 @@ def resolve_backend(
         RuntimeError: the backend was asked for and cannot run here.
     """
     if backend == "auto":
-        return _first(op, device, supported, needs_core)
+        return _first(op, device, supported, needs_core, no_triton)
     if backend not in supported:
         valid = ", ".join(("auto", *supported))
         raise ValueError(f"backend of {op} must be one of {valid}, got {backend!r}")
-    reason = _why_not(backend, device, needs_core)
+    reason = _why_not(backend, device, needs_core, no_triton)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} of {op} cannot run: {reason}")
     return backend
 
 
-def _first(op: str, device: torch.device, supported: tuple[str, ...], needs_core: bool) -> str:
+def _first(op: str, device: torch.device, supported: tuple[str, ...], needs_core: bool, no_triton: str | None) -> str:
     reason = None
     for backend in supported[:-1]:
-        reason = _why_not(backend, device, needs_core)
+        reason = _why_not(backend, device, needs_core, no_triton)
         if reason is None:
             return backend
     # Under torch.compile a warning would break the graph.

@@ -62,6 +62,16 @@ def test_what_torch_computes_needs_no_core(monkeypatch: pytest.MonkeyPatch) -> N
         assert resolve_backend("op", backend, GPU, supported=("cpu", "cuda", "reference"), needs_core=False) == "cuda"
 
 
+def test_what_triton_cannot_take_goes_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, cuda=True, triton=True)
+    assert resolve_backend("op", "auto", GPU, supported=ALL, no_triton="it takes less") == "cuda"
+    with pytest.raises(RuntimeError, match="backend 'triton' of op cannot run: it takes less"):
+        resolve_backend("op", "triton", GPU, supported=ALL, no_triton="it takes less")
+    with pytest.warns(UserWarning, match="op runs in plain torch: it takes less"):
+        chosen = resolve_backend("op", "auto", GPU, supported=("cpu", "triton", "reference"), no_triton="it takes less")
+    assert chosen == "reference"
+
+
 def test_compiling_says_nothing_and_breaks_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_why_not", lambda *_: "it cannot")
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from pymape.backends import native, resolve_backend
+from pymape.ops.common import check_device, check_float
 
 __all__ = ["GreedySwapResult", "greedy_swap", "greedy_swap_reference"]
 
 _SUPPORTED = ("cpu", "cuda", "reference")
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MODES = ("swap", "rearrange")
 _TOLERANCE = 1e-12  # of the objective's diagonal terms over all modules: a smaller gain is lost in rounding
 
@@ -101,10 +101,8 @@ def _check(
     for name, values in (("forget", forget), ("retain", retain), ("linear", linear)):
         if values is None:
             continue
-        if values.dtype not in _FLOATS:
-            raise ValueError(f"{name} must be fp64, fp32, bf16 or fp16, got {values.dtype}")
-        if values.device != mask.device:
-            raise ValueError(f"{name} must be on the device of mask {mask.device}, got {values.device}")
+        check_float(name, values)
+        check_device(name, values, "mask", mask)
         # One reduction instead of a mask as large as the values: a NaN or an infinity survives every sum.
         if not math.isfinite(values.sum(dtype=torch.float64).item()):
             raise ValueError(f"{name} must be finite, got {_first_not_finite(values)}")

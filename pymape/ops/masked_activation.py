@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pymape.backends import native, resolve_backend
+from pymape.ops.common import check_device, check_float, no_fp64
 from pymape.ops.second_derivative import refuse_second_derivative
 
 __all__ = ["ACTIVATIONS", "masked_activation", "masked_activation_reference"]
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 SUPPORTED = ("cpu", "triton", "cuda", "reference")
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def masked_activation(
@@ -95,12 +95,7 @@ def apply_gate(hidden: Tensor, gate: Tensor | None) -> Tensor:
 
 def resolve_ffn_backend(op: str, backend: str, x: Tensor) -> str:
     """Choose as `resolve_backend` does, minding that the Triton kernels have no fp64."""
-    chosen = resolve_backend(op, backend, x.device, supported=SUPPORTED)
-    if chosen == "triton" and x.dtype == torch.float64:
-        if backend == "triton":
-            raise RuntimeError(f"backend 'triton' of {op} cannot run: it needs fp32, bf16 or fp16, got {x.dtype}")
-        return resolve_backend(op, backend, x.device, supported=("cpu", "cuda", "reference"))
-    return chosen
+    return resolve_backend(op, backend, x.device, supported=SUPPORTED, no_triton=no_fp64(x))
 
 
 def run_activation(
@@ -334,7 +329,5 @@ def check_dtypes_and_devices(name: str, first: Tensor, others: dict[str, Tensor 
     for other, tensor in {name: first, **others}.items():
         if tensor is None:
             continue
-        if tensor.dtype not in _FLOATS:
-            raise ValueError(f"{other} must be fp64, fp32, bf16 or fp16, got {tensor.dtype}")
-        if tensor.device != first.device:
-            raise ValueError(f"{other} must be on the device of {name} {first.device}, got {tensor.device}")
+        check_float(other, tensor)
+        check_device(other, tensor, name, first)

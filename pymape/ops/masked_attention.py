@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pymape.backends import native, resolve_backend
+from pymape.ops.common import check_alike, check_device, check_float, no_fp64
 from pymape.ops.second_derivative import refuse_second_derivative
 
 __all__ = ["gate_heads", "gate_heads_reference", "masked_attention", "masked_attention_reference"]
 
 SUPPORTED = ("cpu", "triton", "cuda", "reference")
-_WITHOUT_TRITON = ("cpu", "cuda", "reference")
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_GATE_BACKENDS = ("cpu", "cuda", "reference")
 
 
 def gate_heads(output: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
@@ -41,10 +41,9 @@ def gate_heads(output: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor
     """
     if output.dim() != 4:
         raise ValueError(f"output must have shape (B, T, H, D), got {tuple(output.shape)}")
-    if output.dtype not in _FLOATS:
-        raise ValueError(f"output must be fp64, fp32, bf16 or fp16, got {output.dtype}")
-    _check_gate(gate, output, batch=output.shape[0], heads=output.shape[2])
-    chosen = resolve_backend("gate_heads", backend, output.device, supported=_WITHOUT_TRITON)
+    check_float("output", output)
+    _check_gate(gate, "output", output, batch=output.shape[0], heads=output.shape[2])
+    chosen = resolve_backend("gate_heads", backend, output.device, supported=_GATE_BACKENDS)
     if chosen == "reference":
         return gate_heads_reference(output, gate)
     return torch.ops.pymape.gate_heads(output, gate, chosen)
@@ -107,27 +106,22 @@ def masked_attention(
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if query.dtype not in _FLOATS:
-        raise ValueError(f"query must be fp64, fp32, bf16 or fp16, got {query.dtype}")
+    check_float("query", query)
     for name, tensor in (("key", key), ("value", value)):
-        if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise ValueError(f"{name} must be {query.dtype} on {query.device}, got {tensor.dtype} on {tensor.device}")
+        check_alike(name, tensor, "query", query)
     if gate is not None:
-        _check_gate(gate, query, batch=batch, heads=heads)
+        _check_gate(gate, "query", query, batch=batch, heads=heads)
     if attn_mask is not None:
         attn_mask = _four_dimensional(attn_mask, query, (batch, heads, tokens, key.shape[2]))
     scale = size**-0.5 if scale is None else float(scale)
 
-    problem = _why_no_triton(query, attn_mask)
-    supported = _WITHOUT_TRITON if problem and backend == "auto" else SUPPORTED
-    chosen = resolve_backend("masked_attention", backend, query.device, supported=supported)
+    no_triton = _why_no_triton(query, attn_mask)
+    chosen = resolve_backend("masked_attention", backend, query.device, supported=SUPPORTED, no_triton=no_triton)
     if chosen == "reference":
         return masked_attention_reference(
             query, key, value, gate, attn_mask=attn_mask, is_causal=is_causal, scale=scale
         )
     if chosen == "triton":
-        if problem:
-            raise RuntimeError(f"backend 'triton' of masked_attention cannot run: {problem}")
         if attn_mask is not None:
             attn_mask = _aligned_rows(attn_mask).expand(batch, heads, tokens, key.shape[2])
         gate_grad = gate is not None and gate.requires_grad and torch.is_grad_enabled()
@@ -169,13 +163,12 @@ def masked_attention_reference(
     return output if gate is None else (output * gate[..., None, None]).to(output.dtype)
 
 
-def _check_gate(gate: Tensor, like: Tensor, *, batch: int, heads: int) -> None:
+def _check_gate(gate: Tensor, name: str, like: Tensor, *, batch: int, heads: int) -> None:
     if tuple(gate.shape) not in ((heads,), (batch, heads)):
         raise ValueError(f"gate must have shape ({heads},) or ({batch}, {heads}), got {tuple(gate.shape)}")
     if not gate.is_floating_point():
         raise ValueError(f"gate must be floating point, got {gate.dtype}")
-    if gate.device != like.device:
-        raise ValueError(f"gate must be on {like.device}, got {gate.device}")
+    check_device("gate", gate, name, like)
 
 
 def _four_dimensional(attn_mask: Tensor, query: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -185,8 +178,7 @@ def _four_dimensional(attn_mask: Tensor, query: Tensor, shape: tuple[int, ...]) 
         raise ValueError(f"attn_mask must be broadcastable to {shape}, got {tuple(attn_mask.shape)}")
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise ValueError(f"attn_mask must be bool or floating point, got {attn_mask.dtype}")
-    if attn_mask.device != query.device:
-        raise ValueError(f"attn_mask must be on the device of query {query.device}, got {attn_mask.device}")
+    check_device("attn_mask", attn_mask, "query", query)
     attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))
     return (
         attn_mask.expand(*attn_mask.shape[:3], shape[3]).contiguous() if attn_mask.shape[3] != shape[3] else attn_mask
@@ -210,13 +202,11 @@ def _in_range(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _why_no_triton(query: Tensor, attn_mask: Tensor | None) -> str | None:
-    if query.dtype == torch.float64:
-        return "it takes fp32, bf16 and fp16, got fp64 tensors"
     if query.shape[3] > 256:
         return f"it takes head sizes up to 256, got {query.shape[3]}"
     if attn_mask is not None and attn_mask.requires_grad:
         return "it has no gradient for attn_mask, got one that requires it"
-    return None
+    return no_fp64(query)
 
 
 def _gate_per_sample(gate: Tensor, output: Tensor, batch: int) -> Tensor:

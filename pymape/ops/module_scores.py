@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from pymape.backends import native, resolve_backend
+from pymape.ops.common import check_alike, check_float
 
 __all__ = ["module_scores", "module_scores_reference"]
 
 _SUPPORTED = ("cpu", "cuda", "reference")
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def module_scores(output: Tensor, grad: Tensor, *, backend: str = "auto") -> Tensor:
@@ -36,12 +36,8 @@ def module_scores(output: Tensor, grad: Tensor, *, backend: str = "auto") -> Ten
         raise ValueError(f"output must have shape (B, T, M) or (B, T, M, D), got {tuple(output.shape)}")
     if grad.shape != output.shape:
         raise ValueError(f"grad must have the shape of output {tuple(output.shape)}, got {tuple(grad.shape)}")
-    if output.dtype not in _FLOATS:
-        raise ValueError(f"output must be fp64, fp32, bf16 or fp16, got {output.dtype}")
-    if grad.dtype != output.dtype:
-        raise ValueError(f"grad must have the dtype of output {output.dtype}, got {grad.dtype}")
-    if grad.device != output.device:
-        raise ValueError(f"grad must be on the device of output {output.device}, got {grad.device}")
+    check_float("output", output)
+    check_alike("grad", grad, "output", output)
     chosen = resolve_backend("module_scores", backend, output.device, supported=_SUPPORTED)
     if chosen == "reference":
         return module_scores_reference(output, grad)

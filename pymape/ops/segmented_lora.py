@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pymape.backends import resolve_backend
+from pymape.ops.common import check_alike, check_float
 
 __all__ = ["segmented_lora", "segmented_lora_reference"]
 
 _SUPPORTED = ("cpu", "triton", "reference")
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MAX_RANK = 128  # of the Triton kernel: what a program keeps on its multiprocessor grows with the rank
 _ALIGNMENT = 64  # bytes; a cache line, and where torch puts what it allocates
 
@@ -62,14 +62,12 @@ def segmented_lora(
     adapters as in S3T (arXiv 2406.16257).
     """
     _check(x, base, lora_a, lora_b, offsets, adapters, scale)
-    chosen = resolve_backend("segmented_lora", backend, x.device, supported=_SUPPORTED)
-    if chosen == "triton" and (x.dtype == torch.float64 or lora_a.shape[1] > _MAX_RANK):
-        if backend == "triton":
-            raise RuntimeError(
-                "backend 'triton' of segmented_lora cannot run: it takes fp32, bf16 and fp16 and ranks up to "
-                f"{_MAX_RANK}, got {x.dtype} and rank {lora_a.shape[1]}"
-            )
-        chosen = "reference"
+    no_triton = None
+    if x.dtype == torch.float64 or lora_a.shape[1] > _MAX_RANK:
+        no_triton = (
+            f"it takes fp32, bf16 and fp16 and ranks up to {_MAX_RANK}, got {x.dtype} and rank {lora_a.shape[1]}"
+        )
+    chosen = resolve_backend("segmented_lora", backend, x.device, supported=_SUPPORTED, no_triton=no_triton)
     if chosen == "reference":
         return segmented_lora_reference(x, base, lora_a, lora_b, offsets, adapters, scale)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, base, lora_a, lora_b)):
@@ -177,13 +175,9 @@ def _check(
     count, rank, _ = lora_a.shape
     if lora_b.shape != (count, base.shape[1], rank):
         raise ValueError(f"lora_b must have shape ({count}, {base.shape[1]}, {rank}), got {tuple(lora_b.shape)}")
-    if x.dtype not in _FLOATS:
-        raise ValueError(f"x must be fp64, fp32, bf16 or fp16, got {x.dtype}")
+    check_float("x", x)
     for name, tensor in (("base", base), ("lora_a", lora_a), ("lora_b", lora_b)):
-        if tensor.dtype != x.dtype:
-            raise ValueError(f"{name} must have the dtype of x {x.dtype}, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x {x.device}, got {tensor.device}")
+        check_alike(name, tensor, "x", x)
     if len(offsets) != len(adapters) + 1:
         raise ValueError(f"offsets must hold {len(adapters) + 1} numbers, one more than adapters, got {len(offsets)}")
     if offsets[0] != 0 or offsets[-1] != rows or any(a > b for a, b in pairwise(offsets)):

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from pymape.backends import resolve_backend
+from pymape.ops.common import check_alike, check_device, check_float, no_fp64
 
 __all__ = ["selected_weight_grad", "selected_weight_grad_reference"]
 
 # Scattered columns are loaded 2 bytes at a time, so that gathering them once beats gathering in every tile.
 _SUPPORTED = ("cpu", "cuda", "triton", "reference")
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _AXES = ("rows", "columns")
 
 
@@ -44,10 +44,8 @@ def selected_weight_grad(x: Tensor, dy: Tensor, index: Tensor | None, axis: str,
     """
     _check(x, dy, index, axis)
     chosen = resolve_backend(
-        "selected_weight_grad", backend, x.device, supported=_SUPPORTED, needs_core=False
+        "selected_weight_grad", backend, x.device, supported=_SUPPORTED, needs_core=False, no_triton=no_fp64(x)
     )  # its `cuda` is torch's own
-    if chosen == "triton" and x.dtype == torch.float64:
-        raise RuntimeError("backend 'triton' of selected_weight_grad cannot run: it takes fp32, bf16 and fp16")
     if chosen == "reference":
         return selected_weight_grad_reference(x, dy, index, axis)
     return torch.ops.pymape.selected_weight_grad(x, dy, index, axis, chosen)
@@ -128,15 +126,10 @@ def _check(x: Tensor, dy: Tensor, index: Tensor | None, axis: str) -> None:
         raise ValueError(f"x must have shape (N, in), got {tuple(x.shape)}")
     if dy.dim() != 2 or dy.shape[0] != x.shape[0]:
         raise ValueError(f"dy must have shape ({x.shape[0]}, out), got {tuple(dy.shape)}")
-    if x.dtype not in _FLOATS:
-        raise ValueError(f"x must be fp64, fp32, bf16 or fp16, got {x.dtype}")
-    if dy.dtype != x.dtype:
-        raise ValueError(f"dy must have the dtype of x {x.dtype}, got {dy.dtype}")
-    if dy.device != x.device:
-        raise ValueError(f"dy must be on the device of x {x.device}, got {dy.device}")
+    check_float("x", x)
+    check_alike("dy", dy, "x", x)
     if index is None:
         return
     if index.dim() != 1 or index.dtype != torch.int64:
         raise ValueError(f"index must be int64 of shape (n,), got {index.dtype} of shape {tuple(index.shape)}")
-    if index.device != x.device:
-        raise ValueError(f"index must be on the device of x {x.device}, got {index.device}")
+    check_device("index", index, "x", x)
