@@ -265,7 +265,10 @@ class TestCpu:
                 {"value": torch.zeros(2, 2, 5, 8)},
                 r"value must have the shape of key \(2, 2, 6, 8\), got \(2, 2, 5, 8\)",
             ),
-            ({"value": torch.zeros(2, 2, 6, 8).half()}, "value must have the dtype of query torch.float32, got torch.float16"),
+            (
+                {"value": torch.zeros(2, 2, 6, 8).half()},
+                "value must have the dtype of query torch.float32, got torch.float16",
+            ),
             ({"gate": torch.zeros(2)}, r"gate must have shape \(4,\) or \(2, 4\), got \(2,\)"),
             (
                 {"attn_mask": torch.ones(5, 5).bool()},
