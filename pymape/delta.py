@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from pymape.architectures import layout
 from pymape.storage.files import atomic_write
+from pymape.storage.tensors import tensor_digest
 
-__all__ = ["DeltaPart", "apply_delta", "inside_digest", "tensor_digest", "write_delta"]
+__all__ = ["DeltaPart", "apply_delta", "inside_digest", "write_delta"]
 
 FORMAT = "pymape.delta.1"
 _INDEX = ":index"
@@ -52,13 +53,6 @@ class DeltaPart:
         if self.index is None:
             return full[:0]
         return full.index_fill(self.dim, self.index.to(full.device), 0)
-
-
-def tensor_digest(hasher: Any, name: str, tensor: Tensor) -> None:
-    """Feed a tensor to a hashlib object: name, dtype, shape, bytes."""
-    tensor = tensor.detach().cpu().contiguous()
-    hasher.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-    hasher.update(tensor.flatten().view(torch.uint8).numpy())
 
 
 @torch.no_grad()

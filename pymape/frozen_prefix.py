@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from pymape.architectures import config_text, find_layers, find_prefix
-from pymape.delta import tensor_digest
 from pymape.feed_forward import STATE
 from pymape.forward import LABELS
 from pymape.prefix_cache import PrefixCache
+from pymape.storage.tensors import tensor_digest
 
 __all__ = ["FrozenPrefix"]
 

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from pymape.delta import tensor_digest
 from pymape.storage.files import at_work, await_workers, discard, overwrite, sync_tree
+from pymape.storage.tensors import tensor_digest
 
 __all__ = ["PrefixCache"]
 

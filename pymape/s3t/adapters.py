@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from pymape.architectures import LayerModules, find_layers
-from pymape.delta import tensor_digest
 from pymape.losses import task_of
 from pymape.s3t.config import LoraConfig, S3TConfig
 from pymape.storage.runs import quiet_transformers
+from pymape.storage.tensors import tensor_digest
 
 __all__ = ["SlicedAdapters", "base_hash", "layers_per_slice", "load_base", "model_class"]
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pymape.s3t.config import EngineName, S3TConfig
 from pymape.storage.files import atomic_write
-
-if TYPE_CHECKING:
-    from pymape.s3t.system import S3T
 
 __all__ = ["COMMANDS", "run_command"]
 
@@ -283,8 +280,8 @@ def run_command(name: str, options: dict[str, Any], *, as_json: bool = False) ->
     return bool(found.get("ok", True))
 
 
-def _opened(folder: str, **options: bool) -> S3T:
-    """The system in a folder; imported here, so that `pymape --help` does not wait for torch."""
+def _opened(folder: str, **options: bool) -> Any:
+    """The `S3T` in a folder. Its type would be imported for `pymape --help`, which is not to wait for transformers."""
     from pymape.s3t.system import S3T
 
     return S3T(folder, **options)

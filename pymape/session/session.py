@@ -309,8 +309,9 @@ def weights_hash(folder: str | os.PathLike[str]) -> str:
 
     It is taken over the name, dtype, shape and bytes of every tensor in the folder's safetensors files, by name.
     """
-    import torch
     from safetensors import safe_open
+
+    from pymape.storage.tensors import tensor_bytes
 
     places: dict[str, Path] = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
@@ -319,9 +320,9 @@ def weights_hash(folder: str | os.PathLike[str]) -> str:
     total = hashlib.sha256()
     for name in sorted(places):
         with safe_open(places[name], framework="pt") as file:
-            tensor = file.get_tensor(name).contiguous()
+            tensor = file.get_tensor(name)
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        total.update(tensor_bytes(tensor))
     return total.hexdigest()
 
 

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pymape.architectures import config_text
 from pymape.storage.files import atomic_write
+from pymape.storage.tensors import tensor_bytes
 
 __all__ = ["ReferenceCache", "record_digest", "stack_rows", "weights_digest"]
 
@@ -105,7 +106,7 @@ def weights_digest(model: nn.Module, *context: str) -> str:
     digest = hashlib.sha256("\n".join([type(model).__name__, *context, config_text(model)]).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(_bytes(tensor))
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -123,7 +124,7 @@ def record_digest(*inputs: Mapping[str, Any]) -> bytes:
 def _take_in(digest: Any, value: Any) -> None:
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype} {tuple(value.shape)} ".encode())
-        digest.update(_bytes(value))
+        digest.update(tensor_bytes(value))
     elif isinstance(value, list | tuple):
         digest.update(f"{len(value)} values ".encode())
         for item in value:
@@ -136,13 +137,8 @@ def _take_in(digest: Any, value: Any) -> None:
         digest.update(f"{value!r} ".encode())
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
-
-
 def _checksum(digests: Tensor, values: Tensor) -> str:
     digest = hashlib.sha256(f"{tuple(digests.shape)} {values.dtype} {tuple(values.shape)}".encode())
-    digest.update(_bytes(digests))
-    digest.update(_bytes(values))
+    digest.update(tensor_bytes(digests))
+    digest.update(tensor_bytes(values))
     return digest.hexdigest()
