@@ -15,8 +15,7 @@ from typing import Any, get_origin, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from pymape.commands.evaluate import EvaluateConfig
-from pymape.config import DemoConfig, UnlearnConfig
+from pymape.config import DemoConfig, EvaluateConfig, UnlearnConfig
 from pymape.s3t.commands import COMMANDS, run_command
 from pymape.s3t.config import S3TConfig, S3TDemoConfig
 from pymape.version import __version__

@@ -8,10 +8,21 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pymape.errors import check_ranges
+from pymape.metrics.generation import TEMPLATE
 from pymape.objectives import get_objective
 from pymape.search import Mode, Objective
 
-__all__ = ["DataConfig", "DemoConfig", "MaskConfig", "TrainConfig", "UnlearnConfig", "check_config"]
+__all__ = [
+    "DataConfig",
+    "DemoConfig",
+    "EvaluateConfig",
+    "MaskConfig",
+    "QuestionsConfig",
+    "RelearnConfig",
+    "TrainConfig",
+    "UnlearnConfig",
+    "check_config",
+]
 
 UnlearnObjective = Literal[
     "ga", "gd", "match", "match_tokens", "kl", "npo", "simnpo", "dpo", "idk", "rmu", "ft", "l1_sparse", "rl", "so",
@@ -168,6 +179,86 @@ class UnlearnConfig:
     session: str | None = None
     request_id: str | None = None
     receipt_ids: Literal["keyed", "plain"] = "keyed"
+
+
+@dataclass
+class QuestionsConfig:
+    """Questions in TOFU's form, for language models: files with columns question, answer and perturbed_answer (a list).
+
+    Args:
+        forget: questions about what was to be forgotten, with a column paraphrased_answer.
+        retain: questions about what was to be kept, with a column paraphrased_answer.
+        real_authors: questions about real authors.
+        world_facts: questions about the world.
+        template: text of a question with its answer, as the model was trained with.
+        max_new_tokens: most tokens of the model's own answer, which ROUGE judges; 0 leaves ROUGE out.
+    """
+
+    forget: str | None = None
+    retain: str | None = None
+    real_authors: str | None = None
+    world_facts: str | None = None
+    template: str = TEMPLATE
+    max_new_tokens: int = 200
+
+
+@dataclass
+class RelearnConfig:
+    """The relearning attack, on a copy of the model.
+
+    Args:
+        steps: optimizer steps; 0 leaves the attack out.
+        lr: learning rate.
+        share: share of the forget set to fine-tune on, in (0, 1].
+        batch_size: records per step.
+        tolerance: percentage points below the original model's accuracy that count as relearned.
+        every: steps between two measurements.
+    """
+
+    steps: int = 0
+    lr: float = 5e-5
+    share: float = 0.1
+    batch_size: int = 8
+    tolerance: float = 5.0
+    every: int = 1
+
+
+@dataclass
+class EvaluateConfig:
+    """One evaluation of an unlearned model.
+
+    Args:
+        model: Hugging Face model folder with its tokenizer: the unlearned model.
+        data: the records that the original model was trained on, which of them were to be forgotten, and unseen ones
+            for the attacks.
+        output: folder to write; new, empty, or an earlier run's, which is replaced.
+        retrained: folder of the model retrained without the forget set: adds the gap, PrivLeak, forget quality and
+            distances.
+        original: folder of the model before unlearning: adds its figures; the relearning attack needs it.
+        reference: folder of a model that has not seen the records, for the reference attack.
+        shadows: folders of two or more classifiers that have seen neither the forget nor the test set, for the
+            likelihood-ratio attack.
+        gradients: also attack by gradient norms, one backward pass per record.
+        k: share of the least likely tokens that Min-K and Min-K++ look at, in (0, 1].
+        questions: questions in TOFU's form.
+        relearn: the relearning attack.
+        batch_size: records per forward pass.
+        seed: of every random choice.
+    """
+
+    model: str
+    data: DataConfig
+    output: str = "runs/evaluate"
+    retrained: str | None = None
+    original: str | None = None
+    reference: str | None = None
+    shadows: list[str] = field(default_factory=list)
+    gradients: bool = False
+    k: float = 0.4
+    questions: QuestionsConfig = field(default_factory=QuestionsConfig)
+    relearn: RelearnConfig = field(default_factory=RelearnConfig)
+    batch_size: int = 64
+    seed: int = 0
 
 
 @dataclass

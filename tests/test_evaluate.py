@@ -16,8 +16,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from pymape.commands.evaluate import EvaluateConfig, QuestionsConfig, RelearnConfig, run_evaluate
-from pymape.config import DataConfig
+from pymape.commands.evaluate import run_evaluate
+from pymape.config import DataConfig, EvaluateConfig, QuestionsConfig, RelearnConfig
 from pymape.metrics import AnswerScores, RecordScores, score_metrics, tofu_metrics
 
 WORDS = [f"w{number}" for number in range(40)]
