@@ -21,6 +21,8 @@ __all__ = [
     "config_text",
     "find_layers",
     "find_prefix",
+    "in_dim",
+    "is_projection",
     "layout",
     "register_architecture",
 ]
@@ -253,11 +255,11 @@ class LayerModules:
 
     @property
     def head_dim(self) -> int:
-        return _parameter(self.output, "weight").shape[_in_dim(self.output)] // self.heads
+        return _parameter(self.output, "weight").shape[in_dim(self.output)] // self.heads
 
     @property
     def filters(self) -> int:
-        return _parameter(self.ffn_out, "weight").shape[_in_dim(self.ffn_out)]
+        return _parameter(self.ffn_out, "weight").shape[in_dim(self.ffn_out)]
 
     def head_slices(self, groups: Tensor) -> list[ParameterSlice]:
         """The parameters that key/value groups own.
@@ -276,7 +278,7 @@ class LayerModules:
             key_start, value_start = self.heads * self.head_dim, (self.heads + self.kv_heads) * self.head_dim
             projections = [(self.qkv, torch.cat([queries, key_start + keys, value_start + keys], dim=1))]
         slices = [part for linear, rows in projections if linear is not None for part in _rows(linear, rows.flatten())]
-        return [*slices, (self.output, "weight", _in_dim(self.output), queries.flatten())]
+        return [*slices, (self.output, "weight", in_dim(self.output), queries.flatten())]
 
     def filter_slices(self, filters: Tensor) -> list[ParameterSlice]:
         """The parameters that filters own.
@@ -290,7 +292,7 @@ class LayerModules:
         slices = _rows(self.ffn_in, filters)
         if self.ffn_up is not None:
             slices += _rows(self.ffn_up, filters)
-        return [*slices, (self.ffn_out, "weight", _in_dim(self.ffn_out), filters)]
+        return [*slices, (self.ffn_out, "weight", in_dim(self.ffn_out), filters)]
 
 
 def activation_name(module: nn.Module) -> str | None:
@@ -407,7 +409,12 @@ def _parameter(module: nn.Module, name: str) -> Tensor:
     return parameter
 
 
-def _in_dim(linear: nn.Module) -> int:
+def is_projection(module: nn.Module) -> bool:
+    """Whether it is torch's Linear or GPT-2's Conv1D itself, no quantised, wrapped or otherwise derived one."""
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+
+
+def in_dim(linear: nn.Module) -> int:
     """Dimension of the weight that holds inputs: 1, but 0 for GPT-2's Conv1D, which stores the transpose."""
     return 0 if hasattr(getattr(linear, "base_layer", linear), "nf") else 1  # LoRA wraps a base_layer
 
@@ -418,7 +425,7 @@ def _blocks(index: Tensor, size: int) -> Tensor:
 
 
 def _rows(linear: nn.Module, index: Tensor) -> list[ParameterSlice]:
-    slices: list[ParameterSlice] = [(linear, "weight", 1 - _in_dim(linear), index)]
+    slices: list[ParameterSlice] = [(linear, "weight", 1 - in_dim(linear), index)]
     if linear.bias is not None:
         slices.append((linear, "bias", 0, index))
     return slices

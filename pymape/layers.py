@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pymape.architectures import in_dim, is_projection
 from pymape.backends import resolve_backend
 from pymape.ops.masked_activation import ACTIVATIONS, masked_activation
 from pymape.ops.masked_attention import SUPPORTED, gate_heads, masked_attention
@@ -193,12 +194,12 @@ def is_unhooked(module: nn.Module) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return (type(module) is nn.Linear or type(module).__name__ == "Conv1D") and is_unhooked(module)
+    return is_projection(module) and is_unhooked(module)
 
 
 def _weight(linear: Any) -> Tensor:
     """The weight as [outputs, inputs]; Conv1D of transformers stores the transpose."""
-    return linear.weight if type(linear) is nn.Linear else linear.weight.t()
+    return linear.weight if in_dim(linear) == 1 else linear.weight.t()
 
 
 def _no_op(*_: Any) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
-from pymape.architectures import find_layers, find_prefix
+from pymape.architectures import find_layers, find_prefix, in_dim, is_projection
 from pymape.delta import DeltaPart, inside_digest, write_delta
 from pymape.errors import NothingSelected
 from pymape.fused import FusedParts
@@ -252,7 +252,7 @@ class PartialParameters:
     def _select(self, module: nn.Module, dim: int, index: Tensor) -> None:
         """Give a projection compact parameters for `index` along `dim`, and a forward that trains them."""
         self._projections.append(module)
-        rows = dim == _out_dim(module)
+        rows = dim != in_dim(module)
         owner: Any = module
         owner.selected_axis = "rows" if rows else "columns"
         # No buffer: DDP would broadcast it before every forward, between a forward and its backward too.
@@ -309,21 +309,16 @@ def _selected_forward(module: Any, x: Tensor) -> Tensor:
     index = module.selected_index
     if index.device != x.device:
         index = module.selected_index = index.to(x.device)
-    weight = module.weight if _out_dim(module) == 0 else module.weight.t()
+    weight = module.weight if in_dim(module) == 1 else module.weight.t()
     return _SelectedLinear.apply(
         x, weight, module.bias, module.selected_weight, module.selected_bias, index, module.selected_axis
     )
 
 
-def _out_dim(module: nn.Module) -> int:
-    """Dimension of the weight that holds outputs: 0, but 1 for GPT-2's Conv1D, which stores the transpose."""
-    return 0 if isinstance(module, nn.Linear) else 1
-
-
 def _dim(module: Any) -> int:
     """Dimension of the weight along which a projection's rows or columns are selected."""
-    out = _out_dim(module)
-    return out if module.selected_axis == "rows" else 1 - out
+    inputs = in_dim(module)
+    return 1 - inputs if module.selected_axis == "rows" else inputs
 
 
 def _gather(module: Any, name: str, full: Tensor) -> Tensor:
@@ -377,7 +372,7 @@ def _selections(model: nn.Module, masks: ModuleMasks) -> list[tuple[nn.Module, i
             if name == "weight":  # a bias is owned by the rows that its projection's weight lists
                 found.setdefault(module, (dim, []))[1].append(index)
     for module in found:
-        if type(module) is not nn.Linear and type(module).__name__ != "Conv1D":
+        if not is_projection(module):
             kind = f"{type(module).__module__}.{type(module).__name__}"
             raise ValueError(f"model must have projections of torch.nn.Linear or transformers' Conv1D, got {kind}")
         if "forward" in vars(module):
