@@ -21,10 +21,11 @@ from peft import PeftModel
 from torch import Tensor
 
 from benchmarks.harness import Case, Report, alternate
-from pymape.s3t.adapters import SlicedAdapters, load_base
+from pymape.s3t.adapters import SlicedAdapters
 from pymape.s3t.config import LoraConfig, S3TConfig
 from pymape.s3t.ensemble import Chain, Ensemble
 from pymape.s3t.export import export_ensemble
+from pymape.s3t.frozen_base import load_base
 
 BATCH, TOKENS, VOCABULARY, RANK = 8, 64, 3000, 16
 # layers, width, slices, layers that are adapted in each shard, LoRA targets

@@ -20,8 +20,8 @@ import torch
 import transformers
 
 from benchmarks.harness import Case, Report
-from pymape.s3t.adapters import base_hash
 from pymape.s3t.config import LoraConfig, S3TConfig, StageConfig
+from pymape.s3t.frozen_base import base_hash
 from pymape.s3t.stages import StageKey, encode_row
 from pymape.s3t.training import StageJob, train_stage
 

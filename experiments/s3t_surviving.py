@@ -34,9 +34,9 @@ import torch
 from s3t_tasks import Data, digits, sst2
 from successive import once
 
-from pymape.s3t.adapters import base_hash
 from pymape.s3t.config import LoraConfig, S3TConfig, StageConfig
 from pymape.s3t.ensemble import Chain, Ensemble
+from pymape.s3t.frozen_base import base_hash
 from pymape.s3t.partition import place
 from pymape.s3t.sequences import chain_cover, cyclic_sequences, prefixes
 from pymape.s3t.sisa import SisaShard, one_group, split_rows, train_plain, train_sisa

@@ -10,8 +10,8 @@ import torch
 from model_zoo import VISION, tiny_batch, tiny_model
 from torch import Tensor
 
-from pymape.s3t.adapters import base_hash
 from pymape.s3t.config import LoraConfig, S3TConfig, StageConfig
+from pymape.s3t.frozen_base import base_hash
 from pymape.s3t.stages import StageKey, encode_row, unpack_stage
 from pymape.s3t.training import StageJob, train_stage
 

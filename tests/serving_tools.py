@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pymape.s3t.adapters import SlicedAdapters, load_base
+from pymape.s3t.adapters import SlicedAdapters
 from pymape.s3t.config import S3TConfig
 from pymape.s3t.ensemble import Chain
+from pymape.s3t.frozen_base import load_base
 
 
 def make_chains(config: S3TConfig, depths: Sequence[int], *, seed: int = 0) -> dict[int, list[dict[str, Tensor]]]:

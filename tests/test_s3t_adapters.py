@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pymape.architectures import find_layers
-from pymape.s3t.adapters import SlicedAdapters, base_hash, load_base
+from pymape.s3t.adapters import SlicedAdapters
 from pymape.s3t.config import LoraConfig, S3TConfig
+from pymape.s3t.frozen_base import base_hash, load_base
 
 
 def questions(family: str) -> dict[str, Tensor]:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from pymape.metrics import evaluate, predict
 from pymape.modules import instrument
-from pymape.s3t.adapters import SlicedAdapters, load_base
+from pymape.s3t.adapters import SlicedAdapters
 from pymape.s3t.config import LoraConfig
 from pymape.s3t.ensemble import Ensemble
+from pymape.s3t.frozen_base import load_base
 
 DEPTHS = [2, 0, 4, 1, 2]  # of four layers and slices; shard 1 is dead
 ALL = LoraConfig(r=2, alpha=4.0, targets="all")

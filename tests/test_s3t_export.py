@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from serving_tools import make_chains
 from torch import Tensor
 
-from pymape.s3t.adapters import base_hash
 from pymape.s3t.config import LoraConfig
 from pymape.s3t.ensemble import Ensemble
 from pymape.s3t.export import export_ensemble
+from pymape.s3t.frozen_base import base_hash
 
 pytest.importorskip("peft")
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from s3t_tools import make_job, make_records, options, same_tensors, write_base
 
-from pymape.s3t.adapters import SlicedAdapters, load_base
+from pymape.s3t.adapters import SlicedAdapters
 from pymape.s3t.config import S3TConfig
 from pymape.s3t.ensemble import Ensemble
+from pymape.s3t.frozen_base import load_base
 from pymape.s3t.sisa import SisaShard, one_group, split_rows, train_plain, train_sisa
 from pymape.s3t.stages import StageKey, encode_row, unpack_stage
 from pymape.s3t.training import Rows, train_stage

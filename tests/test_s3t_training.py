@@ -38,8 +38,9 @@ from s3t_tools import (
 
 from pymape.prefix_cache import PrefixCache
 from pymape.s3t import training
-from pymape.s3t.adapters import SlicedAdapters, load_base
+from pymape.s3t.adapters import SlicedAdapters
 from pymape.s3t.config import LoraConfig, S3TConfig, StageConfig
+from pymape.s3t.frozen_base import load_base
 from pymape.s3t.rows import RecordCheck, stack_rows
 from pymape.s3t.stages import Provenance, StageKey, decode_row, encode_row, pack_stage, unpack_stage
 from pymape.s3t.training import StageJob, config_digest, environment, stage_seed, train_stage

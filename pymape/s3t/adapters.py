@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +13,13 @@ from torch import Tensor, nn
 from pymape.architectures import LayerModules, find_layers
 from pymape.losses import task_of
 from pymape.s3t.config import LoraConfig, S3TConfig
-from pymape.storage.runs import quiet_transformers
+from pymape.s3t.frozen_base import base_facts, hash_stored, task_heads
 from pymape.storage.tensors import tensor_digest
 
-__all__ = ["SlicedAdapters", "base_hash", "layers_per_slice", "load_base", "model_class"]
+__all__ = ["SlicedAdapters", "layers_per_slice"]
 
 _ADAPTER = "default"
 _PREFIX = "base_model.model."  # of every name in PEFT's adapter_model.safetensors
-_ALIGNMENT = 64  # bytes; kernels may round otherwise where an operand begins elsewhere
-_VOLATILE = ("_name_or_path", "transformers_version")
 _TARGETS = {
     "qv": ("query", "value", "qkv"),
     "attention": ("query", "key", "value", "qkv", "output"),
@@ -66,8 +61,8 @@ class SlicedAdapters:
         self.layers, self.layers_per_slice = len(found), layers_per_slice(config, len(found))
         self.slices, self.depth, self._lora = config.slices, 0, config.lora
         _check(model, config.lora)
-        self.heads = _heads(model)
-        self._facts = _facts(model)
+        self.heads = task_heads(model)
+        self._facts = base_facts(model)
         names = {module: name for name, module in model.named_modules()}
         modules = [_target_modules(layer, config.lora) for layer in found]
         self._targets = [
@@ -188,7 +183,7 @@ class SlicedAdapters:
 
     def base_hash(self) -> str:
         """sha256 of the base, from the tensors as they are now; the same as the function's before it was wrapped."""
-        return _hash(self._facts, self.base)
+        return hash_stored(self._facts, self.base)
 
     def frozen_hash(self, stage: int) -> str:
         """sha256 of all else that must stay as it is while a stage is trained: earlier groups and computed buffers."""
@@ -249,88 +244,6 @@ class SlicedAdapters:
         }
 
 
-def load_base(folder: str | os.PathLike[str], labels: int | None = None, sha256: str | None = None) -> Any:
-    """Load a frozen base model: the same bits in every process.
-
-    Args:
-        folder: Hugging Face model folder.
-        labels: classes of a new task head, drawn from a fixed seed; None: the model brings its own.
-        sha256: the `base_hash` that it must have.
-
-    Returns:
-        The model in eval mode on the CPU.
-
-    Raises:
-        ValueError: no model folder, no task head, weights that are missing, or another hash.
-    """
-    kind, settings = model_class(folder, labels)
-    with torch.random.fork_rng(devices=[]), quiet_transformers():
-        torch.manual_seed(0)
-        model, info = kind.from_pretrained(
-            folder,
-            config=settings,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=labels is not None,
-        )
-    new = tuple(f"{name}." for name in _heads(model)) if labels is not None else ()
-    lost = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-    missing = sorted(name for name in lost if not name.startswith(new))
-    if missing:
-        raise ValueError(
-            f"model must hold all weights of {type(model).__name__}, got {str(folder)!r} without "
-            f"{', '.join(missing[:3])}"
-        )
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.data_ptr() % _ALIGNMENT:  # a view into the file, placed by the length of its header
-            tensor.data = tensor.data.clone()
-    model.eval()
-    if sha256 is not None and (found := base_hash(model)) != sha256:
-        raise ValueError(
-            f"model must be the base {sha256[:12]} that the system was made with, got {found[:12]} in {str(folder)!r}"
-        )
-    return model
-
-
-def model_class(folder: str | os.PathLike[str], labels: int | None = None) -> tuple[Any, Any]:
-    """The class and the configuration of the model that `load_base` loads.
-
-    Raises:
-        ValueError: no model folder, or no task head.
-    """
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
-
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"model must be a Hugging Face model folder with a config.json, got {str(folder)!r}")
-    if labels is not None:
-        with quiet_transformers():  # it warns of the names that the old head's classes had
-            settings = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, num_labels=labels)
-        if settings.model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
-            return transformers.AutoModelForImageClassification, settings
-        return transformers.AutoModelForSequenceClassification, settings
-    settings = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    architecture = (settings.architectures or [settings.model_type])[0]
-    kind = getattr(transformers, architecture, None)
-    if kind is None or not ("For" in architecture or "LMHead" in architecture):
-        raise ValueError(
-            f"model must have a task head, got {architecture} in {str(folder)!r}: set labels to give it a new one"
-        )
-    return kind, settings
-
-
-def base_hash(model: Any, labels: int | None = None) -> str:
-    """sha256 of a frozen base: its configuration and the name, dtype, shape and bytes of every tensor that it stores.
-
-    Args:
-        model: a model that is not wrapped, as `load_base` returns it, or the folder of one.
-        labels: as `load_base`.
-    """
-    if not isinstance(model, nn.Module):
-        model = load_base(model, labels)
-    return _hash(_facts(model), model)
-
-
 def layers_per_slice(config: S3TConfig, layers: int) -> int:
     """g, for a base with this many layers.
 
@@ -362,17 +275,6 @@ def _check(model: Any, lora: LoraConfig) -> None:
         raise ValueError(f"lora.targets must be one of {', '.join(_TARGETS)}, got {lora.targets!r}")
 
 
-def _heads(model: Any) -> list[str]:
-    """Names of the modules outside the base model that have weights; none of a language model."""
-    if task_of(model) in ("causal language model", "masked language model"):
-        return []
-    return [
-        name
-        for name, module in model.named_children()
-        if module is not model.base_model and any(True for _ in module.parameters())
-    ]
-
-
 def _target_modules(layer: LayerModules, lora: LoraConfig) -> list[nn.Module]:
     modules = [getattr(layer, name) for name in _TARGETS[lora.targets]]
     return [module for module in modules if module is not None]
@@ -387,23 +289,3 @@ def _check_tensors(stage: int, tensors: Mapping[str, Tensor], parameters: Mappin
         if tensors[name].shape != parameter.shape:
             expected, got = tuple(parameter.shape), tuple(tensors[name].shape)
             raise ValueError(f"stage {stage} must hold {name} of shape {expected}, got {got}")
-
-
-def _facts(model: Any) -> str:
-    """What the outputs depend on beside the weights."""
-    config = {name: value for name, value in model.config.to_dict().items() if name not in _VOLATILE}
-    facts = {"class": type(model).__name__, "attention": model.config._attn_implementation, "config": config}
-    return json.dumps(facts, sort_keys=True, default=str)
-
-
-def _hash(facts: str, model: nn.Module) -> str:
-    """sha256 over the facts and all that a base model stores, whether it is wrapped or not."""
-    hasher, seen = hashlib.sha256(facts.encode()), set()
-    for name, tensor in model.state_dict().items():
-        if ".lora_" in name or ".modules_to_save." in name:
-            continue
-        place = (tensor.data_ptr(), tensor.shape)
-        if place not in seen:  # tied weights once
-            tensor_digest(hasher, name.replace(".base_layer.", ".").replace(".original_module.", "."), tensor)
-            seen.add(place)
-    return hasher.hexdigest()

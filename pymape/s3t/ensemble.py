@@ -17,8 +17,9 @@ from pymape.losses import task_of
 from pymape.metrics.classification import Predictions
 from pymape.metrics.forward import model_batches, task_logits
 from pymape.metrics.scores import record_scores
-from pymape.s3t.adapters import layers_per_slice, load_base
+from pymape.s3t.adapters import layers_per_slice
 from pymape.s3t.config import S3TConfig
+from pymape.s3t.frozen_base import load_base
 from pymape.s3t.shared_forward import SharedForward
 
 if TYPE_CHECKING:

@@ -15,10 +15,11 @@ from typing import Any
 from safetensors.torch import save_file
 
 from pymape.losses import task_of
-from pymape.s3t.adapters import SlicedAdapters, load_base
+from pymape.s3t.adapters import SlicedAdapters
 from pymape.s3t.config import S3TConfig
 from pymape.s3t.ensemble import LANGUAGE_TASKS, Chain, Combination, live_chains, merge_chain, shard_weights
 from pymape.s3t.erasure import erase_folder
+from pymape.s3t.frozen_base import load_base
 from pymape.storage.files import sync_tree, umask
 from pymape.storage.store import file_hash
 

@@ -8,9 +8,9 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from pymape.s3t.adapters import load_base
 from pymape.s3t.config import EngineName, S3TConfig
 from pymape.s3t.engines import Engine, make_engine
+from pymape.s3t.frozen_base import load_base
 from pymape.s3t.ledger import Ledger, StageRow
 from pymape.s3t.ledger.folder import CACHE
 from pymape.s3t.stages import StageKey, unpack_stage

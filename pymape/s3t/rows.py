@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pymape.data.positions import most_tokens
 from pymape.losses import IGNORED_LABEL, check_labels, task_of
-from pymape.s3t.adapters import model_class
 from pymape.s3t.config import S3TConfig
+from pymape.s3t.frozen_base import model_class
 from pymape.s3t.stages import decode_row, encode_row
 
 __all__ = ["RecordCheck", "stack_rows"]

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pymape.architectures import find_layers
-from pymape.s3t.adapters import base_hash, layers_per_slice, load_base
+from pymape.s3t.adapters import layers_per_slice
 from pymape.s3t.config import S3TConfig
+from pymape.s3t.frozen_base import base_hash, load_base
 from pymape.s3t.stages import StageKey, unpack_stage
 from pymape.s3t.training import Rows, StageJob, train_stage
 

@@ -84,7 +84,7 @@ class Provenance:
 
     Args:
         key: which stage.
-        base: `pymape.s3t.adapters.base_hash` of the frozen base.
+        base: `pymape.s3t.frozen_base.base_hash` of the frozen base.
         config: `pymape.s3t.training.config_digest` of the options.
         seed: of everything random.
         parent: sha256 of the file of the stage before it in the chain; None for a root.

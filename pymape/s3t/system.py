@@ -16,11 +16,12 @@ import torch
 from tqdm import tqdm
 
 from pymape.data.records import bare_record
-from pymape.s3t.adapters import SlicedAdapters, base_hash, load_base
+from pymape.s3t.adapters import SlicedAdapters
 from pymape.s3t.config import EngineName, LoraConfig, S3TConfig, StageConfig, check_config
 from pymape.s3t.engines import Engine
 from pymape.s3t.ensemble import Combination, Ensemble
 from pymape.s3t.export import export_ensemble
+from pymape.s3t.frozen_base import base_hash, load_base
 from pymape.s3t.ledger import Ledger, RecordRow
 from pymape.s3t.ledger.requests import names_digest
 from pymape.s3t.ledger.verify import FOREIGN

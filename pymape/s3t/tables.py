@@ -9,8 +9,8 @@ from typing import Any
 
 from pymape.checkpoint import load_tokenizer
 from pymape.data.tables import Records, load_records, read_table, validate_labels
-from pymape.s3t.adapters import model_class
 from pymape.s3t.config import S3TConfig
+from pymape.s3t.frozen_base import model_class
 
 __all__ = ["Columns", "read_records"]
 

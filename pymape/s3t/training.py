@@ -23,8 +23,9 @@ from torch import Tensor
 from pymape.forward import unlabelled
 from pymape.losses import check_labels, per_sample_loss
 from pymape.prefix_cache import PrefixCache
-from pymape.s3t.adapters import SlicedAdapters, load_base
+from pymape.s3t.adapters import SlicedAdapters
 from pymape.s3t.config import S3TConfig, StageConfig
+from pymape.s3t.frozen_base import load_base
 from pymape.s3t.rows import stack_rows
 from pymape.s3t.stages import Provenance, StageKey, decode_row, pack_stage, row_digest, slice_digest, unpack_stage
 from pymape.s3t.states import StageStates, full_batch
@@ -77,7 +78,7 @@ class StageJob:
         Args:
             config: of the system.
             key: which stage.
-            base: `pymape.s3t.adapters.base_hash` of the frozen base.
+            base: `pymape.s3t.frozen_base.base_hash` of the frozen base.
             rows: of every slice of its prefix, in the prefix's order.
             parents: files of the stages before it in the chain, root first.
             cache: folder of a `PrefixCache`, or None.
