@@ -448,7 +448,14 @@ def test_export_is_revoked_by_a_deletion(tmp_path: Path, bases: dict[str, str]) 
         files = system.export(tmp_path / "adapters")
         assert files
         assert all((tmp_path / "adapters" / file["file"]).is_file() for file in files)
+        by_size = system.export(tmp_path / "by size", combination="size")
+        weights = [
+            shard["weight"] for shard in json.loads((tmp_path / "by size" / "ensemble.json").read_text())["shards"]
+        ]
+        records = [sum(counts) for counts in system._ledger.counts()]
+        assert weights == pytest.approx([count / sum(records) for count in records])
         system.delete(["r3"], "one")
+        assert by_size
         assert not list((tmp_path / "adapters").rglob("*.safetensors"))
 
 

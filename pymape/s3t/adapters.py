@@ -16,10 +16,10 @@ from pymape.s3t.config import LoraConfig, S3TConfig
 from pymape.s3t.frozen_base import base_facts, hash_stored, task_heads
 from pymape.storage.tensors import tensor_digest
 
-__all__ = ["SlicedAdapters", "layers_per_slice"]
+__all__ = ["PEFT_PREFIX", "SlicedAdapters", "layers_per_slice"]
 
 _ADAPTER = "default"
-_PREFIX = "base_model.model."  # of every name in PEFT's adapter_model.safetensors
+PEFT_PREFIX = "base_model.model."  # of every name in PEFT's adapter_model.safetensors
 _TARGETS = {
     "qv": ("query", "value", "qkv"),
     "attention": ("query", "key", "value", "qkv", "output"),
@@ -231,14 +231,14 @@ class SlicedAdapters:
 
     def _lora_parameters(self, stage: int) -> dict[str, nn.Parameter]:
         return {
-            f"{_PREFIX}{name}.{part}.weight": getattr(self._lora_layers[name], part)[_ADAPTER].weight
+            f"{PEFT_PREFIX}{name}.{part}.weight": getattr(self._lora_layers[name], part)[_ADAPTER].weight
             for name in self._targets[stage - 1]
             for part in ("lora_A", "lora_B")
         }
 
     def _head(self) -> dict[str, nn.Parameter]:
         return {
-            f"{_PREFIX}{head}.{name}": parameter
+            f"{PEFT_PREFIX}{head}.{name}": parameter
             for head in self.heads
             for name, parameter in self.base.get_submodule(head).modules_to_save[_ADAPTER].named_parameters()
         }

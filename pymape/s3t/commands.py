@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pymape.s3t.config import EngineName, S3TConfig
+from pymape.s3t.config import Combination, EngineName, S3TConfig
 from pymape.storage.files import atomic_write
 
 __all__ = ["COMMANDS", "run_command"]
@@ -209,21 +209,22 @@ def forecast(folder: str, rate: float | None = None) -> dict[str, Any]:
         return system.forecast(rate)
 
 
-def export(folder: str, output: str) -> dict[str, Any]:
+def export(folder: str, output: str, combination: Combination = "mean") -> dict[str, Any]:
     """Write the served shards as PEFT adapters that load without pymape.
 
     Args:
         folder: the system's folder.
         output: a new or empty folder. A later deletion revokes what it concerns there.
+        combination: how the shards' answers are to be combined, as the export's README says.
     """
     with _opened(folder) as system:
-        return {"output": output, "files": system.export(output)}
+        return {"output": output, "files": system.export(output, combination=combination)}
 
 
 def evaluate(
     folder: str,
     data: str,
-    combination: Literal["mean", "vote", "size"] = "mean",
+    combination: Combination = "mean",
     id_column: str | None = None,
     text_column: str = "text",
     text_pair_column: str | None = None,

@@ -6,8 +6,18 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["EngineName", "LoraConfig", "S3TConfig", "S3TDemoConfig", "SequenceMethod", "StageConfig", "check_config"]
+__all__ = [
+    "Combination",
+    "EngineName",
+    "LoraConfig",
+    "S3TConfig",
+    "S3TDemoConfig",
+    "SequenceMethod",
+    "StageConfig",
+    "check_config",
+]
 
+Combination = Literal["mean", "vote", "size"]
 EngineName = Literal["local", "inline", "ray"]
 SequenceMethod = Literal["chain-cover", "cyclic", "matching", "conditional", "random"]
 

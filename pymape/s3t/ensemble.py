@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ from pymape.losses import task_of
 from pymape.metrics.classification import Predictions
 from pymape.metrics.forward import model_batches, task_logits
 from pymape.metrics.scores import record_scores
-from pymape.s3t.adapters import layers_per_slice
-from pymape.s3t.config import S3TConfig
+from pymape.s3t.adapters import PEFT_PREFIX, layers_per_slice
+from pymape.s3t.config import Combination, S3TConfig
 from pymape.s3t.frozen_base import load_base
 from pymape.s3t.shared_forward import SharedForward
 
@@ -36,12 +36,10 @@ __all__ = [
     "shard_weights",
 ]
 
-Combination = Literal["mean", "vote", "size"]
 Chain = Sequence[Mapping[str, Tensor]]  # the tensors of a shard's served stages, root first
 
 LANGUAGE_TASKS = ("causal language model", "masked language model")  # their head is frozen
-_PREFIX = "base_model.model."  # what PEFT puts before the names of the base model
-_LORA = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight")
+_LORA = re.compile(re.escape(PEFT_PREFIX) + r"(.+)\.lora_([AB])\.weight")
 
 
 @dataclass
@@ -298,5 +296,5 @@ def _split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]],
         if found is not None:
             lora.setdefault(found[1], {})[found[2]] = tensor
         else:
-            head[name.removeprefix(_PREFIX)] = tensor
+            head[name.removeprefix(PEFT_PREFIX)] = tensor
     return lora, head

@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 
 from pymape.losses import task_of
 from pymape.s3t.adapters import SlicedAdapters
-from pymape.s3t.config import S3TConfig
-from pymape.s3t.ensemble import LANGUAGE_TASKS, Chain, Combination, live_chains, merge_chain, shard_weights
+from pymape.s3t.config import Combination, S3TConfig
+from pymape.s3t.ensemble import LANGUAGE_TASKS, Chain, live_chains, merge_chain, shard_weights
 from pymape.s3t.erasure import erase_folder
 from pymape.s3t.frozen_base import load_base
+from pymape.s3t.ledger.exports import PARTIAL
 from pymape.storage.files import sync_tree, umask
 from pymape.storage.store import file_hash
 
@@ -66,7 +67,6 @@ def export_ensemble(
     folder: str | os.PathLike[str],
     config: S3TConfig,
     chains: Mapping[int, Chain],
-    base_folder: str | os.PathLike[str] | None = None,
     *,
     sha256: str | None = None,
     combination: Combination = "mean",
@@ -82,9 +82,8 @@ def export_ensemble(
 
     Args:
         folder: a new folder, or one without files.
-        config: of the system.
+        config: of the system; its base model is named to those who load the export.
         chains: shard -> tensors of its served stages, root first; a shard without stages is left out.
-        base_folder: of the base model, also for those who load the export; default: `config.model`.
         sha256: `base_hash` that the base model must have.
         combination: as `Ensemble`.
         sizes: as `Ensemble`.
@@ -103,11 +102,10 @@ def export_ensemble(
     live = live_chains(chains)
     weights = shard_weights(list(live), combination, sizes)
     _check_free(target)
-    base_folder = os.fspath(config.model if base_folder is None else base_folder)
-    adapters = SlicedAdapters(load_base(base_folder, config.labels, sha256), config)
+    adapters = SlicedAdapters(load_base(config.model, config.labels, sha256), config)
     ancestor = next(parent for parent in target.parents if os.path.lexists(parent))
     try:
-        stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=ancestor))
+        stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=PARTIAL, dir=ancestor))
     except OSError as error:
         raise ValueError(f"folder must be one that can be written, got {str(folder)!r}: {error.strerror}") from error
     with contextlib.ExitStack() as cleanup:
@@ -118,11 +116,11 @@ def export_ensemble(
         shards = []
         for (shard, chain), weight in zip(live.items(), weights, strict=True):
             own = stage / f"shard-{shard:02d}"
-            _write_adapter(own, adapters, chain, base_folder)
+            _write_adapter(own, adapters, chain, config.model)
             layers = list(range(adapters.first_layer(len(chain)), adapters.layers))
             facts = {"folder": own.name, "shard": shard, "depth": len(chain), "layers": layers, "weight": weight}
             shards.append(facts)
-        base = {"folder": base_folder, "class": type(adapters.base).__name__, "sha256": adapters.base_hash()}
+        base = {"folder": config.model, "class": type(adapters.base).__name__, "sha256": adapters.base_hash()}
         index = {"format": FORMAT, "base": base, "combination": combination, "shards": shards}
         (stage / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
         (stage / README).write_text(_readme(adapters, config, combination, len(shards)), encoding="utf-8")

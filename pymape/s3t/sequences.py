@@ -27,7 +27,6 @@ __all__ = [
     "members",
     "prefixes",
     "random_sequences",
-    "sequence_methods",
     "worst_depth",
 ]
 
@@ -66,11 +65,6 @@ def choose_sequences(
     if method not in _METHODS:
         raise ValueError(f"method must be one of {', '.join(_METHODS)}, got {method!r}")
     return _METHODS[method](slices, budget, prior, seed)
-
-
-def sequence_methods() -> list[str]:
-    """Names that `choose_sequences` takes."""
-    return list(_METHODS)
 
 
 def cyclic_sequences(slices: int, budget: int) -> list[_Order]:

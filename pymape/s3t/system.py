@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from pymape.data.records import bare_record
 from pymape.s3t.adapters import SlicedAdapters
-from pymape.s3t.config import EngineName, LoraConfig, S3TConfig, StageConfig, check_config
+from pymape.s3t.config import Combination, EngineName, LoraConfig, S3TConfig, StageConfig, check_config
 from pymape.s3t.engines import Engine
-from pymape.s3t.ensemble import Combination, Ensemble
+from pymape.s3t.ensemble import Ensemble
 from pymape.s3t.export import export_ensemble
 from pymape.s3t.frozen_base import base_hash, load_base
 from pymape.s3t.ledger import Ledger, RecordRow
@@ -384,11 +384,12 @@ class S3T:
         scores = model.score([_fields(record) for record in records], batch_size=batch_size)
         return {"records": len(records), "combination": combination, "live_shards": list(model.shards), **scores}
 
-    def export(self, folder: str | os.PathLike[str]) -> list[dict[str, str]]:
+    def export(self, folder: str | os.PathLike[str], *, combination: Combination = "mean") -> list[dict[str, str]]:
         """Write what is served as PEFT adapters that load without pymape; a later deletion revokes them.
 
         Args:
             folder: a new or empty folder.
+            combination: as `ensemble`; the index and the README of the export say how.
 
         Returns:
             One {"file", "sha256"} for every file.
@@ -404,6 +405,7 @@ class S3T:
             self.config,
             served.chains,
             sha256=self._ledger.base,
+            combination=combination,
             sizes=served.sizes,
             begin=lambda temporary: self._ledger.exporting(temporary, served.stages),
             place=lambda files: self._ledger.placing(target, files, served.stages),

@@ -15,11 +15,11 @@ from pymape.s3t.ledger.database import now
 from pymape.s3t.ledger.stages import LedgerStages
 from pymape.s3t.stages import StageKey
 
-__all__ = ["LedgerExports"]
+__all__ = ["PARTIAL", "LedgerExports"]
 
 # Revoked, and no later export took the place.
 _OVER = "outcome NOTNULL AND NOT EXISTS (SELECT 1 FROM exports l WHERE l.path = e.path AND l.export > e.export)"
-_PARTIAL = ".partial"  # how the folder of an export is called while it is written
+PARTIAL = ".partial"  # how the folder of an export is called while it is written
 _ALL = "."  # stands for the files of such a folder, whose names are not known
 
 
@@ -137,7 +137,7 @@ class LedgerExports(LedgerStages):
     def _sweep_exports(self) -> None:
         """Erase and forget what is left of exports that were being written and are not any more."""
         for export, path in self._db.rows("SELECT export, path FROM exports WHERE files = 'null'"):
-            if export in self._exporting or not path.endswith(_PARTIAL):  # no other folder is all ours
+            if export in self._exporting or not path.endswith(PARTIAL):  # no other folder is all ours
                 continue
             if not os.path.lexists(path) and not _occupied(Path(path).parent):  # its disk may come back
                 continue
@@ -158,7 +158,7 @@ class LedgerExports(LedgerStages):
         ):
             contents = json.loads(files)
             if contents is None:
-                contents = {_ALL: ""} if path.endswith(_PARTIAL) else {}
+                contents = {_ALL: ""} if path.endswith(PARTIAL) else {}
             try:
                 outcome = _erased(Path(path), contents)
             except OSError as error:
