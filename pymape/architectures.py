@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "COMPACT",
     "Architecture",
     "LayerModules",
     "ModelLayout",
@@ -161,6 +162,8 @@ _SUBMODULES = (
     "ffn_out",
 )
 
+# Parameters that partial training adds beside those of a projection.
+COMPACT = {"weight": "selected_weight", "bias": "selected_bias"}
 _COMPILED = "_orig_mod."  # before the names of what `torch.compile` has wrapped
 
 # Class names of activation modules -> what `masked_ffn` calls the same function.
@@ -437,6 +440,10 @@ def _cost(slices: list[ParameterSlice]) -> int:
 
 
 def _fingerprint(model_type: str, model: nn.Module) -> str:
-    shapes = {name.removeprefix(_COMPILED): tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {
+        name.removeprefix(_COMPILED): tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if not name.endswith(tuple(COMPACT.values()))  # of a model in partial training, which is the same model
+    }
     lines = sorted(f"{name} {shape}" for name, shape in shapes.items())
     return hashlib.sha256("\n".join([model_type, *lines]).encode()).hexdigest()

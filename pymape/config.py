@@ -34,7 +34,19 @@ MaskObjective = Literal[Objective, "everything"]
 
 
 @dataclass
-class DataConfig:
+class _Options:
+    """Options that may be given as paths and are kept as texts: what a run writes down of them is JSON."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, os.PathLike):
+                setattr(self, name, os.fspath(value))
+            elif isinstance(value, list):
+                setattr(self, name, [os.fspath(item) if isinstance(item, os.PathLike) else item for item in value])
+
+
+@dataclass
+class DataConfig(_Options):
     """Local data: csv, tsv, json, jsonl or parquet files whose records have ids.
 
     Args:
@@ -70,7 +82,7 @@ class DataConfig:
 
 
 @dataclass
-class MaskConfig:
+class MaskConfig(_Options):
     """How the masks are learned.
 
     Args:
@@ -120,7 +132,7 @@ class TrainConfig:
 
 
 @dataclass
-class UnlearnConfig:
+class UnlearnConfig(_Options):
     """One unlearning run.
 
     Args:
@@ -182,7 +194,7 @@ class UnlearnConfig:
 
 
 @dataclass
-class QuestionsConfig:
+class QuestionsConfig(_Options):
     """Questions in TOFU's form, for language models: files with columns question, answer and perturbed_answer (a list).
 
     Args:
@@ -224,7 +236,7 @@ class RelearnConfig:
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(_Options):
     """One evaluation of an unlearned model.
 
     Args:
@@ -262,7 +274,7 @@ class EvaluateConfig:
 
 
 @dataclass
-class DemoConfig:
+class DemoConfig(_Options):
     """The main job on scikit-learn's digits.
 
     Args:

@@ -35,8 +35,8 @@ def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def padding_token(model: nn.Module) -> int:
-    """What `input_ids` are padded with: the model's own token, 0 where it names none."""
-    return getattr(getattr(model, "config", None), "pad_token_id", None) or 0
+    """What `input_ids` are padded with: the model's own token, 0 where it names none (some name -1)."""
+    return max(getattr(getattr(model, "config", None), "pad_token_id", None) or 0, 0)
 
 
 def unlabelled(inputs: Mapping[str, Any]) -> dict[str, Any]:

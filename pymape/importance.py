@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from pymape.architectures import ModelLayout, layout
 from pymape.data.batching import RecordBatches
-from pymape.data.records import check_unique, plain, sample_of
+from pymape.data.records import check_unique, id_list, plain, sample_of
 from pymape.forward import padding_token
 from pymape.gradient_pass import BatchScores, GradientPass, one_behind
 from pymape.processes import exchange, rank, require_equal, share_rows, together, world_size
@@ -94,13 +94,14 @@ class Importance:
         Raises:
             ValueError: an id that is not here, or is given twice.
         """
+        ids = id_list(ids, "ids")
         places = {name: row for row, name in enumerate(self.ids)}
         missing = [name for name in ids if name not in places]
         if missing:
             raise ValueError(f"ids must be among the {len(self)} records, got {sample_of(missing)}")
         rows = torch.tensor([places[name] for name in ids], dtype=torch.long)
         return dataclasses.replace(
-            self, heads=self.heads[rows], filters=self.filters[rows], ids=list(ids), provenance=dict(self.provenance)
+            self, heads=self.heads[rows], filters=self.filters[rows], ids=ids, provenance=dict(self.provenance)
         )
 
     def without(self, ids: Sequence[str]) -> Importance:
@@ -109,7 +110,7 @@ class Importance:
         Raises:
             ValueError: an id that is not here.
         """
-        left_out = set(ids)
+        left_out = set(id_list(ids, "ids"))
         missing = left_out.difference(self.ids)
         if missing:
             raise ValueError(f"ids must be among the {len(self)} records, got {sample_of(sorted(missing))}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
-from pymape.architectures import find_layers, find_prefix, in_dim, is_projection
+from pymape.architectures import COMPACT, find_layers, find_prefix, in_dim, is_projection
 from pymape.delta import DeltaPart, inside_digest, write_delta
 from pymape.errors import NothingSelected
 from pymape.fused import FusedParts
@@ -25,7 +25,6 @@ __all__ = ["PartialParameters"]
 
 # Names of the compact parameters beside a projection's own `weight` and `bias`. With "bias" in its name a compact bias
 # is exempt from weight decay by the Trainer's rule, as the full one is.
-_COMPACT = {"weight": "selected_weight", "bias": "selected_bias"}
 
 
 class PartialParameters:
@@ -72,6 +71,8 @@ class PartialParameters:
         self._handles: list[RemovableHandle] = []
         trainable: list[nn.Parameter] = []
         selections: list[tuple[nn.Module, int, Tensor]] = []
+        if any(name.endswith(tuple(COMPACT.values())) for name, _ in model.named_parameters()):
+            raise ValueError("model must be plain, got one that has compact parameters already: merge() them first")
         if masks is None:
             trainable += [parameter for parameter in model.parameters() if parameter.requires_grad]
             if not trainable:
@@ -98,7 +99,7 @@ class PartialParameters:
                 module.train = MethodType(_stay_in_eval_mode, module)  # type: ignore[method-assign]
                 module.eval()
             self._parts = self._replaced_parts()
-            self._base = inside_digest(self._parts, lambda part: part.present(model))
+            self.base_digest = inside_digest(self._parts, lambda part: part.present(model))
         except BaseException:
             self._restore()
             raise
@@ -195,7 +196,7 @@ class PartialParameters:
             self._parts,
             path,
             fingerprint=self.masks.layout.fingerprint,
-            base=self._base,
+            base=self.base_digest,
             provenance=record | dict(provenance or {}),
         )
 
@@ -216,7 +217,7 @@ class PartialParameters:
         for module in self._projections:
             for name in ("forward", "selected_index", "selected_axis"):
                 vars(module).pop(name, None)
-            for name in _COMPACT.values():
+            for name in COMPACT.values():
                 module._parameters.pop(name, None)
         if self._fused is not None:
             self._fused.restore()
@@ -245,7 +246,7 @@ class PartialParameters:
             parts.append(DeltaPart(f"{names[module]}.weight", _dim(module), projection.selected_index))
             if projection.selected_bias is not None:
                 parts.append(DeltaPart(f"{names[module]}.bias", 0, projection.selected_index))
-        compact = tuple(_COMPACT.values())
+        compact = tuple(COMPACT.values())
         whole = [name for name, _ in self.named_parameters() if not name.endswith(compact)]
         return parts + [DeltaPart(name, 0, None) for name in whole]
 
@@ -348,21 +349,19 @@ def _stay_in_eval_mode(module: nn.Module, mode: bool = True) -> nn.Module:
 
 def _hide_compact(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
     """Keep the plain model's keys: the full weights hold the compact values already."""
-    for compact in _COMPACT.values():
+    for compact in COMPACT.values():
         state.pop(prefix + compact, None)
 
 
 def _load_compact(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Read the compact values off a plain state dict's full weights."""
-    for name, compact in _COMPACT.items():
+    for name, compact in COMPACT.items():
         if getattr(module, compact) is not None and prefix + name in state:
             state[prefix + compact] = _gather(module, name, state[prefix + name])
 
 
 def _selections(model: nn.Module, masks: ModuleMasks) -> list[tuple[nn.Module, int, Tensor]]:
     """(projection, dim of its weight, ascending indices along it) of everything that masks select."""
-    if any(name.endswith(tuple(_COMPACT.values())) for name, _ in model.named_parameters()):
-        raise ValueError("model must be plain, got one that has compact parameters already: merge() them first")
     masks.check_model(model)
     found: dict[nn.Module, tuple[int, list[Tensor]]] = {}
     for layer, groups, filters in zip(find_layers(model), masks.head_groups.cpu(), masks.filters.cpu(), strict=True):

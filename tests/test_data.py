@@ -160,6 +160,14 @@ def test_long_lists_of_ids_are_cut_in_messages() -> None:
 def test_labels_are_numbers_or_names() -> None:
     assert validate_labels(["1", 0, "2.0", 1.0], 3) == [1, 0, 2, 1]
     assert validate_labels(["pos", "neg", "1"], 2, {"neg": 0, "pos": 1}) == [1, 0, 1]
+    assert validate_labels([0, "1"], 2, {"0": 0, "1": 1}) == [0, 1]
+
+
+def test_names_that_are_numbers_of_other_classes_are_names_only() -> None:
+    stars = {str(number + 1): number for number in range(5)}
+    assert validate_labels([1, "5", 3.0], 5, stars) == [0, 4, 2]
+    with pytest.raises(ValueError, match="labels must be one of 1, 2, 3, 4, 5, got 0 in data row 2"):
+        validate_labels([1, 0], 5, stars)
 
 
 @pytest.mark.parametrize("label", ["3", -1, "0.5", "good", None, "", "nan"])

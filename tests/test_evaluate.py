@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,18 @@ def test_an_earlier_run_is_replaced_and_a_failed_one_leaves_it(files: Path, tmp_
     again = run_evaluate(config(files, output))
     assert {name: again[name] for name in ("UA", "MIA", "mia_loss")} == {n: first[n] for n in ("UA", "MIA", "mia_loss")}
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_retrained_model_must_order_its_classes_as_the_model_does(files: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(files / "classifier-1", tmp_path / "other")
+    facts = json.loads((other / "config.json").read_text())
+    facts["label2id"] = {"LABEL_1": 0, "LABEL_0": 1, "LABEL_2": 2}
+    facts["id2label"] = {index: name for name, index in facts["label2id"].items()}
+    (other / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="retrained must order its classes as model does, got 'LABEL_0' as class 1"):
+        run_evaluate(config(files, tmp_path / "run", retrained=other))
+    run_evaluate(config(files, tmp_path / "run", reference=other))  # a path; its classes are compared by name
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["config"]["reference"] == str(other)
 
 
 @pytest.mark.parametrize(

@@ -460,6 +460,8 @@ def test_select_without_and_concat(measured: Importance) -> None:
     for call, message in (
         (lambda: measured.select(["r9"]), r"ids must be among the 5 records, got \['r9'\]"),
         (lambda: measured.without(["r9"]), r"ids must be among the 5 records, got \['r9'\]"),
+        (lambda: measured.without("r3"), "ids must be a list, got the single str 'r3'"),
+        (lambda: measured.select("r3"), "ids must be a list, got the single str 'r3'"),
         (lambda: measured.select(["r1", "r1"]), r"ids must be unique, got \['r1'\]"),
         (lambda: Importance.concat([part, part]), "ids must be unique"),
         (lambda: Importance.concat([]), "at least one Importance"),

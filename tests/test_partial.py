@@ -398,8 +398,10 @@ def test_bad_input():
     find_layers(model)[0].query.__class__ = torch.nn.Linear
     assert [p.requires_grad for p in model.parameters()] == before
     PartialParameters(model, masks)
-    with pytest.raises(ValueError, match="compact parameters already"):
-        PartialParameters(model, masks)
+    for again in (masks, None):
+        with pytest.raises(ValueError, match="compact parameters already"):
+            PartialParameters(model, again)
+    assert layout(model) == masks.layout  # what is measured during training is of the same model
 
 
 @pytest.mark.parametrize("place", ["_gather", "find_prefix", "inside_digest"])

@@ -53,6 +53,33 @@ def test_an_earlier_run_is_replaced_only_when_the_new_one_is_complete(tmp_path: 
     assert _content(tmp_path) == {"run"}
 
 
+@pytest.mark.parametrize("late", ["thesis.tex", "summary.json"])
+def test_what_came_to_its_place_during_a_run_stays_and_the_run_too(tmp_path: Path, late: str) -> None:
+    target = tmp_path / "run"
+
+    def run() -> None:
+        with run_folder(target, "demo") as folder:
+            write_summary(folder, {"versions": {"pymape": "1"}, "kind": "demo"})
+            target.mkdir()
+            (target / late).write_text(json.dumps({"versions": {"pymape": "1"}, "kind": "evaluate"}))
+
+    with pytest.raises(ValueError, match="the run is kept in ") as caught:
+        run()
+    assert _content(target) == {late}
+    kept = Path(str(caught.value).rpartition("kept in ")[2].strip("'"))
+    assert kept.parent == tmp_path
+    assert _content(kept) == {"summary.json"}
+    assert _content(tmp_path) == {"run", kept.name}
+
+
+def test_a_run_inside_a_run_is_not_replaced_with_it(tmp_path: Path) -> None:
+    _run(tmp_path / "run", "first")
+    _run(tmp_path / "run" / "evaluation", "second")
+    with pytest.raises(ValueError, match=r"output must hold no run but the one to replace, got '.*/evaluation' too"):
+        _run(tmp_path / "run", "third")
+    assert _content(tmp_path / "run") == {"summary.json", "first", "evaluation"}
+
+
 def _run(target: Path, name: str) -> None:
     with run_folder(target, "demo") as folder:
         write_summary(folder, {"versions": {"pymape": "1"}, "kind": "demo"})

@@ -398,6 +398,13 @@ def test_a_session_is_made_in_a_folder_of_its_own(files: Path, tmp_path: Path) -
         assert session.config == config
 
 
+def test_a_single_text_is_no_list_of_ids(new: Path) -> None:
+    before = snapshot(new)
+    with UnlearnSession(new) as session, pytest.raises(ValueError, match="forget must be a list, got the single str"):
+        session.request("one", "r1")  # type: ignore[arg-type]
+    assert snapshot(new) == before
+
+
 def test_the_hash_of_weights_does_not_depend_on_how_they_are_stored(files: Path, tmp_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(files / "model")
     model.save_pretrained(tmp_path / "shards", max_shard_size="8KB")
@@ -518,6 +525,12 @@ def test_a_first_request_that_is_refused_leaves_no_session(tmp_path: Path, capsy
         assert meet(**changes) == 2
         assert message in capsys.readouterr().err
         assert not folder.exists()
+    (tmp_path / "elsewhere").mkdir()
+    folder.symlink_to(tmp_path / "elsewhere")
+    assert meet(objective="dpo") == 2
+    assert "data.alternative_column must have an answer" in capsys.readouterr().err
+    assert not list((tmp_path / "elsewhere").iterdir())
+    folder.unlink()
     kept = {"objective": "dpo", "train_first": "true", "train.epochs": 1}
     assert meet(**kept) == 2
     assert f"session '{folder}' keeps the model trained first" in capsys.readouterr().err

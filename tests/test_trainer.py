@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 from trainer_tools import NAMES, arguments, build, collate, make, mean_loss, outside, records, some_masks
-from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerFast, TrainingArguments
+from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
 from pymape.architectures import find_layers
 from pymape.data.records import bare_record
@@ -206,6 +207,30 @@ def test_resuming_equals_an_uninterrupted_run(name, tmp_path):
     assert all(torch.equal(resumed[key], value) for key, value in whole.items())
 
 
+def test_what_is_resumed_began_with_the_same_model_and_masks(tmp_path):
+    args = arguments(tmp_path / "run", num_train_epochs=2, save_strategy="steps", save_steps=2)
+    trainer = make("bert", tmp_path, args=args)
+    trainer.train()
+    saved = type(trainer.model).from_pretrained(tmp_path / "run" / "checkpoint-2")
+    for changes in ({"model": saved}, {"masked": False}):
+        other = make("bert", tmp_path, args=args, **changes)
+        for checkpoint in (True, str(tmp_path / "run" / "checkpoint-2")):
+            with pytest.raises(ValueError, match="of a training that began with this model and these masks, got"):
+                other.train(resume_from_checkpoint=checkpoint)
+        assert other.state.global_step == 0
+    (tmp_path / "run" / "checkpoint-2" / "unlearning.json").unlink()
+    with pytest.raises(ValueError, match="resume_from_checkpoint must be a checkpoint of an UnlearnTrainer, got"):
+        make("bert", tmp_path, args=args).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+
+
+def test_a_model_can_be_pickled_while_it_is_trained(tmp_path):
+    class Pickle(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **_):
+            pickle.dumps(model.enable_input_require_grads)
+
+    make("bert", tmp_path, masked=False, callbacks=[Pickle()]).train()
+
+
 def test_a_saved_model_is_the_plain_one(tmp_path):
     trainer = make("llama", tmp_path, objective="ga")
     trainer.train()
@@ -381,6 +406,8 @@ def test_bad_arguments(tmp_path):
         model = tiny_model("bert")
         with pytest.raises(ValueError, match="activation_checkpointing_kwargs must have use_reentrant=False with mask"):
             build(tmp_path, model=model, args=args, masks=some_masks(model))
+        with pytest.raises(ValueError, match="must have use_reentrant=False with objective 'so'"):
+            build(tmp_path, args=args, objective="so")
         build(tmp_path, args=args)
     rows = records("text", 3, 1)
     rows[1]["labels"] = torch.tensor(LABELS)

@@ -30,8 +30,8 @@ class Encoder:
         self.data, self.tokenizer, self.model = config.data, tokenizer, model
         self._others = {"data.test": config.data.test, "data.unseen": config.data.unseen}
         self.task = head_task(type(model).__name__)
-        pad = model.config.pad_token_id if model.config.pad_token_id is not None else tokenizer.pad_token_id
-        self.collate = PaddingCollator(0 if pad is None else pad)
+        known = (token for token in (model.config.pad_token_id, tokenizer.pad_token_id) if token is not None)
+        self.collate = PaddingCollator(next((token for token in known if token >= 0), 0))
         most = most_tokens(model)
         if most is not None and self.data.max_length > most:
             raise ValueError(f"data.max_length must be at most {most} for this model, got {self.data.max_length}")

@@ -86,12 +86,14 @@ class _Evaluation:
         }
         self.end_token: int | None = None
         self.task = ""
+        self.classes: dict[str, int] = {}
 
     def run(self) -> tuple[dict[str, float], dict[str, Any]]:
         """All metrics by name, and what else is to be said: figures of the other models, counts, the curve."""
         config = self.config
         model, tokenizer, sets, collate = self._load(config.model)
         self.end_token, self.task = tokenizer.eos_token_id, task_of(model)
+        self.classes = model.config.label2id or {}
         check_shadows(len(config.shadows), self.task)
         scores, answers = self._score("model", model, tokenizer, sets, collate)
         others: dict[str, tuple[dict[str, RecordScores], dict[str, AnswerScores]]] = {}
@@ -178,6 +180,13 @@ class _Evaluation:
         loaded = self._load(path)
         if (task := task_of(loaded[0])) != self.task:
             raise ValueError(f"{name} must be a model for {self.task}, as model is, got one for {task}")
+        own, others = self.classes, loaded[0].config.label2id or {}
+        moved = sorted(label for label in own.keys() & others.keys() if own[label] != others[label])
+        if moved and name == "retrained":  # distances compare classes place by place
+            raise ValueError(
+                f"{name} must order its classes as model does, got {moved[0]!r} as class {others[moved[0]]} instead of "
+                f"{own[moved[0]]}"
+            )
         return loaded
 
     def _outsider(self, name: str, path: str) -> dict[str, RecordScores]:

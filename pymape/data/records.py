@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ __all__ = [
     "ALTERNATIVE",
     "bare_record",
     "check_unique",
+    "id_list",
     "is_map_style",
     "is_numeric",
     "plain",
@@ -38,6 +39,13 @@ def record_id(record: Mapping[str, Any]) -> str:
     if "id" not in record:
         raise ValueError(f"records must have an id, all or none of them, got one with {sorted(record)}")
     return str(plain(record["id"]))
+
+
+def id_list(ids: Iterable[Any], name: str) -> list[str]:
+    """Ids as texts. A single text is refused: it would be read letter by letter."""
+    if isinstance(ids, str | bytes):
+        raise ValueError(f"{name} must be a list, got the single {type(ids).__name__} {ids!r}")
+    return [str(identifier).strip() for identifier in ids]
 
 
 def plain(value: Any) -> Any:

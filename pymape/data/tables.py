@@ -243,7 +243,8 @@ def validate_labels(
     """Class indices of a label column that holds integers or names.
 
     Args:
-        values: integers, strings of integers, or names known to `label2id`.
+        values: integers, strings of integers, or names known to `label2id`; names only where some of these are integers
+            that stand for others, as with classes called 1 to 5.
         num_labels: number of classes C of the model.
         label2id: the model's names for its classes.
         argument: the option's name in error messages.
@@ -254,21 +255,28 @@ def validate_labels(
     Raises:
         ValueError: a label that is neither in range nor a known name.
     """
+    named = {name: int(index) for name, index in (label2id or {}).items()}
+    by_name = any(_integer(name) not in (None, index) for name, index in named.items())
+    expected = f"one of {', '.join(named)}" if by_name else f"in [0, {num_labels})"
     labels = []
     for row, value in enumerate(values):
         text = str(value).strip()
-        if label2id is not None and text in label2id:
-            label = int(label2id[text])
-        else:
-            try:
-                number = float(text)
-                label = int(number) if number.is_integer() else -1
-            except ValueError:
-                label = -1
-        if not 0 <= label < num_labels:
-            raise ValueError(f"{argument} must be in [0, {num_labels}), got {value!r} in data row {row + 1}")
+        number = _integer(text)
+        if by_name and number is not None:
+            text = str(number)
+        label = named.get(text, None if by_name else number)
+        if label is None or not 0 <= label < num_labels:
+            raise ValueError(f"{argument} must be {expected}, got {value!r} in data row {row + 1}")
         labels.append(label)
     return labels
+
+
+def _integer(text: str) -> int | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return int(number) if number.is_integer() else None
 
 
 def _read_parquet(path: Path, argument: str) -> dict[str, list[Any]]:

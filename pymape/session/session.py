@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import hmac
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from pymape.config import UnlearnConfig, check_config
+from pymape.data.records import id_list
 from pymape.data.tables import Records, load_ids, load_records, read_table, split_forget
 from pymape.storage.runs import IMPORTANCE, MODEL, environment, write_summary
 from pymape.storage.store import FIRST, STATE, FolderStore
@@ -150,9 +152,9 @@ class UnlearnSession:
         """
         if not request_id or not request_id.isprintable():
             raise ValueError(f"request_id must be a printable, non-empty string, got {request_id!r}")
+        forget = id_list(forget, "forget")
         if not forget:
             raise ValueError("forget must name at least one record, got an empty forget set")
-        forget = [str(identifier).strip() for identifier in forget]
         names = _names(self._key, forget)
         for number, entry in enumerate(self._store.content["requests"], start=1):
             if entry["id"] != request_id:
@@ -285,10 +287,22 @@ def run_request(config: UnlearnConfig) -> dict[str, Any]:
             note = f"session {config.session!r} keeps the model trained first, and these options: delete it for others"
             raise ValueError(f"{error} ({note})") from error
         if not there:
-            shutil.rmtree(config.session)
+            _remove(Path(config.session))
         raise
     print(session.summary())  # out of the `try`: what cannot be printed has happened all the same
     return receipt
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder that was made here, whose error is the one to be told; where it is a link, what it leads to."""
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+    if not folder.is_symlink():
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def stored_options(folder: str | os.PathLike[str]) -> dict[str, Any] | None:

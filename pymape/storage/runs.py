@@ -60,15 +60,22 @@ def run_folder(output: str | os.PathLike[str], kind: str, inputs: Iterable[str |
             f"output must be a folder that can be replaced, got the mount point {str(output)!r}: name one in it"
         )
     ancestor = next(folder for folder in target.parents if os.path.lexists(folder))
+    read = [Path(path).resolve() for path in inputs if path is not None]
     try:
         _put_back(target)
-        _check_replaceable(target, kind, [Path(path).resolve() for path in inputs if path is not None])
+        _check_replaceable(target, kind, read)
         stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=ancestor))
     except OSError as error:
         raise ValueError(f"output must be a writable folder, got {str(output)!r}: {error.strerror}") from error
     try:
         yield stage
         stage.chmod(0o777 & ~umask())
+        try:
+            _check_replaceable(target, kind, read)  # again: a run takes long
+        except ValueError as error:
+            kept = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=ancestor))
+            stage.rename(kept)
+            raise ValueError(f"{error}: the run is kept in {str(kept)!r}") from error
         _put_in_place(stage, target)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -132,6 +139,9 @@ def _check_replaceable(target: Path, kind: str, inputs: Iterable[Path]) -> None:
     if found != kind:
         what = "other files" if found is None else f"a run of another kind, {found}"
         raise ValueError(f"output must be a new or empty folder or an earlier run's, got {str(target)!r} with {what}")
+    others = sorted(name for name in content if _run_kind(target / name / SUMMARY) is not None)
+    if others:
+        raise ValueError(f"output must hold no run but the one to replace, got {str(target / others[0])!r} too")
     inside = [path for path in inputs if path == target or target in path.parents]
     if inside:
         raise ValueError(f"output must not hold what the run reads, got {str(target)!r} with {str(inside[0])!r}")

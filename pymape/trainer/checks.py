@@ -88,8 +88,9 @@ def reject_ignored(
     renamed = getattr(args, "activation_checkpointing_kwargs", None)  # within transformers 5
     chosen = renamed or getattr(args, "gradient_checkpointing_kwargs", None) or {}
     passed_on = chosen.keys() - {"every_n_layers", "offload"}  # to torch, whose default is reentrant
-    if checkpointing and masks is not None and passed_on and chosen.get("use_reentrant") is not False:
-        raise ValueError(f"activation_checkpointing_kwargs must have use_reentrant=False with masks, got {chosen}")
+    asks = "masks" if masks is not None else f"objective {objective.name!r}" if objective.optimizer else None
+    if checkpointing and asks is not None and passed_on and chosen.get("use_reentrant") is not False:
+        raise ValueError(f"activation_checkpointing_kwargs must have use_reentrant=False with {asks}, got {chosen}")
     if args.n_gpu > 1:
         raise ValueError(f"one process must use one GPU (start with torchrun), got {args.n_gpu}")
 

@@ -25,6 +25,10 @@ def undo_preparation(model: nn.Module) -> None:
             model.forward = original
 
 
+def _no_hooks() -> None:
+    """A function of the module, not a lambda: the model can be pickled while it is trained."""
+
+
 @contextmanager
 def embeddings_as_they_are(model: Any) -> Iterator[None]:
     """Keep the Trainer's checkpointing from hooks that make the embeddings' outputs require gradients.
@@ -32,7 +36,7 @@ def embeddings_as_they_are(model: Any) -> Iterator[None]:
     The frozen layers below the masks would build a graph, and the hooks would outlast the training. They are for frozen
     embeddings under reentrant checkpointing, which is refused with masks.
     """
-    model.enable_input_require_grads = lambda: None
+    model.enable_input_require_grads = _no_hooks
     try:
         yield
     finally:

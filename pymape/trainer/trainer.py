@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from pymape.data.batching import PaddingCollator
 from pymape.data.positions import PositionCollator, counts_padding
@@ -26,6 +28,7 @@ from pymape.objectives.step import count_tokens
 from pymape.partial import PartialParameters
 from pymape.prefix_cache import PrefixCache
 from pymape.processes import rank, world_size
+from pymape.storage.files import atomic_write
 from pymape.trainer.checks import (
     check_choices,
     check_loss,
@@ -44,6 +47,8 @@ from pymape.trainer.stopping import StopWhenForgotten
 __all__ = ["UnlearnTrainer"]
 
 _SIDES = ("forget", "retain")
+
+_ORIGIN = "unlearning.json"  # in each checkpoint
 
 
 class UnlearnTrainer(Trainer):
@@ -163,7 +168,8 @@ class UnlearnTrainer(Trainer):
         Raises:
             ValueError: the loss or a trained parameter became NaN or infinite; labels out of range; a collator that
                 does not give one row per record; randomly augmented records with an objective that compares them with
-                stored values of the original model; a checkpoint to resume a one-shot objective from.
+                stored values of the original model; a checkpoint to resume from of another original model or of other
+                masks, or with a one-shot objective.
         """
         if self._merged:
             raise ValueError("trainer must not be merged before train, got a merged one: make a new trainer")
@@ -174,11 +180,34 @@ class UnlearnTrainer(Trainer):
                     f"got {resume_from_checkpoint!r}"
                 )
             return self._train_once()
+        if resume_from_checkpoint:
+            self._check_checkpoint(resume_from_checkpoint)
         self._look_up_original()
         with embeddings_as_they_are(self.model):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._require_finite(self.partial.parameters(), "parameters")
         return output
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Also note in a checkpoint what is trained, and from which values on."""
+        if self.args.should_save:
+            with atomic_write(Path(output_dir) / _ORIGIN) as path:
+                path.write_text(json.dumps({"base": self.partial.base_digest}) + "\n", encoding="utf-8")
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def _check_checkpoint(self, checkpoint: str | bool) -> None:
+        """Refuse a checkpoint of a training that began with other weights, or trained others."""
+        folder = get_last_checkpoint(self.args.output_dir) if isinstance(checkpoint, bool) else checkpoint
+        if folder is None or not Path(folder).is_dir():
+            return  # which the Trainer refuses
+        path = Path(folder) / _ORIGIN
+        if not path.is_file():
+            raise ValueError(f"resume_from_checkpoint must be a checkpoint of an UnlearnTrainer, got {str(folder)!r}")
+        if json.loads(path.read_text(encoding="utf-8"))["base"] != self.partial.base_digest:
+            raise ValueError(
+                "resume_from_checkpoint must be of a training that began with this model and these masks, got "
+                f"{str(folder)!r}: give the original model, not the checkpoint's, and the masks of then"
+            )
 
     def merge(self) -> nn.Module:
         """End the training: the plain model in eval mode, every parameter outside the masks bit-identical to before."""
