@@ -233,14 +233,31 @@ def _take(inputs: Mapping[str, Any], index: Tensor, rows: int) -> dict[str, Any]
 
 
 def _record_key(inputs: Mapping[str, Any], row: int, rows: int) -> _Key:
-    mask = inputs.get("attention_mask")
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if mask is None and isinstance(ids, Tensor) and ids.dim() == 2:  # as where another record of the batch is padded
+        mask = torch.ones_like(ids)
+        inputs = {**inputs, "attention_mask": mask}
     if not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != rows:
         digest = _digest(inputs, row, rows, None, slice(None))
         return _Key(digest, digest, None, None)
     valid = mask[row] != 0
     length = int(valid.nonzero()[-1]) + 1 if valid.any() else 0
-    content, digest = (_digest(inputs, row, rows, len(valid), part) for part in (valid, slice(length)))
+    content, digest = (
+        _digest(_without_plain_positions(inputs, row, part), row, rows, len(valid), part)
+        for part in (valid, slice(length))
+    )
     return _Key(content, digest, length, len(valid))
+
+
+def _without_plain_positions(inputs: Mapping[str, Any], row: int, part: Tensor | slice) -> Mapping[str, Any]:
+    """Without positions that count from 0, as a model does by itself: a batch has them where another row needs them."""
+    positions = inputs.get("position_ids")
+    if not isinstance(positions, Tensor) or positions.dim() != 2:
+        return inputs
+    own = positions[row if len(positions) > 1 else 0][part]
+    if not torch.equal(own, torch.arange(len(own), device=own.device, dtype=own.dtype)):
+        return inputs
+    return {name: value for name, value in inputs.items() if name != "position_ids"}
 
 
 def _digest(inputs: Mapping[str, Any], row: int, rows: int, tokens: int | None, part: Tensor | slice) -> str:
