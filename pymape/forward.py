@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
 
 from pymape.data.positions import with_positions
 
-__all__ = ["LABELS", "eval_mode", "on_device", "padding_token", "unlabelled"]
+__all__ = ["LABELS", "eval_mode", "input_fields", "on_device", "padding_token", "unlabelled"]
 
 # Inputs that are answers, which the model is not to see.
 LABELS = ("labels", "start_positions", "end_positions")
@@ -37,6 +38,12 @@ def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
 def padding_token(model: nn.Module) -> int:
     """What `input_ids` are padded with: the model's own token, 0 where it names none (some name -1)."""
     return max(getattr(getattr(model, "config", None), "pad_token_id", None) or 0, 0)
+
+
+def input_fields(model: nn.Module) -> frozenset[str] | None:
+    """What a model's forward names, so that other columns are not for it; None of a wrapper that passes all on."""
+    named = {name for name, taken in signature(model.forward).parameters.items() if taken.kind is not taken.VAR_KEYWORD}
+    return frozenset(named) if named & {"input_ids", "pixel_values"} else None
 
 
 def unlabelled(inputs: Mapping[str, Any]) -> dict[str, Any]:

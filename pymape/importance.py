@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from pymape.architectures import ModelLayout, layout
 from pymape.data.batching import RecordBatches
 from pymape.data.records import check_unique, id_list, plain, sample_of
-from pymape.forward import padding_token
+from pymape.forward import input_fields, padding_token
 from pymape.gradient_pass import BatchScores, GradientPass, one_behind
 from pymape.processes import exchange, rank, require_equal, share_rows, together, world_size
 from pymape.storage.files import atomic_write
@@ -245,6 +245,7 @@ def importance(
             collate_fn=collate_fn,
             bucket=bucket,
             pad_token_id=padding_token(model),
+            fields=input_fields(model) if loss is None else None,
             share=(rank(), world_size()),
         )
         require_equal((batches.positions, batches.shares), "data")

@@ -18,8 +18,10 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from pymape.architectures import find_layers, layout
 from pymape.data.batching import LengthBucketSampler, PaddingCollator, RecordBatches
+from pymape.forward import padding_token
 from pymape.gradient_pass import BatchScores, GradientPass
 from pymape.importance import Importance, importance
+from pymape.metrics.scores import record_scores
 from pymape.modules import instrument, is_instrumented, set_gates
 
 COUNT = 5
@@ -348,6 +350,27 @@ def test_a_dataset_of_datasets() -> None:
     data = datasets.Dataset.from_list([{**record, "text": "words"} for record in records])
     expected = importance(model, records, dtype=torch.float64)
     close(importance(model, data, dtype=torch.float64).heads, expected.heads)
+
+
+def test_columns_that_the_model_does_not_take_are_left_out() -> None:
+    """Whatever their shapes, and also where the model's forward would pass them on to its layers."""
+    model, records = tiny_model("bert", dtype=torch.float64), make_records("bert")
+    more = [
+        {**record, "offset_mapping": [[0, 1]] * len(record["input_ids"]), "words": [0] * row, "dropout": 0.5}
+        for row, record in enumerate(records)
+    ]
+    close(importance(model, more, dtype=torch.float64).heads, importance(model, records, dtype=torch.float64).heads)
+    expected, found = record_scores(model, records), record_scores(model, more)
+    torch.testing.assert_close(found.log_probs, expected.log_probs)
+    with pytest.raises(ValueError, match="(words|offset_mapping) must"):  # a loss may want any column
+        importance(model, more, loss=lambda outputs, batch: outputs.logits.sum(1))
+
+
+@pytest.mark.parametrize("token", [None, -1, 0, 3])
+def test_a_padding_token_is_one(token: int | None) -> None:
+    model = tiny_model("bert")
+    model.config.pad_token_id = token
+    assert padding_token(model) == (token if token == 3 else 0)
 
 
 def test_ids_come_from_the_argument_the_records_or_their_places() -> None:

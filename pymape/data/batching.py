@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,19 +62,21 @@ class PaddingCollator:
 
     Args:
         pad_token_id: fills `input_ids`; the model's own padding token where it has one.
+        fields: what the model takes beside labels, so that other columns are left out too; None: every column.
 
     Raises:
         ValueError: a record that lacks numbers which another has, is a batch of its own, or has a field of another
             shape than the others or than its tokens.
     """
 
-    def __init__(self, pad_token_id: int = 0) -> None:
-        self.padding = {"input_ids": pad_token_id, **_PADDING}
+    def __init__(self, pad_token_id: int = 0, fields: Container[str] | None = None) -> None:
+        self.padding, self.fields = {"input_ids": pad_token_id, **_PADDING}, fields
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         fields = [(name, value) for record in records for name, value in record.items()]
         names = dict.fromkeys(name for name, value in fields if name == "input_ids" or is_numeric(value))
-        columns = {name: _column(name, records) for name in names if name not in _LABELS}
+        inputs = [name for name in names if name not in _LABELS and (self.fields is None or name in self.fields)]
+        columns = {name: _column(name, records) for name in inputs}
         label = next((name for name in _LABELS if name in names), None)
         if label is not None:
             columns["labels"] = _column(label, records)
@@ -108,6 +110,7 @@ class RecordBatches:
         collate_fn: list of records -> dict of tensors; default `PaddingCollator` (or the DataLoader's own).
         bucket: group records of similar length where `input_ids` vary in length.
         pad_token_id: padding token of the default collate function.
+        fields: as `PaddingCollator`, of the default collate function.
         share: (n, of): iterate over every `of`-th batch from the n-th on, for processes that divide the work.
 
     Attributes:
@@ -129,6 +132,7 @@ class RecordBatches:
         collate_fn: Callable[[list[Any]], Any] | None = None,
         bucket: bool = True,
         pad_token_id: int = 0,
+        fields: Container[str] | None = None,
         share: tuple[int, int] = (0, 1),
     ) -> None:
         records: Any = data
@@ -167,7 +171,7 @@ class RecordBatches:
             [self._rows[place] for batch in own_batches[number :: share[1]] for place in batch]
             for number in range(share[1])
         ]
-        collate = self._collate = _WithIds(collate_fn or PaddingCollator(pad_token_id))
+        collate = self._collate = _WithIds(collate_fn or PaddingCollator(pad_token_id, fields))
         # A generator of its own: a DataLoader draws a seed from the global one, which is the user's.
         generator = torch.Generator()
         self._loader: DataLoader[Any] = DataLoader(

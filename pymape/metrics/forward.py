@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pymape.data.batching import RecordBatches
-from pymape.forward import padding_token
+from pymape.forward import input_fields, padding_token
 from pymape.losses import CLASSIFICATION, IGNORED_LABEL, QUESTION_ANSWERING, token_labels
 
 __all__ = ["model_batches", "task_logits"]
@@ -19,7 +19,8 @@ def model_batches(
     model: nn.Module, data: Any, batch_size: int, collate_fn: Callable[[list[Any]], Any] | None
 ) -> RecordBatches:
     """Batches of records of similar length, padded with the model's own padding token."""
-    return RecordBatches(data, batch_size=batch_size, collate_fn=collate_fn, pad_token_id=padding_token(model))
+    pad, fields = padding_token(model), input_fields(model)
+    return RecordBatches(data, batch_size=batch_size, collate_fn=collate_fn, pad_token_id=pad, fields=fields)
 
 
 def task_logits(task: str, inputs: Mapping[str, Tensor], outputs: Any) -> tuple[Tensor, Tensor, list[int]]:
