@@ -362,7 +362,7 @@ def test_columns_that_the_model_does_not_take_are_left_out() -> None:
     close(importance(model, more, dtype=torch.float64).heads, importance(model, records, dtype=torch.float64).heads)
     expected, found = record_scores(model, records), record_scores(model, more)
     torch.testing.assert_close(found.log_probs, expected.log_probs)
-    with pytest.raises(ValueError, match="(words|offset_mapping) must"):  # a loss may want any column
+    with pytest.raises(ValueError, match=r"(words|offset_mapping) must"):  # a loss may want any column
         importance(model, more, loss=lambda outputs, batch: outputs.logits.sum(1))
 
 
