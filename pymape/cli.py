@@ -26,6 +26,13 @@ _FOUND_WRONG = 1
 _FAILED = 2
 _INTERRUPTED = 130
 _LONGEST = 1000  # characters of an error message
+_SWITCHES = {  # options of S3T commands that take no value
+    "verify": {"replay": "Also train one served stage again and compare bit by bit."},
+    "finish": {
+        "accept_lost_anchor": "Open the system without its file audit.head, after you have made sure that the rest of "
+        "the folder is not an older copy; the audit log notes it."
+    },
+}
 _SHORT = {"--forget-ids": "--data.forget", "--request-id": "--request_id"}
 
 
@@ -273,10 +280,9 @@ def _s3t_command(name: str) -> ArgumentParser:
         command.add_argument("--config", action="config", help="YAML file of options; flags after it override it.")
         command.add_class_arguments(S3TConfig)
     else:
-        command.add_function_arguments(COMMANDS[name], skip={"folder", "replay"})
-    if name == "verify":
-        replay = "Also train one served stage again and compare bit by bit."
-        command.add_argument("--replay", action="store_true", help=replay)
+        command.add_function_arguments(COMMANDS[name], skip={"folder", *_SWITCHES.get(name, ())})
+    for switch, text in _SWITCHES.get(name, {}).items():
+        command.add_argument(f"--{switch}", action="store_true", help=text)
     command.add_argument("--json", action="store_true", help="Print JSON.")
     return command
 

@@ -231,6 +231,35 @@ def test_verify_changes_nothing(tmp_path: Path, files: Path, capsys: pytest.Capt
     assert "checked database pages" in text
 
 
+def test_a_shard_that_is_not_trained_yet_is_not_called_dead(
+    tmp_path: Path, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    system = tmp_path / "system"
+    with S3T.create(system, S3TConfig(str(files / "model"), shards=2, slices=2)) as opened:
+        opened.ingest(read_records(files / "train.csv", opened.config, Columns(id="id")))
+        ledger = opened._ledger
+        ledger.plan()
+        with ledger._db.transaction("erased"):  # as after a deletion in both slices
+            ledger._db.run("UPDATE stages SET state = 'erased' WHERE shard = 0")
+    assert [shard["state"] for shard in result(capsys, "status", system)["shards"]] == ["dead", "not trained"]
+    lines = run(capsys, "status", system).splitlines()[-2:]
+    assert ["dead" in line for line in lines] == [True, False]
+    assert "not trained" in lines[1]
+    error = run(capsys, "evaluate", system, "--data", files / "test.csv", code=2)
+    assert "train the system first" in error
+
+
+def test_a_lost_anchor_is_accepted_as_documented(
+    tmp_path: Path, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    system = tmp_path / "system"
+    S3T.create(system, S3TConfig(str(files / "model"), shards=1, slices=2)).close()
+    (system / "audit.head").unlink()
+    assert "missing or damaged" in run(capsys, "finish", system, code=2)
+    assert run(capsys, "finish", system, "--accept-lost-anchor") == "requests: none\n"
+    assert (system / "audit.head").is_file()
+
+
 def test_receipts_kept_elsewhere(tmp_path: Path, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     system, kept = tmp_path / "system", tmp_path / "receipts"
     kept.mkdir()

@@ -20,6 +20,7 @@ from s3t_ledger_tools import (
     land_all,
     make_content,
     make_ledger,
+    make_rows,
     make_stage,
     name_of,
     names_in,
@@ -269,6 +270,33 @@ def test_nothing_of_a_deleted_record_is_left(tmp_path: Path) -> None:
     assert found(after, others) == others.keys()
     assert found(after, {"name": bytes.fromhex(name)})  # the tombstone
     assert [path for path in after if bytes.fromhex(name) in after[path]] == ["ledger.sqlite"]
+
+
+def test_a_refused_ingest_leaves_nothing_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with make_ledger(tmp_path / "system", records=3) as ledger:
+        ledger._db.rows("PRAGMA cache_size = 1")  # as many records as need more than the cache has
+
+        def rows(ledger: Ledger) -> Any:
+            yield from make_rows(ledger, 1500)
+            raise ValueError("records must be good")
+
+        log, content = ledger.folder / "ledger.sqlite-wal", make_content(503)
+        seen: list[bool] = []
+
+        def fail() -> None:
+            seen.append(content[:32] in log.read_bytes())
+            raise ValueError("ledger must be free of long reads to be erased")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ledger._db, "erase_log", fail)
+            with pytest.raises(ValueError, match="records must be good"):
+                ledger.add_records(rows(ledger))
+        assert seen == [True]
+        with pytest.raises(ValueError, match="records must be good"):
+            ledger.add_records(rows(ledger))
+        assert content[:32] not in log.read_bytes()
+        assert sum(map(sum, ledger.counts())) == 3
+        assert ledger.verify()["problems"] == []
 
 
 def test_the_log_is_overwritten_before_it_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

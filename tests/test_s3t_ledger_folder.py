@@ -275,6 +275,37 @@ def test_a_damaged_stage_that_cannot_be_erased_is_replaced(ledger: Ledger, monke
     assert ledger.verify()["problems"] == []
 
 
+def test_a_request_waits_for_a_damaged_stage_that_was_trained_on_its_record(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {row.key.prefix: row for row in ledger.stages(0)}
+    held, free = (ledger.path(rows[prefix].key) for prefix in ((0,), (3,)))
+    for path in (held, free):
+        path.write_bytes(b"damaged")
+    with monkeypatch.context() as patch:
+        refuse(patch, "pymape.s3t.erasure", held)
+        ledger.repair()
+        assert not free.exists()
+        names, other = names_in(ledger, 0, 0)[:1], names_in(ledger, 1, 0)[:1]
+        planned = ledger.plan_deletion(names)
+        ledger.tombstone([("first", names), ("other", other)])
+        assert set(ledger.finish(check=False)) == {"first"}
+        receipt = ledger.receipt("first")
+        assert (receipt["state"], ledger.receipt("other")["state"]) == ("switched", "verified")
+        assert planned.items() <= receipt.items()
+        assert receipt["stages"] == sum(len(shard["stages"]) for shard in receipt["shards"])
+        assert rows[0,].key.name not in receipt["shards"][0]["stages"]  # it was ended before
+        assert receipt["bytes"] >= rows[0,].size
+        assert ledger.verify()["unfinished"] == ["request 'first' is switched"]
+    assert ledger.finish() == {}
+    assert not held.exists()
+    assert ledger.receipt("first")["state"] == "verified"
+    ledger.tombstone([("second", names_in(ledger, 0, 3)[:1])])  # of a stage that repair has ended and erased
+    ledger.finish()
+    assert ledger.receipt("second")["state"] == "verified"
+    assert ledger.verify()["problems"] == []
+
+
 # A full disk
 
 

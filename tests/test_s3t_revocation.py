@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -25,6 +27,113 @@ def write_export(ledger: Ledger, folder: Path, shard: int = 0) -> None:
     (folder / "adapter").write_bytes(CONTENT)
     stages = [row.key for row in ledger.serving()[shard]]
     record_export(ledger, folder, {"adapter": row_digest(CONTENT)}, stages)
+
+
+def write_indexed(ledger: Ledger, folder: Path, export: str) -> dict[str, bytes]:
+    """An export with an index, whose other files are those of every other one."""
+    contents = {"ensemble.json": json.dumps({"export": export}).encode(), "README.md": b"lines", "adapter": CONTENT}
+    files = [{"file": name, "sha256": row_digest(content)} for name, content in contents.items()]
+    files[0]["export"] = export
+    folder.mkdir(parents=True)
+    with ledger.placing(folder, files, [row.key for row in ledger.serving()[0]]):
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
+    return contents
+
+
+def test_an_export_of_another_system_in_the_same_place_is_left_whole(tmp_path: Path) -> None:
+    folder, away = tmp_path / "export", tmp_path / "away"
+    with trained_ledger(tmp_path / "one", shards=1) as one, trained_ledger(tmp_path / "other", shards=1) as other:
+        write_indexed(one, folder, "1")
+        folder.rename(away)
+        contents = write_indexed(other, folder, "2")
+        one.tombstone([("first", names_in(one, 0, 0)[:1])])
+        for _ in range(2):  # also where it is looked for again
+            one.finish()
+            assert {path.name: path.read_bytes() for path in folder.iterdir()} == contents
+            assert one.exports()[0]["outcome"]["missing"] == sorted(contents)
+            assert one.verify()["problems"] == []
+        shutil.rmtree(folder)
+        away.rename(folder)
+        assert len(one.verify()["problems"]) == len(contents)
+        one.finish()
+        assert not folder.exists()
+        assert one.verify()["problems"] == []
+
+
+@pytest.mark.parametrize("index", [json.dumps({"export": "1", "base": "moved"}).encode(), b"{", None])
+def test_an_export_is_known_without_the_index_that_was_written(tmp_path: Path, index: bytes | None) -> None:
+    folder = tmp_path / "export"
+    with trained_ledger(tmp_path / "system", shards=1) as ledger:
+        write_indexed(ledger, folder, "1")
+        (folder / "ensemble.json").unlink()
+        if index is not None:
+            (folder / "ensemble.json").write_bytes(index)
+        ledger.tombstone([("first", names_in(ledger, 0, 0)[:1])])
+        ledger.finish()
+        outcome = ledger.exports()[0]["outcome"]
+        assert outcome["erased"] == ["README.md", "adapter"]
+        assert outcome["missing" if index is None else "changed"] == ["ensemble.json"]
+
+
+def test_an_export_of_before_they_had_names_is_told_by_its_index(tmp_path: Path) -> None:
+    contents = {"ensemble.json": b'{"shards": []}', "adapter": CONTENT}
+    with trained_ledger(tmp_path / "system") as ledger:
+        for shard in (0, 1):
+            stages = [row.key for row in ledger.serving()[shard]]
+            digests = {name: row_digest(content) for name, content in contents.items()}
+            record_export(ledger, tmp_path / f"export{shard}", digests, stages)
+            (tmp_path / f"export{shard}").mkdir()
+            for name, content in contents.items():
+                (tmp_path / f"export{shard}" / name).write_bytes(content)
+        (tmp_path / "export1" / "ensemble.json").write_bytes(b'{"shards": [1]}')
+        ledger.tombstone([("first", [names_in(ledger, shard, 0)[0] for shard in (0, 1)])])
+        ledger.finish()
+        assert [entry["outcome"]["erased"] for entry in ledger.exports()] == [["adapter", "ensemble.json"], []]
+        assert len(list((tmp_path / "export1").iterdir())) == 2
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_an_export_beside_a_system_is_found_where_both_were_moved(tmp_path: Path, old: bool) -> None:
+    project, moved = tmp_path / "project", tmp_path / "elsewhere" / "moved"
+    with trained_ledger(project / "system") as ledger:
+        for shard, place in enumerate((project, tmp_path)):
+            write_export(ledger, place / "exports" / "adapters", shard)
+        if old:  # a ledger of before it noted where it is
+            with ledger._db.transaction("old"):
+                ledger._db.run("DELETE FROM system WHERE name = 'homes'")
+    Ledger(project / "system").close()
+    moved.parent.mkdir()
+    project.rename(moved)
+    with Ledger(moved / "system") as ledger:
+        assert ledger.verify()["unfinished"] == []
+        ledger.tombstone([("first", [names_in(ledger, shard, 0)[0] for shard in (0, 1)])])
+        ledger.finish()
+        assert [outcome["erased"] for outcome in ledger.receipt("first")["revoked"]] == [["adapter"]] * 2
+        assert not (moved / "exports" / "adapters").exists()
+        assert not (tmp_path / "exports" / "adapters").exists()
+
+
+def test_an_export_stays_known_where_the_system_alone_is_moved(tmp_path: Path) -> None:
+    with trained_ledger(tmp_path / "project" / "system") as ledger:
+        write_export(ledger, tmp_path / "project" / "adapters")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "project" / "system").rename(tmp_path / "new" / "system")
+    with Ledger(tmp_path / "new" / "system") as ledger:
+        ledger.tombstone([("first", names_in(ledger, 0, 0)[:1])])
+        ledger.finish()
+        assert not (tmp_path / "project" / "adapters").exists()
+
+
+def test_live_exports_that_are_not_there_are_named(tmp_path: Path) -> None:
+    with trained_ledger(tmp_path / "system") as ledger:
+        write_export(ledger, tmp_path / "export")
+        assert ledger.verify()["unfinished"] == []
+        (tmp_path / "export").rename(tmp_path / "away")
+        found = ledger.verify()
+        assert (found["ok"], found["unfinished"]) == (True, [f"export '{tmp_path}/export' is not there to be revoked"])
+        ledger.tombstone([("other", names_in(ledger, 1, 0)[:1])])
+        assert ledger.missing_exports() == [str(tmp_path / "export")]
 
 
 def test_an_export_that_cannot_be_erased_holds_up_its_request_alone(

@@ -40,6 +40,33 @@ def test_a_change_is_one_of_what_is_served(tmp_path: Path) -> None:
         assert source.read().stages == [other.key]
 
 
+def test_what_serves_nothing_says_what_to_do(tmp_path: Path) -> None:
+    with make_ledger(tmp_path / "ledger") as ledger:
+
+        def refusal() -> str:
+            with pytest.raises(ValueError, match="no shard can be served") as caught:
+                ServedStages(tmp_path / "ledger").read()
+            return str(caught.value).partition(": ")[2]
+
+        assert refusal() == "nothing is trained yet: train the system first"
+        row = next(row for row in ledger.runnable() if row.key.shard == 0)
+        ledger.land(row.key, make_stage(ledger, row))
+        ledger.tombstone([("one", names_in(ledger, 0, row.key.prefix[0])[:1])])
+        ledger.finish()
+        assert refusal() == "nothing is trained yet: train the system first"  # other sequences are planned still
+        ledger.tombstone([("all", [name for part in range(4) for name in names_in(ledger, 0, part)[:1]])])
+        ledger.finish()
+        assert ledger.untrained() == [1]
+        assert refusal() == "every shard is dead or not trained yet: train the system first"
+        ledger.tombstone([("more", [name for part in range(4) for name in names_in(ledger, 1, part)[:1]])])
+        ledger.finish()
+        assert ledger.untrained() == []
+        assert refusal() == "every shard is dead: repair the system first"
+        ledger.repair()
+        assert ledger.untrained() == [0, 1]
+        assert refusal() == "nothing is trained yet: train the system first"
+
+
 def test_a_stage_that_ends_while_it_is_read_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with trained_ledger(tmp_path / "ledger") as ledger:
         source = ServedStages(tmp_path / "ledger")

@@ -320,6 +320,22 @@ def test_requests_are_idempotent_and_batches_are_whole(tmp_path: Path, bases: di
         assert system.receipt("three") == receipts[1]
 
 
+def test_what_is_asked_for_is_named_as_it_was_given(tmp_path: Path, bases: dict[str, str]) -> None:
+    with S3T.create(tmp_path / "system", options(bases["bert"])) as system:
+        system.ingest([{**record, "subject": record["id"] + "-person"} for record in make_records("bert", 12)])
+        with pytest.raises(ValueError, match="ids must not be in two requests, got ' r5' in 'two' and 'three'"):
+            system.delete_batch({"two": ["r5"], "three": ["r6", " r5"]})
+        for call in (system.delete, lambda ids, name: system.delete_batch({name: ids})):
+            with pytest.raises(ValueError, match="request_id must be a printable, non-empty string, got ''"):
+                call(["nobody"], "")
+        assert system.status()["requests"] == {}
+        people = ("r1-person", "r2-person")
+        assert system.plan(iter(["r3"]), subjects=iter(people))["records"] == 3
+        assert system.delete(iter(["r3"]), "one", subjects=iter(people))["records"] == 3
+        assert system.delete(["r3"], "one", subjects=people)["records"] == 3
+        assert [receipt["records"] for receipt in system.delete_batch({"two": iter(["r5", "r6"])})] == [2]
+
+
 def test_a_single_id_is_no_list_of_characters(tmp_path: Path, bases: dict[str, str]) -> None:
     with S3T.create(tmp_path / "system", options(bases["bert"])) as system:
         system.ingest([{**record, "id": number} for number, record in enumerate(make_records("bert", 8))])
@@ -542,7 +558,9 @@ def test_what_an_engine_that_stays_open_goes_on_to_cache_is_erased(tmp_path: Pat
         ({"stage": StageConfig(max_grad_norm=-1.0)}, "stage.max_grad_norm must be positive .* got -1.0"),
         ({"stage": StageConfig(max_grad_norm=float("nan"))}, "stage.max_grad_norm must be positive .* got nan"),
         ({"slices": 4, "layers_per_slice": 2}, "layers_per_slice must lie in"),
-        ({"slices": 2, "sequences": 3, "method": "cyclic"}, "3"),
+        ({"slices": 2, "sequences": 3, "method": "cyclic"}, "sequences must be 1 to 2! = 2, got 3"),
+        ({"slices": 1, "sequences": 3}, "sequences must be 1 to 1! = 1, got 3"),
+        ({"sequences": 0}, "sequences must be 1 to 4! = 24, got 0"),
         ({"prior": [0.5, 0.5]}, "prior"),
         ({"method": "best"}, "best"),
         ({"stage": StageConfig(batch_size=1)}, "stage.batch_size must be at least 2, got 1"),

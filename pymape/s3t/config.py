@@ -151,6 +151,9 @@ def check_config(config: S3TConfig) -> None:
         raise ValueError(f"stage.device must be 'cpu' or 'cuda', got {stage.device!r}")
     if config.prior is not None and len(config.prior) != config.slices:
         raise ValueError(f"prior must hold a probability for each of {config.slices} slices, got {config.prior}")
+    if config.sequences is not None and not 1 <= config.sequences <= math.factorial(config.slices):
+        most = f"{config.slices}! = {math.factorial(config.slices)}"
+        raise ValueError(f"sequences must be 1 to {most}, got {config.sequences}")
     if not 0 <= config.lora.dropout < 1:
         raise ValueError(f"lora.dropout must be in [0, 1), got {config.lora.dropout}")
     for name, factor in (("lora.alpha", config.lora.alpha), ("stage.lr", stage.lr)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,9 @@ from pymape.s3t import faults
 from pymape.storage.files import overwrite, sync_tree
 from pymape.storage.store import file_hash
 
-__all__ = ["erase_files", "erase_folder", "revoke_export", "try_each"]
+__all__ = ["INDEX", "erase_files", "erase_folder", "is_another_export", "revoke_export", "try_each"]
+
+INDEX = "ensemble.json"  # of an export; its "export" is a number that no other one has
 
 Item = TypeVar("Item", bound=Hashable)
 
@@ -84,12 +87,33 @@ def erase_folder(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def revoke_export(folder: Path, files: Mapping[str, str]) -> dict[str, Any]:
-    """Erase the files of an export that are still what was written.
+def is_another_export(folder: Path, files: Mapping[str, str]) -> bool:
+    """Whether a folder holds another export than the one of these files: its index says so, where there is one.
+
+    An index that somebody has edited says still which export it is of.
+
+    Args:
+        folder: where the export belongs.
+        files: as `revoke_export`.
+    """
+    sha256, _, export = files.get(INDEX, "").partition(" ")
+    try:
+        if not sha256 or file_hash(folder / INDEX) == sha256:
+            return False
+        index = json.loads((folder / INDEX).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(index, dict) and (not export or index.get("export") != export)
+
+
+def revoke_export(folder: Path, files: Mapping[str, str], names: Iterable[str] | None = None) -> dict[str, Any]:
+    """Erase the files of an export that are still what was written, unless another export lies in its place.
 
     Args:
         folder: the export.
-        files: path inside the folder -> sha256 of the file.
+        files: path inside the folder -> sha256 of the file; after that of the index, and a space, what it names as its
+            "export".
+        names: of the files to erase; default: all.
 
     Returns:
         {"path", "erased": files erased, "changed": files with another content, left alone, "missing": files that are
@@ -99,14 +123,17 @@ def revoke_export(folder: Path, files: Mapping[str, str]) -> dict[str, Any]:
         OSError: naming a file that cannot be erased; all others are. Calling again continues.
     """
     outcome: dict[str, Any] = {"path": str(folder), "erased": [], "changed": [], "missing": []}
+    names = sorted(files if names is None else names)
+    if is_another_export(folder, files):
+        return outcome | {"missing": names}
     failure: OSError | None = None
-    for name, sha256 in sorted(files.items()):
+    for name in names:
         path = folder / name
         # A file that a crash left half overwritten has another sha256, so it is known by a name of its own.
         ours = path.with_name(f".{path.name}.revoked")
         try:
             if not ours.exists():
-                if file_hash(path) != sha256:
+                if file_hash(path) != files[name].partition(" ")[0]:
                     outcome["changed"].append(name)
                     continue
                 path.rename(ours)

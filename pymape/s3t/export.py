@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from pymape.losses import task_of
 from pymape.s3t.adapters import SlicedAdapters
 from pymape.s3t.config import Combination, S3TConfig
 from pymape.s3t.ensemble import LANGUAGE_TASKS, Chain, live_chains, merge_chain, shard_weights
-from pymape.s3t.erasure import erase_folder
+from pymape.s3t.erasure import INDEX, erase_folder
 from pymape.s3t.frozen_base import load_base
 from pymape.s3t.ledger.exports import PARTIAL
 from pymape.storage.files import sync_tree, umask
@@ -27,7 +28,7 @@ from pymape.storage.store import file_hash
 __all__ = ["export_ensemble"]
 
 FORMAT = "pymape.s3t-export.1"
-INDEX, README = "ensemble.json", "README.md"
+README = "README.md"
 
 _TEXT = """\
 # {count} LoRA adapters, one model
@@ -92,7 +93,8 @@ def export_ensemble(
             on the way in or out leaves nothing there.
 
     Returns:
-        {"file": path inside the folder, "sha256": of the file} of each.
+        {"file": path inside the folder, "sha256": of the file} of each, with the index also its "export": a random name
+        of this export, which tells it from others in the same place.
 
     Raises:
         ValueError: no live shard, another base, chains that do not fit it, or a folder that has files or cannot be
@@ -121,11 +123,13 @@ def export_ensemble(
             facts = {"folder": own.name, "shard": shard, "depth": len(chain), "layers": layers, "weight": weight}
             shards.append(facts)
         base = {"folder": config.model, "class": type(adapters.base).__name__, "sha256": adapters.base_hash()}
-        index = {"format": FORMAT, "base": base, "combination": combination, "shards": shards}
+        export = secrets.token_hex(16)
+        index = {"format": FORMAT, "export": export, "base": base, "combination": combination, "shards": shards}
         (stage / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
         (stage / README).write_text(_readme(adapters, config, combination, len(shards)), encoding="utf-8")
         paths = sorted(path for path in stage.rglob("*") if path.is_file())
         files = [{"file": path.relative_to(stage).as_posix(), "sha256": file_hash(path)} for path in paths]
+        next(entry for entry in files if entry["file"] == INDEX)["export"] = export
         stage.chmod(0o777 & ~umask())
         sync_tree(stage)
         moved = False

@@ -121,8 +121,10 @@ def require_served(ledger: Ledger) -> Served:
     if not served.chains:
         if ledger.deleted and not any(map(any, ledger.counts())):
             missing = "every record is deleted"
-        elif ledger.stage_counts().keys() & {"trained", "tombstoned", "erased"}:
+        elif not (untrained := ledger.untrained()):
             missing = "every shard is dead: repair the system first"
+        elif len(untrained) < len(ledger.sequences):
+            missing = "every shard is dead or not trained yet: train the system first"
         else:
             missing = "nothing is trained yet: train the system first"
         raise ValueError(f"no shard can be served: {missing}")

@@ -23,7 +23,7 @@ from pymape.s3t.ensemble import Ensemble
 from pymape.s3t.export import export_ensemble
 from pymape.s3t.frozen_base import base_hash, load_base
 from pymape.s3t.ledger import Ledger, RecordRow
-from pymape.s3t.ledger.requests import names_digest
+from pymape.s3t.ledger.requests import check_request, names_digest
 from pymape.s3t.ledger.verify import FOREIGN
 from pymape.s3t.ledger_training import other_options, replay_stage, train_planned
 from pymape.s3t.partition import place, read_identifier, record_name, subject_name
@@ -228,6 +228,7 @@ class S3T:
         Warns:
             UserWarning: another request could not be finished.
         """
+        check_request(request_id)
         names, asked = self._names(ids, subjects, request_id)
         return self._accept([(request_id, names)], finish, {request_id: asked} if asked else None)[0]
 
@@ -244,7 +245,18 @@ class S3T:
         Raises:
             ValueError: as `delete`.
         """
-        return self._accept([(name, self._names(ids, (), name)[0]) for name, ids in requests.items()], finish)
+        accepted: list[tuple[str, list[str]]] = []
+        by: dict[str, str] = {}
+        for request, given in requests.items():
+            check_request(request)
+            ids = given if isinstance(given, (str, bytes)) else list(given)
+            accepted.append((request, self._names(ids, (), request)[0]))
+            for name, identifier in zip(accepted[-1][1], ids, strict=True):
+                if by.setdefault(name, request) != request:
+                    raise ValueError(
+                        f"ids must not be in two requests, got {identifier!r} in {by[name]!r} and {request!r}"
+                    )
+        return self._accept(accepted, finish)
 
     def finish(self, *, check: bool = True) -> dict[str | None, Exception]:
         """Take every accepted request through switching, erasure and verification; one that cannot holds up no other.
@@ -261,6 +273,10 @@ class S3T:
         """
         return self._ledger.finish(check=check)
 
+    def missing_exports(self) -> list[str]:
+        """Paths of the exports that a later deletion may have to revoke, and of which no file is there now."""
+        return self._ledger.missing_exports()
+
     def receipt(self, request_id: str) -> dict[str, Any]:
         """The receipt of a request, in its present state.
 
@@ -273,6 +289,7 @@ class S3T:
         """Records, stages, depth of every shard and requests, as JSON-able figures of one moment."""
         with self._ledger.snapshot():
             serving, counts = self._ledger.serving(), self._ledger.counts()
+            untrained = self._ledger.untrained()
             return {
                 "folder": str(self.folder),
                 "model": self.config.model,
@@ -288,6 +305,7 @@ class S3T:
                         "records_by_slice": counts[shard],
                         "depth": len(chain),
                         "serving": list(chain[-1].key.prefix) if chain else [],
+                        "state": "served" if chain else "not trained" if shard in untrained else "dead",
                         "generation": self._ledger.generation(shard),
                     }
                     for shard, chain in enumerate(serving)
@@ -392,7 +410,7 @@ class S3T:
             combination: as `ensemble`; the index and the README of the export say how.
 
         Returns:
-            One {"file", "sha256"} for every file.
+            One {"file", "sha256"} for every file, as `export_ensemble`.
 
         Raises:
             ValueError: nothing is trained or every shard is dead, a damaged stage file, a request that ends a stage
@@ -455,6 +473,7 @@ class S3T:
         for name, given in (("ids", ids), ("subjects", subjects)):
             if isinstance(given, (str, bytes)):
                 raise ValueError(f"{name} must be a list, got the single {type(given).__name__} {given!r}")
+        ids, subjects = list(ids), list(subjects)
         stripped = [self._identifier(identifier, "ids") for identifier in ids]
         names = [record_name(self._ledger.key, identifier) for identifier in stripped]
         people = [self._identifier(subject, "subjects") for subject in subjects]

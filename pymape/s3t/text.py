@@ -22,9 +22,8 @@ def describe(command: str, found: dict[str, Any]) -> str:
 
 def _status(found: dict[str, Any]) -> str:
     rows = [["shard", "records", "depth", "serving slices", "generation"]]
-    nothing = "dead" if found["stages"].keys() & {"tombstoned", "erased"} else "not trained"
     for shard in found["shards"]:
-        prefix = " ".join(map(str, shard["serving"])) or nothing
+        prefix = " ".join(map(str, shard["serving"])) or shard["state"]
         depth = f"{shard['depth']} of {found['slices']}"
         rows.append([str(shard["shard"]), str(shard["records"]), depth, prefix, str(shard["generation"])])
     stages = ", ".join(f"{count} {state}" for state, count in found["stages"].items()) or "none yet"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pymape.s3t.erasure import erase_folder, revoke_export
+from pymape.s3t.erasure import erase_folder, is_another_export, revoke_export
 from pymape.s3t.ledger.database import now
 from pymape.s3t.ledger.stages import LedgerStages
 from pymape.s3t.stages import StageKey
@@ -26,6 +26,8 @@ _ALL = "."  # stands for the files of such a folder, whose names are not known
 class LedgerExports(LedgerStages):
     """The part of `Ledger` that holds exports."""
 
+    _homes: list[str]  # where the ledger's folder has been
+
     @contextmanager
     def placing(
         self, folder: str | os.PathLike[str], files: Iterable[Mapping[str, str]], stages: Iterable[StageKey]
@@ -36,14 +38,14 @@ class LedgerExports(LedgerStages):
 
         Args:
             folder: where it belongs.
-            files: {"file": path inside the folder, "sha256": of the file} for each.
+            files: {"file": path inside the folder, "sha256": of the file} for each, as `export_ensemble` gives them.
             stages: that the files hold.
 
         Raises:
             ValueError: a request has tombstoned a stage. Raised after the block, it means that the files must be
                 removed again.
         """
-        path, contents = os.path.realpath(folder), {entry["file"]: entry["sha256"] for entry in files}
+        path, contents = os.path.realpath(folder), {entry["file"]: _mark(entry) for entry in files}
         keys = list(stages)
         with self._db.lock:
             with self._change("export"):
@@ -110,6 +112,32 @@ class LedgerExports(LedgerStages):
             for path, created, request, outcome in rows
         ]
 
+    def missing_exports(self) -> list[str]:
+        """Paths of the live exports of which no file is there."""
+        rows = self._db.rows("SELECT export, path, files FROM exports WHERE request IS NULL AND files NOT IN (?, ?)",
+            ("null", "{}"),
+        )  # fmt: skip
+        return [
+            path
+            for export, path, files in rows
+            if export not in self._placing and not self._there(path, json.loads(files), json.loads(files))
+        ]
+
+    def _places(self, path: str) -> list[Path]:
+        """Where an export may be: where it was written, or moved together with the system that it lay beside."""
+        here = os.path.realpath(self.folder)
+        moved = [
+            os.path.normpath(os.path.join(here, os.path.relpath(path, home)))
+            for home in self._homes
+            if Path(path).is_relative_to(os.path.dirname(home))
+        ]
+        return [Path(place) for place in dict.fromkeys([path, *moved])]
+
+    def _there(self, path: str, files: Mapping[str, str], names: Iterable[str]) -> list[str]:
+        """Those of an export's files that are there, and are not those of another export in its place."""
+        places = [place for place in self._places(path) if not is_another_export(place, files)]
+        return [str(place / name) for name in names for place in places if (place / name).exists()]
+
     def _insert_export(self, path: str, files: Mapping[str, str] | None, stages: Iterable[StageKey]) -> int:
         """Note an export inside a transaction; without `files` it is being written, and all in the folder is its."""
         trained = {row.key: row.stage for row in self.stages() if row.state == "trained"}
@@ -139,10 +167,12 @@ class LedgerExports(LedgerStages):
         for export, path in self._db.rows("SELECT export, path FROM exports WHERE files = 'null'"):
             if export in self._exporting or not path.endswith(PARTIAL):  # no other folder is all ours
                 continue
-            if not os.path.lexists(path) and not _occupied(Path(path).parent):  # its disk may come back
+            places = self._places(path)
+            if not any(os.path.lexists(place) or _occupied(place.parent) for place in places):  # its disk may come back
                 continue
             try:
-                erase_folder(Path(path))
+                for place in places:
+                    erase_folder(place)
             except OSError:  # tried again
                 continue
             with self._change("forget export"):
@@ -160,7 +190,7 @@ class LedgerExports(LedgerStages):
             if contents is None:
                 contents = {_ALL: ""} if path.endswith(PARTIAL) else {}
             try:
-                outcome = _erased(Path(path), contents)
+                outcome = self._erased(path, contents, contents)
             except OSError as error:
                 failed.setdefault(request, error)
                 continue
@@ -180,9 +210,9 @@ class LedgerExports(LedgerStages):
             f"SELECT export, q.name, path, files, outcome FROM exports e JOIN requests q USING (request) WHERE {_OVER}"
         ):
             outcome = json.loads(text)
-            missing = {file: json.loads(files)[file] for file in outcome["missing"]}
+            missing = outcome["missing"]
             with contextlib.suppress(OSError):
-                late = _erased(Path(path), missing)
+                late = self._erased(path, json.loads(files), missing)
                 if len(late["missing"]) == len(missing):
                     continue
                 outcome |= {"missing": late["missing"]}
@@ -193,9 +223,30 @@ class LedgerExports(LedgerStages):
 
     def _returned(self) -> list[str]:
         """Files of revoked exports that were missing when they were to be erased, and are there again."""
-        rows = self._db.rows(f"SELECT path, outcome FROM exports e WHERE {_OVER}")
-        paths = (Path(path) / name for path, outcome in rows for name in json.loads(outcome)["missing"])
-        return [str(path) for path in paths if path.exists()]
+        rows = self._db.rows(f"SELECT path, files, outcome FROM exports e WHERE {_OVER}")
+        return [
+            found
+            for path, files, outcome in rows
+            for found in self._there(path, json.loads(files), json.loads(outcome)["missing"])
+        ]
+
+    def _erased(self, path: str, files: Mapping[str, str], names: Iterable[str]) -> dict[str, Any]:
+        """What `revoke_export` tells of all places of an export together.
+
+        Raises:
+            OSError: as `revoke_export`, after all have been tried.
+        """
+        outcomes, failure = [], None
+        for place in self._places(path):
+            try:
+                outcomes.append(_erased(place, files, names))
+            except OSError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+        found = {kind: sorted({name for one in outcomes for name in one[kind]}) for kind in ("erased", "changed")}
+        missing = sorted({*names}.difference(*found.values()))
+        return {"path": path, **found, "missing": missing}
 
     def _outcomes(self, requests: Sequence[int]) -> list[dict[str, Any]]:
         """What became of the exports that requests revoked."""
@@ -208,10 +259,15 @@ def _occupied(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
-def _erased(folder: Path, files: Mapping[str, str]) -> dict[str, Any]:
+def _mark(entry: Mapping[str, str]) -> str:
+    """What is kept of a file, as `revoke_export` takes it."""
+    return " ".join([entry["sha256"], *([entry["export"]] if "export" in entry else [])])
+
+
+def _erased(folder: Path, files: Mapping[str, str], names: Iterable[str]) -> dict[str, Any]:
     """What `revoke_export` tells, also of an export that was being written."""
     if _ALL not in files:
-        return revoke_export(folder, files)
+        return revoke_export(folder, files, names)
     there = folder.is_dir()
     erase_folder(folder)
     return {"path": str(folder), "erased": [_ALL] * there, "changed": [], "missing": [_ALL] * (not there)}

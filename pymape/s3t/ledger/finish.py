@@ -9,7 +9,7 @@ from typing import Any
 from pymape.s3t.erasure import erase_files, try_each
 from pymape.s3t.ledger.database import now
 from pymape.s3t.ledger.requests import LedgerRequests
-from pymape.s3t.ledger.stages import StageRow
+from pymape.s3t.ledger.stages import DAMAGED, StageRow
 
 __all__ = ["LedgerFinish"]
 
@@ -93,9 +93,7 @@ class LedgerFinish(LedgerRequests):
                 requests,
             )
         )
-        stages: dict[StageRow, int | None] = dict.fromkeys(
-            self._stage_rows("s.state = 'tombstoned' AND s.request IS NULL")
-        )
+        stages: dict[StageRow, int | None] = dict.fromkeys(self._stage_rows(DAMAGED))
         # Those that an interrupted attempt has erased already are looked for again: it may not have reached the disk.
         stages |= self._stages_of(requests, "tombstoned", "erased")
         if not requests and not stages:

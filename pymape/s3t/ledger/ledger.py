@@ -159,6 +159,7 @@ class Ledger(LedgerVerify):
         values = dict(self._db.rows("SELECT name, value FROM system"))
         self.settings: dict[str, Any] = json.loads(values["settings"])
         self.base = values["base"]
+        self._homes = json.loads(values.get("homes", "[]"))
         self.sequences = [[] for _ in range(self._db.value("SELECT count(*) FROM shards"))]
         for shard, slices in self._db.rows("SELECT shard, slices FROM sequences ORDER BY shard, number"):
             self.sequences[shard].append(tuple(map(int, slices.split("."))))
@@ -182,7 +183,16 @@ class Ledger(LedgerVerify):
             problems = problems or self._audit.check_head()
             if problems:
                 raise ValueError(f"ledger must be the latest one of its folder, got {problems[0]}")
+            self._note_home()
             self._recover()
+
+    def _note_home(self) -> None:
+        """Note where the folder is, so that exports beside it are found when it has moved."""
+        here = os.path.realpath(self.folder)
+        if here not in self._homes:
+            self._homes.append(here)
+            with contextlib.suppress(OSError), self._db.transaction("home"):  # a full disk is no reason not to open
+                self._db.run("INSERT OR REPLACE INTO system VALUES ('homes', ?)", (json.dumps(self._homes),))
 
     def _recover(self) -> None:
         """Remove what a crash left and finish all requests. What is wrong then is for `finish` and `verify` to say.

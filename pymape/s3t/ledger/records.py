@@ -129,7 +129,7 @@ class LedgerRecords:
         added = there = 0
         seen: set[str] = set()
         source = iter(rows)
-        with self._change("ingest"):
+        with self._refused_leaves_no_log(), self._change("ingest"):
             closed = bool(self._db.value("SELECT count(*) FROM files"))
             while chunk := list(islice(source, _CHUNK)):
                 known = self._known(chunk)
@@ -257,6 +257,17 @@ class LedgerRecords:
             if by is not None and by != request:
                 raise ValueError(f"ids must be those of records not deleted yet, got {label!r}, deleted by {by!r}")
         return [found[name] for name in names]
+
+    @contextmanager
+    def _refused_leaves_no_log(self) -> Iterator[None]:
+        """A block after whose error the log holds nothing of what was rolled back."""
+        try:
+            yield
+        except BaseException:
+            if self._db.write:
+                with contextlib.suppress(ValueError, OSError):  # closing the ledger tries again
+                    self._db.erase_log()
+            raise
 
     def _forget_digests(self) -> None:
         with self._db.lock:

@@ -11,9 +11,9 @@ from typing import Any
 from pymape.s3t.ledger.database import now
 from pymape.s3t.ledger.exports import LedgerExports
 from pymape.s3t.ledger.records import FoundRecord
-from pymape.s3t.ledger.stages import StageRow, deepest
+from pymape.s3t.ledger.stages import DAMAGED, StageRow, deepest
 
-__all__ = ["STATES", "LedgerRequests", "is_receipt", "names_digest"]
+__all__ = ["STATES", "LedgerRequests", "check_request", "is_receipt", "names_digest"]
 
 FORMAT = "pymape.deletion.1"
 _KNOWN = "request_id must be new for other records, got {!r}, which is known"
@@ -128,8 +128,7 @@ class LedgerRequests(LedgerExports):
         """Requests that were accepted before, for the same records."""
         ids = [request for request, _ in requests]
         for request in ids:
-            if not isinstance(request, str) or not request or not request.isprintable():
-                raise ValueError(f"request_id must be a printable, non-empty string, got {request!r}")
+            check_request(request)
         if len(set(ids)) < len(ids):
             raise ValueError(f"request_id must differ between requests, got {len(ids)} with repetitions")
         known = {
@@ -145,8 +144,11 @@ class LedgerRequests(LedgerExports):
         return [name.hex() for (name,) in rows]
 
     def _impact(self, requests: Sequence[list[FoundRecord]]) -> list[tuple[dict[str, Any], list[StageRow], list[int]]]:
-        """What requests do, one after the other: figures of the receipt, stages that end, exports that are revoked."""
-        live: dict[int, dict[tuple[int, ...], StageRow]] = {}
+        """What requests do, one after the other: figures of the receipt, stages that end, exports that are revoked.
+
+        Damaged stages that `repair` has ended before are the request's too, which waits until their files are erased.
+        """
+        left: dict[int, list[StageRow]] = {}
         generations: dict[int, int] = {}
         exports: dict[int, tuple[str, set[tuple[int, int]]]] = {}  # path and the (shard, slice) that it was trained on
         for export, path, shard, prefix in self._db.rows(  # not only of live stages: `repair` ends stages too
@@ -159,21 +161,20 @@ class LedgerRequests(LedgerExports):
             ended: list[StageRow] = []
             shards = []
             for shard in sorted({record.shard for record in records}):
-                if shard not in live:
-                    live[shard] = {row.key.prefix: row for row in self.stages(shard)}
+                if shard not in left:
+                    left[shard] = self.stages(shard) + self._stage_rows(f"{DAMAGED} AND s.shard = ?", [shard])
                     generations[shard] = self.generation(shard)
                 slices = {record.slice for record in records if record.shard == shard}
-                before = self._depth(shard, live[shard])
-                hit = [row for prefix, row in live[shard].items() if not slices.isdisjoint(prefix)]
-                for row in hit:
-                    del live[shard][row.key.prefix]
+                before = self._depth(shard, left[shard])
+                hit = [row for row in left[shard] if not slices.isdisjoint(row.key.prefix)]
+                left[shard] = [row for row in left[shard] if slices.isdisjoint(row.key.prefix)]
                 ended += hit
                 shards.append(
                     {
                         "shard": shard,
                         "generation": generations[shard],
                         "depth_before": before,
-                        "depth_after": self._depth(shard, live[shard]) if hit else before,
+                        "depth_after": self._depth(shard, left[shard]) if hit else before,
                         "stages": [row.key.name for row in hit if row.state == "trained"],
                         "cancelled": [row.key.name for row in hit if row.state == "planned"],
                     }
@@ -193,8 +194,8 @@ class LedgerRequests(LedgerExports):
             impacts.append((figures, ended, list(ours)))
         return impacts
 
-    def _depth(self, shard: int, live: Mapping[tuple[int, ...], StageRow]) -> int:
-        trained = {prefix for prefix, row in live.items() if row.state == "trained"}
+    def _depth(self, shard: int, stages: Iterable[StageRow]) -> int:
+        trained = {row.key.prefix for row in stages if row.state == "trained"}
         return deepest(self.sequences[shard], trained)[1]
 
     def _commit_tombstones(self, requests: Sequence[tuple[str, list[FoundRecord]]], asked: Mapping[str, str]) -> None:
@@ -220,7 +221,7 @@ class LedgerRequests(LedgerExports):
                 self._digests.pop((record.shard, record.slice), None)
             self._db.run_all(
                 "UPDATE stages SET state = ?, request = ? WHERE stage = ?",
-                [("tombstoned" if stage.state == "trained" else "cancelled", row, stage.stage) for stage in ended],
+                [("cancelled" if stage.state == "planned" else "tombstoned", row, stage.stage) for stage in ended],
             )
             self._db.run_all("UPDATE exports SET request = ? WHERE export = ?", [(row, export) for export in exports])
 
@@ -243,6 +244,16 @@ class LedgerRequests(LedgerExports):
             receipt |= {"revoked": outcomes.get(row, []), "audit": {"seq": seq, "mac": mac and mac.hex()}}
             found.append(receipt)
         return found
+
+
+def check_request(request: str) -> None:
+    """Refuse a name that no request may have.
+
+    Raises:
+        ValueError: it is no text, empty or not printable.
+    """
+    if not isinstance(request, str) or not request or not request.isprintable():
+        raise ValueError(f"request_id must be a printable, non-empty string, got {request!r}")
 
 
 def is_receipt(value: Any) -> bool:

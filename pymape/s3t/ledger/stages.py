@@ -15,7 +15,7 @@ from pymape.s3t.ledger.records import LedgerRecords
 from pymape.s3t.stages import Provenance, StageKey, row_digest, unpack_stage
 from pymape.storage.files import atomic_write
 
-__all__ = ["LedgerStages", "StageRow", "deepest"]
+__all__ = ["DAMAGED", "LedgerStages", "StageRow", "deepest"]
 
 SUFFIX = ".safetensors"
 _COLUMNS = (
@@ -23,6 +23,7 @@ _COLUMNS = (
     "FROM stages s LEFT JOIN files f ON f.stage = s.stage "
 )
 _LIVE = "s.state IN ('planned', 'trained')"
+DAMAGED = "s.state = 'tombstoned' AND s.request IS NULL"  # that `repair` has ended, and whose files are there still
 _KEY = "s.shard = ? AND s.prefix = ? AND s.generation = ?"
 
 
@@ -82,6 +83,14 @@ class LedgerStages(LedgerRecords):
     def stage_counts(self) -> dict[str, int]:
         """Number of stages in every state that occurs."""
         return dict(self._db.rows("SELECT state, count(*) FROM stages GROUP BY state ORDER BY min(stage)"))
+
+    def untrained(self) -> list[int]:
+        """Shards with stages that are planned, and those of which none was ever planned."""
+        planned = "SELECT 1 FROM stages s WHERE s.shard = h.shard"
+        rows = self._db.rows(
+            f"SELECT shard FROM shards h WHERE NOT EXISTS ({planned}) OR EXISTS ({planned} AND s.state = 'planned')"
+        )
+        return sorted(shard for (shard,) in rows)
 
     def switched_off(self) -> int:
         """Number of stages that requests have ended and that `repair` would plan anew."""

@@ -11,7 +11,7 @@ from typing import Any
 from pymape.s3t.ledger.finish import LedgerFinish
 from pymape.s3t.ledger.folder import LOCK, STAGES, TEMPORARY
 from pymape.s3t.ledger.requests import STATES, is_receipt, names_digest
-from pymape.s3t.ledger.stages import StageRow, deepest
+from pymape.s3t.ledger.stages import DAMAGED, StageRow, deepest
 from pymape.s3t.stages import row_digest, unpack_stage
 from pymape.storage.files import written_elsewhere
 
@@ -74,8 +74,9 @@ class LedgerVerify(LedgerFinish):
     def _left_undone(self) -> list[str]:
         with self.snapshot():
             found = [f"request {receipt['request']!r} is {receipt['state']}" for receipt in self.unfinished()]
-            damaged = self._stage_rows("s.state = 'tombstoned' AND s.request IS NULL")
+            damaged = self._stage_rows(DAMAGED)
         found += [f"stage {row.key.name} was damaged, and is not erased" for row in damaged]
+        found += [f"export {path!r} is not there to be revoked" for path in self.missing_exports()]
         if self._being_written():
             found += [f"file {str(self.folder / name)!r} is being written" for name in self._orphans()]
         return found
