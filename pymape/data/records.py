@@ -15,6 +15,7 @@ __all__ = [
     "id_list",
     "is_map_style",
     "is_numeric",
+    "listed",
     "plain",
     "record_id",
     "sample_of",
@@ -41,11 +42,16 @@ def record_id(record: Mapping[str, Any]) -> str:
     return str(plain(record["id"]))
 
 
+def listed(values: Iterable[Any], name: str) -> list[Any]:
+    """A list of what is given. A single text is refused: it would be read letter by letter."""
+    if isinstance(values, str | bytes):
+        raise ValueError(f"{name} must be a list, got the single {type(values).__name__} {values!r}")
+    return list(values)
+
+
 def id_list(ids: Iterable[Any], name: str) -> list[str]:
-    """Ids as texts. A single text is refused: it would be read letter by letter."""
-    if isinstance(ids, str | bytes):
-        raise ValueError(f"{name} must be a list, got the single {type(ids).__name__} {ids!r}")
-    return [str(identifier).strip() for identifier in ids]
+    """Ids as texts; a single text is refused."""
+    return [str(identifier).strip() for identifier in listed(ids, name)]
 
 
 def plain(value: Any) -> Any:

@@ -143,7 +143,7 @@ def delete(
         found = system.finish(check=False)
         problems = [not_finished(request_id, found.pop(request_id))] if request_id in found else []
         others = [not_finished(request, problem) for request, problem in found.items()]
-        others += [f"export {path!r} is not there to be revoked" for path in system.missing_exports()]
+        others += system.missing_exports()
         state = system.receipt(request_id)
         for outcome in state["revoked"]:
             if outcome["changed"]:

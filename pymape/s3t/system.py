@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from pymape.data.records import bare_record
+from pymape.data.records import bare_record, listed
 from pymape.s3t.adapters import SlicedAdapters
-from pymape.s3t.config import Combination, EngineName, LoraConfig, S3TConfig, StageConfig, check_config
+from pymape.s3t.config import Combination, EngineName, S3TConfig, check_config
 from pymape.s3t.engines import Engine
 from pymape.s3t.ensemble import Ensemble
 from pymape.s3t.export import export_ensemble
@@ -30,11 +30,10 @@ from pymape.s3t.partition import place, read_identifier, record_name, subject_na
 from pymape.s3t.rows import RecordCheck
 from pymape.s3t.sequences import choose_sequences
 from pymape.s3t.served import ServedStages, read_served, require_served
+from pymape.s3t.settings import placed, read_settings, settings_of
 from pymape.s3t.theory import forecast
 
 __all__ = ["S3T", "not_finished"]
-
-_IDS, _NORMAL = "ids", "NFC"  # noted in the folder: what ids are hashed, those that `read_identifier` makes normal
 
 
 class S3T:
@@ -68,10 +67,8 @@ class S3T:
 
     def _open(self, ledger: Ledger) -> None:
         self.folder, self._ledger = Path(ledger.folder), ledger
-        settings = dict(ledger.settings)
-        self._normal_ids = settings.pop(_IDS, None) == _NORMAL
         try:
-            self.config = _read_config(settings, self.folder)
+            self.config, self._normal_ids = read_settings(ledger.settings, self.folder)
         except (KeyError, TypeError) as error:
             ledger.close()
             raise ValueError(
@@ -92,15 +89,14 @@ class S3T:
             ValueError: an option out of range, a base model that cannot be used, or a folder in use.
         """
         check_config(config)
-        model = _placed(config.model, folder)
+        model = placed(config.model, folder)
         base = load_base(config.model, config.labels)
         digest = base_hash(base)
         size = SlicedAdapters(base, config).layers_per_slice  # refuses what cannot be trained
         budget = math.comb(config.slices, config.slices // 2) if config.sequences is None else config.sequences
         sequences = choose_sequences(config.method, config.slices, budget, prior=config.prior, seed=config.seed)
         config = dataclasses.replace(config, model=model, sequences=len(sequences), layers_per_slice=size)
-        settings = dataclasses.asdict(config) | {_IDS: _NORMAL}
-        ledger = Ledger.create(folder, settings, digest, [sequences] * config.shards, key)
+        ledger = Ledger.create(folder, settings_of(config), digest, [sequences] * config.shards, key)
         system = cls.__new__(cls)
         system._open(ledger)
         return system
@@ -249,7 +245,7 @@ class S3T:
         by: dict[str, str] = {}
         for request, given in requests.items():
             check_request(request)
-            ids = given if isinstance(given, (str, bytes)) else list(given)
+            ids = listed(given, "ids")
             accepted.append((request, self._names(ids, (), request)[0]))
             for name, identifier in zip(accepted[-1][1], ids, strict=True):
                 if by.setdefault(name, request) != request:
@@ -274,7 +270,7 @@ class S3T:
         return self._ledger.finish(check=check)
 
     def missing_exports(self) -> list[str]:
-        """Paths of the exports that a later deletion may have to revoke, and of which no file is there now."""
+        """A sentence for every export that a later deletion may have to revoke, and of which no file is there now."""
         return self._ledger.missing_exports()
 
     def receipt(self, request_id: str) -> dict[str, Any]:
@@ -470,10 +466,7 @@ class S3T:
 
         Nobody can say any more which records a deleted subject had. A request that was asked for the same before says.
         """
-        for name, given in (("ids", ids), ("subjects", subjects)):
-            if isinstance(given, (str, bytes)):
-                raise ValueError(f"{name} must be a list, got the single {type(given).__name__} {given!r}")
-        ids, subjects = list(ids), list(subjects)
+        ids, subjects = listed(ids, "ids"), listed(subjects, "subjects")
         stripped = [self._identifier(identifier, "ids") for identifier in ids]
         names = [record_name(self._ledger.key, identifier) for identifier in stripped]
         people = [self._identifier(subject, "subjects") for subject in subjects]
@@ -514,19 +507,3 @@ def not_finished(request: str | None, problem: Exception) -> str:
 def _fields(record: Mapping[str, Any]) -> dict[str, Any]:
     """What the model is to see of a record."""
     return {name: value for name, value in bare_record(record).items() if name != "subject"}
-
-
-def _read_config(settings: dict[str, Any], folder: Path) -> S3TConfig:
-    """The options of the system in a folder, as its ledger keeps them."""
-    folders = (folder, os.path.realpath(folder))  # a link's own neighbours, or those of what it leads to
-    places = [os.path.normpath(os.path.join(folder, settings["model"])) for folder in folders]
-    settings["model"] = next((place for place in places if os.path.isdir(place)), places[0])
-    lora, stage = LoraConfig(**settings.pop("lora")), StageConfig(**settings.pop("stage"))
-    return S3TConfig(**settings, lora=lora, stage=stage)
-
-
-def _placed(model: str, folder: str | os.PathLike[str]) -> str:
-    """The path of a base as the ledger keeps it: relative where it lies beside the system, to be moved with it."""
-    path, system = os.path.abspath(model), os.path.abspath(folder)
-    beside = os.path.commonpath([path, system]) == os.path.dirname(system)
-    return os.path.relpath(path, system) if beside else path

@@ -47,7 +47,6 @@ from pymape.trainer.stopping import StopWhenForgotten
 __all__ = ["UnlearnTrainer"]
 
 _SIDES = ("forget", "retain")
-
 _ORIGIN = "unlearning.json"  # in each checkpoint
 
 

@@ -113,12 +113,12 @@ class LedgerExports(LedgerStages):
         ]
 
     def missing_exports(self) -> list[str]:
-        """Paths of the live exports of which no file is there."""
+        """A sentence for every live export of which no file is there."""
         rows = self._db.rows("SELECT export, path, files FROM exports WHERE request IS NULL AND files NOT IN (?, ?)",
             ("null", "{}"),
         )  # fmt: skip
         return [
-            path
+            f"export {path!r} is not there to be revoked"
             for export, path, files in rows
             if export not in self._placing and not self._there(path, json.loads(files), json.loads(files))
         ]

@@ -76,7 +76,7 @@ class LedgerVerify(LedgerFinish):
             found = [f"request {receipt['request']!r} is {receipt['state']}" for receipt in self.unfinished()]
             damaged = self._stage_rows(DAMAGED)
         found += [f"stage {row.key.name} was damaged, and is not erased" for row in damaged]
-        found += [f"export {path!r} is not there to be revoked" for path in self.missing_exports()]
+        found += self.missing_exports()
         if self._being_written():
             found += [f"file {str(self.folder / name)!r} is being written" for name in self._orphans()]
         return found
