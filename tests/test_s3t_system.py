@@ -39,7 +39,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def make_system(folder: Path, model: str, family: str = "bert", **changes: Any) -> S3T:
-    system = S3T.create(folder, options(model, **({"shards": 1} | changes)))
+    key = bytes(32)  # a key drawn at random leaves a slice empty now and then
+    system = S3T.create(folder, options(model, **({"shards": 1} | changes)), key=key)
     system.ingest(make_records(family, RECORDS))
     return system
 
