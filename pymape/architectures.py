@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,14 +39,17 @@ class Architecture:
         layers: path of the `nn.ModuleList` of layers, matched at the end of a module's qualified name.
         attention: the module that calls the Hugging Face attention interface.
         query, key, value: projections of their own, or `qkv`: one projection with the three side by side.
+        interleaved_qkv: `qkv` holds the three of one head (key/value group) after those of another; else all queries,
+            then all keys, then all values.
         output: W_O.
         ffn: the module with the method to rebind; ffn_in, ffn_up, ffn_activation and ffn_tail lie inside it.
         ffn_in, ffn_up, ffn_out: W_in (W_gate of a gated FFN), W_up (gated FFN only), W_out.
+        fused_gate_up: `ffn_in` is one projection with W_gate first and W_up after it; `ffn_up` is None.
         ffn_activation: the activation between them.
         ffn_tail: what the method applies after the filters, in order; without a tail it returns the filters.
         ffn_method: the method to rebind.
         embeddings: what runs before the layers or beside them, relative to the module that `layers` is relative to;
-            only `FrozenPrefix` needs it.
+            a path with "?" behind it may be missing. Only `FrozenPrefix` needs it.
     """
 
     layers: str
@@ -60,7 +63,9 @@ class Architecture:
     key: str | None = None
     value: str | None = None
     qkv: str | None = None
+    interleaved_qkv: bool = False
     ffn_up: str | None = None
+    fused_gate_up: bool = False
     ffn_tail: tuple[str, ...] = ()
     ffn_method: str = "forward"
     embeddings: tuple[str, ...] = ()
@@ -108,10 +113,44 @@ _LLAMA = Architecture(
     ffn_tail=("mlp.down_proj",),
     embeddings=("embed_tokens", "rotary_emb"),
 )
+_PHI3 = replace(
+    _LLAMA,
+    query=None,
+    key=None,
+    value=None,
+    qkv="self_attn.qkv_proj",
+    ffn_in="mlp.gate_up_proj",
+    ffn_up=None,
+    fused_gate_up=True,
+    ffn_activation="mlp.activation_fn",
+)
+_GLM = replace(
+    _LLAMA,
+    ffn_in="mlp.gate_up_proj",
+    ffn_up=None,
+    fused_gate_up=True,
+    ffn_activation="mlp.activation_fn",
+)
 
 _ARCHITECTURES: dict[str, Architecture] = {
     "bert": _BERT,
     "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "camembert": _BERT,
+    "electra": replace(_BERT, embeddings=("embeddings", "embeddings_project?")),
+    "modernbert": Architecture(
+        layers="layers",
+        attention="attn",
+        qkv="attn.Wqkv",
+        output="attn.Wo",
+        ffn="mlp",
+        ffn_in="mlp.Wi",
+        fused_gate_up=True,
+        ffn_activation="mlp.act",
+        ffn_out="mlp.Wo",
+        ffn_tail=("mlp.drop", "mlp.Wo"),
+        embeddings=("embeddings", "rotary_emb"),
+    ),
     "distilbert": Architecture(
         layers="transformer.layer",
         attention="attention",
@@ -141,10 +180,43 @@ _ARCHITECTURES: dict[str, Architecture] = {
         ffn_tail=("mlp.c_proj", "mlp.dropout"),
         embeddings=("wte", "wpe", "drop"),
     ),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
+    "gpt_neox": Architecture(
+        layers="layers",
+        attention="attention",
+        qkv="attention.query_key_value",
+        interleaved_qkv=True,
+        output="attention.dense",
+        ffn="mlp",
+        ffn_in="mlp.dense_h_to_4h",
+        ffn_activation="mlp.act",
+        ffn_out="mlp.dense_4h_to_h",
+        ffn_tail=("mlp.dense_4h_to_h",),
+        embeddings=("embed_in", "emb_dropout", "rotary_emb"),
+    ),
+    "phi": Architecture(
+        layers="layers",
+        attention="self_attn",
+        query="self_attn.q_proj",
+        key="self_attn.k_proj",
+        value="self_attn.v_proj",
+        output="self_attn.dense",
+        ffn="mlp",
+        ffn_in="mlp.fc1",
+        ffn_activation="mlp.activation_fn",
+        ffn_out="mlp.fc2",
+        ffn_tail=("mlp.fc2",),
+        embeddings=("embed_tokens", "rotary_emb", "embed_dropout"),
+    ),
+    "phi3": _PHI3,
+    "glm": _GLM,
+    "glm4": _GLM,
+    **dict.fromkeys(
+        (
+            *("llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"),
+            *("olmo", "olmo2", "olmo3", "granite", "smollm3", "stablelm", "cohere"),
+        ),
+        _LLAMA,
+    ),
 }
 
 # The rows' paths that are optional or single; `layers` and `ffn_tail` are resolved apart.
@@ -193,6 +265,10 @@ def register_architecture(model_type: str, architecture: Architecture) -> None:
         raise ValueError(f"architecture must be an Architecture, got {type(architecture).__name__}")
     if (architecture.qkv is None) == (None in (architecture.query, architecture.key, architecture.value)):
         raise ValueError("architecture must name either qkv, or query, key and value")
+    if architecture.interleaved_qkv and architecture.qkv is None:
+        raise ValueError("architecture must name qkv where interleaved_qkv is True, got None")
+    if architecture.fused_gate_up and architecture.ffn_up is not None:
+        raise ValueError(f"architecture must have no ffn_up where fused_gate_up is True, got {architecture.ffn_up!r}")
     inner = (architecture.ffn_in, architecture.ffn_up, architecture.ffn_activation, *architecture.ffn_tail)
     for path in inner:
         if path is not None and not path.startswith(f"{architecture.ffn}."):
@@ -248,8 +324,15 @@ class LayerModules:
     ffn_out: nn.Module
     ffn_tail: tuple[nn.Module, ...]
     ffn_method: str
+    interleaved_qkv: bool
+    fused_gate_up: bool
     heads: int
     kv_heads: int
+
+    @property
+    def gated(self) -> bool:
+        """Whether the activation is multiplied by a second projection."""
+        return self.fused_gate_up or self.ffn_up is not None
 
     @property
     def activation(self) -> str | None:
@@ -274,10 +357,13 @@ class LayerModules:
             (module, "weight" or "bias", dim, indices along dim) in each parameter's own layout, once per parameter.
             What one group owns is one stretch of the indices, and the stretches are of one length.
         """
-        queries = _blocks(groups, self.heads // self.kv_heads * self.head_dim)  # [n, group size * D]
+        size = self.heads // self.kv_heads
+        queries = _blocks(groups, size * self.head_dim)  # [n, group size * D]
         keys = _blocks(groups, self.head_dim)  # [n, D]
         projections = [(self.query, queries), (self.key, keys), (self.value, keys)]
-        if self.qkv is not None:
+        if self.interleaved_qkv:
+            projections = [(self.qkv, _blocks(groups, (size + 2) * self.head_dim))]
+        elif self.qkv is not None:
             key_start, value_start = self.heads * self.head_dim, (self.heads + self.kv_heads) * self.head_dim
             projections = [(self.qkv, torch.cat([queries, key_start + keys, value_start + keys], dim=1))]
         slices = [part for linear, rows in projections if linear is not None for part in _rows(linear, rows.flatten())]
@@ -292,7 +378,8 @@ class LayerModules:
         Returns:
             (module, "weight" or "bias", dim, indices along dim) in each parameter's own layout, once per parameter.
         """
-        slices = _rows(self.ffn_in, filters)
+        both = torch.stack([filters, self.filters + filters], dim=1).flatten() if self.fused_gate_up else filters
+        slices = _rows(self.ffn_in, both)
         if self.ffn_up is not None:
             slices += _rows(self.ffn_up, filters)
         return [*slices, (self.ffn_out, "weight", in_dim(self.ffn_out), filters)]
@@ -331,6 +418,8 @@ def find_layers(model: nn.Module) -> list[LayerModules]:
             layer=layer,
             ffn_tail=tail,
             ffn_method=row.ffn_method,
+            interleaved_qkv=row.interleaved_qkv,
+            fused_gate_up=row.fused_gate_up,
             heads=config.num_attention_heads,
             kv_heads=kv_heads,
         )
@@ -343,7 +432,10 @@ def find_prefix(model: nn.Module, layers: int) -> list[nn.Module]:
     _, row = _architecture(model)
     name, found = _layer_list(model)
     root = model.get_submodule(name.removesuffix(row.layers).removesuffix("."))
-    return [*(root.get_submodule(path) for path in row.embeddings), *list(found.children())[:layers]]
+    optional = {path.removesuffix("?") for path in row.embeddings if path.endswith("?")}
+    paths = [path.removesuffix("?") for path in row.embeddings]
+    before = [root.get_submodule(path) for path in paths if path not in optional or hasattr(root, path)]
+    return [*before, *list(found.children())[:layers]]
 
 
 def layout(model: nn.Module) -> ModelLayout:

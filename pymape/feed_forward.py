@@ -53,6 +53,7 @@ class FilterState(GateState):
     activation: str | None = None
     linear_name: str = ""
     up_name: str | None = None
+    fused_gate_up: bool = False
     activation_name: str = ""
     tail_names: tuple[str, ...] = ()
     fused_on: tuple[str, ...] = ()  # devices on which the activation is fused even without a gate
@@ -118,6 +119,7 @@ def filter_state(layer: LayerModules, backend: str) -> FilterState:
         activation=activation,
         linear_name=names[layer.ffn_in],
         up_name=None if layer.ffn_up is None else names[layer.ffn_up],
+        fused_gate_up=layer.fused_gate_up,
         activation_name=names[layer.ffn_activation],
         tail_names=tuple(names[module] for module in layer.ffn_tail),
         fused_on=() if before is None or activation is None else before.fused_on,
@@ -134,11 +136,23 @@ def _gated_ffn(module: nn.Module, x: Tensor) -> Tensor:
         check_batch(state.gate, x.shape[0])
     linear = module.get_submodule(state.linear_name)
     up = None if state.up_name is None else module.get_submodule(state.up_name)
+
+    def project() -> tuple[Tensor, Tensor | None]:
+        if state.fused_gate_up:
+            pre, up_x = linear(x).chunk(2, dim=-1)
+            return pre, up_x
+        return linear(x), None if up is None else up(x)
+
     if kind is not None:
-        hidden = masked_activation(linear(x), up=None if up is None else up(x), activation=kind)
+        pre, up_x = project()
+        hidden = masked_activation(pre, up=up_x, activation=kind)
     elif state.backend == "reference" or state.activation is None:
-        hidden = module.get_submodule(state.activation_name)(linear(x))
-        hidden = apply_gate(hidden if up is None else hidden * up(x), state.gate)
+        pre, up_x = project()
+        hidden = module.get_submodule(state.activation_name)(pre)
+        hidden = apply_gate(hidden if up_x is None else hidden * up_x, state.gate)
+    elif state.fused_gate_up:
+        pre, up_x = project()
+        hidden = masked_activation(pre, state.gate, up=up_x, activation=state.activation, backend=state.backend)
     else:
         hidden = gate_filters(linear, up, x, state.gate, state.activation, state.backend)
     for name in state.tail_names:

@@ -16,14 +16,16 @@ from pymape.layers import is_unhooked
 
 __all__ = ["FusedParts"]
 
-# transformers' classes of RMS norms x / sqrt(mean(x^2) + eps) * weight, and of blocks down(act(gate(x)) * up(x)).
-_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
-_BLOCKS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
+# The families whose RMS norms in transformers are x / sqrt(mean(x^2) + eps) * weight.
+_NORMS = (
+    *("LlamaRMSNorm", "MistralRMSNorm", "MinistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Olmo2RMSNorm"),
+    *("Olmo3RMSNorm", "GraniteRMSNorm", "SmolLM3RMSNorm", "GlmRMSNorm", "Glm4RMSNorm", "Phi3RMSNorm"),
+)
 _DEVICES = "_pymape_fused_on"  # the attribute of a norm whose forward is replaced
 
 
 class FusedParts:
-    """The norms and feed-forward blocks of a Llama, Mistral, Qwen2 or Qwen3 that can be fused; other models have none.
+    """The RMS norms and gated feed-forward blocks of a model that can be fused: those of Llama and its relatives.
 
     A block keeps its two projections, where the original code also keeps act(gate); a norm keeps its input, where the
     original code keeps it in fp32. Outputs differ from the original code's by rounding. What is hooked or replaced runs
@@ -38,9 +40,10 @@ class FusedParts:
     def __init__(self, model: nn.Module, lowest_layer: int, devices: tuple[str, ...]) -> None:
         self.model, self.devices = model, devices
         below = {module for part in find_prefix(model, lowest_layer) for module in part.modules()}
-        norms = [module for module in model.modules() if module not in below and _is_one_of(_NORMS, module)]
-        self._norms: list[Any] = [norm for norm in norms if is_unhooked(norm)]
-        self._layers = [layer for layer in find_layers(model)[lowest_layer:] if _is_one_of(_BLOCKS, layer.ffn)]
+        above = [module for module in model.modules() if module not in below and type(module).__name__ in _NORMS]
+        self._norms: list[Any] = [norm for norm in above if _is_original(norm) and is_unhooked(norm)]
+        layers = find_layers(model)[lowest_layer:]
+        self._layers = [layer for layer in layers if layer.gated and _is_original(layer.ffn)]
 
     def fuse(self) -> None:
         """Replace the forward passes."""
@@ -58,11 +61,10 @@ class FusedParts:
                 del norm.forward
 
 
-def _is_one_of(classes: tuple[str, ...], module: nn.Module) -> bool:
-    """Whether a module is of one of transformers' own classes by these names, whose forward nobody has replaced."""
+def _is_original(module: nn.Module) -> bool:
+    """Whether its class is one of transformers' own, whose forward nobody has replaced."""
     kind = type(module)
-    ours = kind.__module__.startswith("transformers.models.") and kind.forward.__module__ == kind.__module__
-    return ours and kind.__name__ in classes
+    return kind.__module__.startswith("transformers.models.") and kind.forward.__module__ == kind.__module__
 
 
 def _fused_norm(module: Any, x: Tensor) -> Tensor:

@@ -45,9 +45,9 @@ class PartialParameters:
             requires grad where it is (the dense baseline).
         train_task_head: with masks, also train the parameters outside `model.base_model`, whatever their
             `requires_grad`.
-        fused: with masks, run the RMS norms and gated feed-forward blocks of Llama, Mistral and Qwen in fused
-            operators from the lowest selected layer on. They take less time and keep less for the backward pass;
-            outputs differ by rounding until `merge`, and there are no second derivatives. None: on a GPU.
+        fused: with masks, run RMS norms and gated feed-forward blocks (Llama and its relatives) in fused operators
+            from the lowest selected layer on. They take less time and keep less for the backward pass; outputs differ
+            by rounding until `merge`, and there are no second derivatives. None: on a GPU.
 
     Raises:
         ValueError: masks of another model, nothing to train, or projections that are not plain linear layers.

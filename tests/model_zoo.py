@@ -12,7 +12,18 @@ ENCODERS = ("bert", "roberta", "distilbert")
 VISION = ("vit", "deit")
 DECODERS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 GROUPED = ("llama", "mistral", "qwen2", "qwen3")
-FAMILIES = ENCODERS + VISION + DECODERS
+FAMILIES = ENCODERS + VISION + DECODERS  # every test of families takes these
+
+# What has the structure of one of those, or differs in few things; the tests of what depends on it take them too.
+MORE_ENCODERS = ("xlm-roberta", "camembert", "electra", "modernbert")
+MORE_GROUPED = (
+    *("ministral", "gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "olmo3", "granite", "smollm3", "stablelm"),
+    *("cohere", "glm", "glm4", "phi", "phi3"),
+)
+MORE_DECODERS = ("gpt_neox", *MORE_GROUPED)
+MORE_FAMILIES = MORE_ENCODERS + MORE_DECODERS
+GATED = ("modernbert", *GROUPED, *(family for family in MORE_GROUPED if family != "phi"))
+FUSED_NORMS = (*GROUPED, "ministral", "olmo2", "olmo3", "granite", "smollm3", "glm", "glm4", "phi3")
 
 LABELS, VOCABULARY, IMAGE_SIZE, PAD = 3, 50, 8, 0
 LAYERS, HEADS, FILTERS = 2, 4, 25
@@ -38,7 +49,46 @@ _TASK_CONFIG = {
 def default_task(family: str) -> str:
     if family in VISION:
         return "image_classification"
-    return "causal_lm" if family in DECODERS else "sequence_classification"
+    return "causal_lm" if family in DECODERS + MORE_DECODERS else "sequence_classification"
+
+
+# Sizes of heads other than hidden size / heads, where the config lets them be.
+HEAD_DIM = dict.fromkeys(("qwen3", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "ministral"), 8)
+
+_BERT_DROPOUTS = ("attention_probs_dropout_prob", "hidden_dropout_prob")
+_DROPOUTS = dict.fromkeys(GROUPED + MORE_GROUPED, ("attention_dropout",)) | {
+    "modernbert": ("attention_dropout", "mlp_dropout", "embedding_dropout"),
+    "gpt_neox": ("attention_dropout", "hidden_dropout"),
+    "stablelm": ("attention_dropout", "hidden_dropout"),
+    "phi": ("attention_dropout", "resid_pdrop", "embd_pdrop"),
+    "phi3": ("attention_dropout", "resid_pdrop", "embd_pdrop"),
+}
+_MIXED = ("gemma3_text", "olmo3")
+_PARTIAL_ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+_OWN = {
+    "electra": {"embedding_size": 8},
+    "modernbert": {"local_attention": 4, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2},
+    "gpt_neox": _PARTIAL_ROTARY,
+    "phi": _PARTIAL_ROTARY,
+    "phi3": {"original_max_position_embeddings": 64},
+    "gemma2": {"query_pre_attn_scalar": 8, "sliding_window": 4},
+    "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window": 4},
+    "olmo3": {"sliding_window": 4},
+    "ministral": {"sliding_window": 4},
+    "glm": _PARTIAL_ROTARY,
+    "glm4": _PARTIAL_ROTARY,
+    "stablelm": _PARTIAL_ROTARY,
+}
+
+
+def implementations(family: str) -> tuple[str, ...]:
+    """Attention implementations that the family has; Gemma 2 caps its logits, which SDPA does not."""
+    return ("eager",) if family == "gemma2" else ("sdpa", "eager")
+
+
+def of_every_kind(families: tuple[str, ...]) -> list[tuple[str, str]]:
+    """(family, attention implementation) of all families that are named."""
+    return [(family, implementation) for family in families for implementation in implementations(family)]
 
 
 def tiny_config(family: str, dropout: float = 0.0, **config: Any) -> transformers.PretrainedConfig:
@@ -52,18 +102,19 @@ def tiny_config(family: str, dropout: float = 0.0, **config: Any) -> transformer
         options |= {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout, "summary_first_dropout": 0.0}
     else:
         options |= {"hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
-        options |= {"intermediate_size": FILTERS}
-        if family in GROUPED:
-            options |= {"num_key_value_heads": 2, "head_dim": 8 if family == "qwen3" else 4}
-            options |= {"attention_dropout": dropout, "max_position_embeddings": 64}
-        else:
-            options |= {"attention_probs_dropout_prob": dropout, "hidden_dropout_prob": dropout}
+        options |= {"intermediate_size": FILTERS} | dict.fromkeys(_DROPOUTS.get(family, _BERT_DROPOUTS), dropout)
+    if family in GROUPED + MORE_GROUPED:
+        options |= {"num_key_value_heads": 2, "head_dim": HEAD_DIM.get(family, 4)}
     if family in VISION:
         options |= {"image_size": IMAGE_SIZE, "patch_size": 4, "num_channels": 3}
     else:
         options |= {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2}
-    if family in ("bert", "roberta"):
+    if family not in (*VISION, "distilbert", "gpt2"):
         options |= {"max_position_embeddings": 64, "classifier_dropout": 0.0}
+    options |= _OWN.get(family, {})
+    if family in _MIXED:
+        layers = config.get("num_hidden_layers", LAYERS)
+        options["layer_types"] = [("sliding_attention", "full_attention")[layer % 2] for layer in range(layers)]
     return transformers.AutoConfig.for_model(family, **(options | config))
 
 
@@ -73,7 +124,7 @@ def tiny_model(
     *,
     seed: int = 0,
     dropout: float = 0.0,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
     dtype: torch.dtype = torch.float32,
     **config: Any,
 ) -> transformers.PreTrainedModel:
@@ -81,6 +132,7 @@ def tiny_model(
     task = task or default_task(family)
     config = _TASK_CONFIG.get(task, {}) | config
     auto = getattr(transformers, _TASKS[task])
+    attn_implementation = attn_implementation or implementations(family)[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = auto.from_config(tiny_config(family, dropout, **config), attn_implementation=attn_implementation)

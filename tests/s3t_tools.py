@@ -16,7 +16,7 @@ from pymape.s3t.stages import StageKey, encode_row, unpack_stage
 from pymape.s3t.training import StageJob, train_stage
 
 LENGTH = 8  # tokens of a text, padding included
-FAMILIES = ("bert", "roberta", "distilbert", "vit", "gpt2", "llama")
+FAMILIES = ("bert", "roberta", "distilbert", "modernbert", "vit", "gpt2", "llama", "phi3")
 SEQUENCE = (2, 0, 3, 1)
 
 Slices = list[list[Mapping[str, Any]]]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_zoo import FAMILIES, GROUPED, tiny_batch, tiny_model
+from model_zoo import FAMILIES, FUSED_NORMS, GATED, MORE_FAMILIES, tiny_batch, tiny_model
 from partial_tools import some_masks
 from torch import nn
 from torch.autograd import gradcheck
@@ -48,7 +48,7 @@ def kept_bytes(model: nn.Module, batch: dict) -> int:
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=["cpu", "gpu"])
-@pytest.mark.parametrize("family", GROUPED)
+@pytest.mark.parametrize("family", GATED)
 def test_outputs_and_gradients_are_the_same_but_for_rounding(family: str, device: str) -> None:
     model = tiny_model(family).to(device)
     batch = {name: value.to(device) for name, value in tiny_batch(family).items()}
@@ -59,7 +59,7 @@ def test_outputs_and_gradients_are_the_same_but_for_rounding(family: str, device
         assert (other - one).abs().max() <= 2 * (own - one).abs().max() + least
 
 
-@pytest.mark.parametrize("family", GROUPED)
+@pytest.mark.parametrize("family", FUSED_NORMS)
 def test_in_half_precision_less_is_kept(family: str) -> None:
     model, batch = tiny_model(family).bfloat16(), tiny_batch(family)
     kept = {}
@@ -77,14 +77,14 @@ def test_in_half_precision_less_is_kept(family: str) -> None:
     assert kept[False] - kept[True] >= saved
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MORE_FAMILIES)
 def test_on_a_cpu_the_original_code_runs_unless_asked(family: str) -> None:
     model, batch = tiny_model(family), tiny_batch(family)
     before = model(**batch).logits
     for choice in (None, False, True):
         partial = PartialParameters(model, some_masks(model), fused=choice)
         logits = model(**batch).logits
-        assert torch.equal(logits, before) == (choice is not True or family not in GROUPED)
+        assert torch.equal(logits, before) == (choice is not True or family not in GATED)
         torch.testing.assert_close(logits, before)
         partial.merge()
         assert not any({"forward", "_pymape"} & vars(module).keys() for module in model.modules())

@@ -14,6 +14,8 @@ from model_zoo import (
     FILTERS,
     HEADS,
     LAYERS,
+    MORE_DECODERS,
+    MORE_FAMILIES,
     VISION,
     random_gates,
     tiny_batch,
@@ -27,7 +29,7 @@ from pymape.architectures import find_layers
 from pymape.modules import gates, instrument, is_instrumented, restore, set_gates
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", DECODERS + MORE_DECODERS)
 def test_generation_with_a_cache_gives_the_same_tokens(family: str) -> None:
     model = tiny_model(family)
     batch = tiny_batch(family, padding="left", labels=False)
@@ -80,7 +82,7 @@ def test_compiles_with_inductor() -> None:
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(**batch).logits, model(**batch).logits)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MORE_FAMILIES)
 def test_gradient_checkpointing(family: str) -> None:
     model = instrument(tiny_model(family))
     batch = tiny_batch(family)
@@ -186,7 +188,7 @@ def assert_backend_agrees(family: str, backend: str, device: str, padding: str |
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("family, padding", [("vit", None), ("gpt2", None), ("llama", "left")])
+@pytest.mark.parametrize("family, padding", [("vit", None), ("gpt2", None), ("llama", "left"), ("phi3", "left")])
 @interpreted
 def test_triton_backend_agrees_with_the_reference(family: str, padding: str | None) -> None:
     assert_backend_agrees(family, "triton", "cpu", padding)
@@ -194,6 +196,6 @@ def test_triton_backend_agrees_with_the_reference(family: str, padding: str | No
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("backend", ["auto", "cuda", "triton"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MORE_FAMILIES)
 def test_gpu_backends_agree_with_the_reference(family: str, backend: str) -> None:
     assert_backend_agrees(family, backend, "cuda", None if family in VISION else "left")

@@ -15,7 +15,11 @@ from model_zoo import (
     FILTERS,
     HEADS,
     LAYERS,
+    MORE_DECODERS,
+    MORE_ENCODERS,
+    MORE_FAMILIES,
     VISION,
+    of_every_kind,
     random_gates,
     tiny_batch,
     tiny_model,
@@ -50,8 +54,7 @@ def assert_same(
 
 
 @pytest.mark.parametrize("per_sample", [False, True], ids=["shared", "per_sample"])
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family, implementation", of_every_kind(FAMILIES + MORE_FAMILIES))
 def test_gates_of_one_change_nothing(family: str, implementation: str, per_sample: bool) -> None:
     batch = tiny_batch(family, padding=None if family in VISION else "left")
     model = tiny_model(family, attn_implementation=implementation)
@@ -70,7 +73,7 @@ def test_gates_of_one_change_nothing(family: str, implementation: str, per_sampl
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MORE_FAMILIES)
 def test_a_gate_scales_the_columns_of_w_o_and_w_out(family: str, backend: str) -> None:
     batch = tiny_batch(family)
     model = tiny_model(family, dtype=torch.float64)
@@ -87,7 +90,7 @@ def test_a_gate_scales_the_columns_of_w_o_and_w_out(family: str, backend: str) -
         torch.testing.assert_close(model(**batch).logits, scaled(**batch).logits, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MORE_FAMILIES)
 def test_ablation_is_zeroing_the_selected_columns(family: str) -> None:
     batch = tiny_batch(family)
     model = tiny_model(family)
@@ -116,7 +119,7 @@ def test_apply_masks_refuses_other_masks() -> None:
 
 
 @pytest.mark.parametrize("as_list", [False, True], ids=["tensor", "list"])
-@pytest.mark.parametrize("family", ["bert", "vit", "gpt2", "qwen3"])
+@pytest.mark.parametrize("family", ["bert", "vit", "gpt2", "qwen3", "modernbert", "gpt_neox", "gemma2", "phi3"])
 def test_per_sample_gates_and_their_gradients_equal_one_sample_at_a_time(family: str, as_list: bool) -> None:
     model = instrument(tiny_model(family, dtype=torch.float64)).requires_grad_(False)
     batch = {k: v.double() if v.is_floating_point() else v for k, v in tiny_batch(family, labels=False).items()}
@@ -138,8 +141,7 @@ def test_per_sample_gates_and_their_gradients_equal_one_sample_at_a_time(family:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ENCODERS + DECODERS)
+@pytest.mark.parametrize("family, implementation", of_every_kind(ENCODERS + DECODERS + MORE_ENCODERS + MORE_DECODERS))
 def test_padding_changes_nothing(family: str, implementation: str, side: str) -> None:
     # Eager attention of the Llama family computes its softmax in fp32, where the fp64 mask value overflows.
     dtype = torch.float64 if implementation == "sdpa" else torch.float32
@@ -163,7 +165,7 @@ def test_padding_changes_nothing(family: str, implementation: str, side: str) ->
             torch.testing.assert_close(together[n], single, **tolerance)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MORE_FAMILIES)
 def test_dropout_in_training_stays_what_it_was(family: str) -> None:
     """Under one seed, gates of one leave a training step with dropout as it was."""
     model = tiny_model(family, dropout=0.3).train()
@@ -219,9 +221,9 @@ def test_unusual_configs(family: str, config: dict[str, Any]) -> None:
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_a_registered_family_can_be_instrumented(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(architectures, "_ARCHITECTURES", dict(architectures._ARCHITECTURES))
-    config = transformers.ElectraConfig(embedding_size=16, hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
-    model = transformers.ElectraModel._from_config(config, attn_implementation=implementation).eval()
-    register_architecture("electra", architectures._ARCHITECTURES["bert"])
+    config = transformers.ErnieConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
+    model = transformers.ErnieModel._from_config(config, attn_implementation=implementation).eval()
+    register_architecture("ernie", architectures._ARCHITECTURES["bert"])
     batch = tiny_batch("bert", labels=False)
     plain = model(**batch).last_hidden_state
     instrument(model)
@@ -275,8 +277,8 @@ class TestErrors:
         model = tiny_model("bert")
         with pytest.raises(ValueError, match=r"backend must be one of auto, .*, got 'fast'"):
             instrument(model, backend="fast")
-        model.config.model_type = "electra"
-        with pytest.raises(ValueError, match="'electra' is not supported"):
+        model.config.model_type = "ernie"
+        with pytest.raises(ValueError, match="'ernie' is not supported"):
             instrument(model)
         assert not is_instrumented(model)
         with pytest.raises(ValueError, match="model is not instrumented"):

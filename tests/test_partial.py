@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from model_zoo import FAMILIES, GROUPED, tiny_batch, tiny_model
+from model_zoo import FAMILIES, GROUPED, MORE_FAMILIES, tiny_batch, tiny_model
 from partial_tools import some_masks
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -72,7 +72,7 @@ def train_partial(partial: PartialParameters, batches, optimizer: str, **options
     return partial.merge().state_dict()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MORE_FAMILIES)
 def test_training_equals_masked_gradients_and_leaves_the_rest_alone(family):
     model = tiny_model(family, dtype=torch.float64)
     masks = some_masks(model)
@@ -125,7 +125,7 @@ def test_compact_parameters_are_contiguous_and_cost_what_the_masks_say(family):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MORE_FAMILIES)
 def test_forward_is_bit_identical(family):
     model = tiny_model(family)
     batch = tiny_batch(family)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_zoo import DECODERS, ENCODERS, FAMILIES, tiny_batch, tiny_model
+from model_zoo import DECODERS, ENCODERS, FAMILIES, MORE_FAMILIES, tiny_batch, tiny_model
 from torch import Tensor, nn
 from trainer_tools import arguments as trainer_arguments
 from transformers import TrainingArguments
@@ -69,7 +69,7 @@ def rows(batch: dict[str, Tensor], index: list[int]) -> dict[str, Tensor]:
     return {name: value[index] for name, value in batch.items()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MORE_FAMILIES)
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_same_bits_as_without(family: str, layers: int, tmp_path: Path) -> None:
     model, batch = deep_model(family), tiny_batch(family, batch=5)
@@ -120,7 +120,7 @@ def test_padding_of_any_amount(family: str, padding: str, tmp_path: Path) -> Non
     torch.testing.assert_close(prefix.run(ids(4), batch).loss, model(**batch).loss)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MORE_FAMILIES)
 def test_training_with_and_without_gives_the_same_bits(family: str, tmp_path: Path) -> None:
     batches = [tiny_batch(family, batch=2, seed=seed) for seed in range(3)]
     results = []
