@@ -37,7 +37,8 @@ class Architecture:
 
     Args:
         layers: path of the `nn.ModuleList` of layers, matched at the end of a module's qualified name.
-        attention: the module that calls the Hugging Face attention interface.
+        attention: the module that calls the Hugging Face attention interface; None where none does, so that heads are
+            gated at the input of `output`.
         query, key, value: projections of their own, or `qkv`: one projection with the three side by side.
         interleaved_qkv: `qkv` holds the three of one head (key/value group) after those of another; else all queries,
             then all keys, then all values.
@@ -53,12 +54,12 @@ class Architecture:
     """
 
     layers: str
-    attention: str
     output: str
     ffn: str
     ffn_in: str
     ffn_out: str
     ffn_activation: str
+    attention: str | None = None
     query: str | None = None
     key: str | None = None
     value: str | None = None
@@ -138,6 +139,14 @@ _ARCHITECTURES: dict[str, Architecture] = {
     "xlm-roberta": _BERT,
     "camembert": _BERT,
     "electra": replace(_BERT, embeddings=("embeddings", "embeddings_project?")),
+    "deberta-v2": replace(
+        _BERT,
+        attention=None,
+        query="attention.self.query_proj",
+        key="attention.self.key_proj",
+        value="attention.self.value_proj",
+        embeddings=("embeddings", "encoder.rel_embeddings?", "encoder.LayerNorm?", "encoder.conv?"),
+    ),
     "modernbert": Architecture(
         layers="layers",
         attention="attn",
@@ -179,6 +188,32 @@ _ARCHITECTURES: dict[str, Architecture] = {
         ffn_out="mlp.c_proj",
         ffn_tail=("mlp.c_proj", "mlp.dropout"),
         embeddings=("wte", "wpe", "drop"),
+    ),
+    "gpt_neo": Architecture(
+        layers="h",
+        query="attn.attention.q_proj",
+        key="attn.attention.k_proj",
+        value="attn.attention.v_proj",
+        output="attn.attention.out_proj",
+        ffn="mlp",
+        ffn_in="mlp.c_fc",
+        ffn_activation="mlp.act",
+        ffn_out="mlp.c_proj",
+        ffn_tail=("mlp.c_proj", "mlp.dropout"),
+        embeddings=("wte", "wpe", "drop"),
+    ),
+    "gptj": Architecture(
+        layers="h",
+        query="attn.q_proj",
+        key="attn.k_proj",
+        value="attn.v_proj",
+        output="attn.out_proj",
+        ffn="mlp",
+        ffn_in="mlp.fc_in",
+        ffn_activation="mlp.act",
+        ffn_out="mlp.fc_out",
+        ffn_tail=("mlp.fc_out", "mlp.dropout"),
+        embeddings=("wte", "drop"),
     ),
     "gpt_neox": Architecture(
         layers="layers",
@@ -311,7 +346,7 @@ class LayerModules:
     """The submodules of one layer that heads and filters live in."""
 
     layer: nn.Module
-    attention: nn.Module
+    attention: nn.Module | None
     query: nn.Module | None
     key: nn.Module | None
     value: nn.Module | None
@@ -328,6 +363,11 @@ class LayerModules:
     fused_gate_up: bool
     heads: int
     kv_heads: int
+
+    @property
+    def head_module(self) -> nn.Module:
+        """The module that the gates of heads are kept on: what calls the attention interface, or else W_O."""
+        return self.output if self.attention is None else self.attention
 
     @property
     def gated(self) -> bool:
@@ -432,10 +472,9 @@ def find_prefix(model: nn.Module, layers: int) -> list[nn.Module]:
     _, row = _architecture(model)
     name, found = _layer_list(model)
     root = model.get_submodule(name.removesuffix(row.layers).removesuffix("."))
-    optional = {path.removesuffix("?") for path in row.embeddings if path.endswith("?")}
-    paths = [path.removesuffix("?") for path in row.embeddings]
-    before = [root.get_submodule(path) for path in paths if path not in optional or hasattr(root, path)]
-    return [*before, *list(found.children())[:layers]]
+    present = {path for path, _ in root.named_modules()}
+    paths = [path.removesuffix("?") for path in row.embeddings if not path.endswith("?") or path[:-1] in present]
+    return [*(root.get_submodule(path) for path in paths), *list(found.children())[:layers]]
 
 
 def layout(model: nn.Module) -> ModelLayout:

@@ -41,14 +41,15 @@ def instrument(model: Model, *, backend: str = "auto") -> Model:
 
     attention output = sum_h m^H[l, h] O[l, h] W_O[:, h];  FFN output = sum_f m^F[l, f] a[l, f] W_out[:, f]
 
-    The model is changed in place: attention goes through the attention interface, the feed-forward method is rebound
-    per instance, no parameter or buffer is added. Until `set_gates` is called, the original code runs. With attention
-    dropout in training, or with eager attention, the model's own attention runs and the head gate follows it. An
-    activation that `masked_ffn` does not know runs as the original operations followed by the gate.
+    The model is changed in place: attention goes through the attention interface (where a model does not call it, a
+    hook gates the heads at the input of W_O), the feed-forward method is rebound per instance, no parameter or buffer
+    is added. Until `set_gates` is called, the original code runs. With attention dropout in training, or with eager
+    attention, the model's own attention runs and the head gate follows it. An activation that `masked_ffn` does not
+    know runs as the original operations followed by the gate.
 
     Args:
         model: a model of a supported family, plain or wrapped by PEFT, whose attention implementation is "sdpa" or
-            "eager".
+            "eager" if it calls the attention interface.
         backend: `auto`, `cpu`, `cuda`, `triton` or `reference` (the original operations, then the gate: gates of one
             give the original outputs and gradients bit for bit).
 
@@ -65,15 +66,13 @@ def instrument(model: Model, *, backend: str = "auto") -> Model:
     if is_instrumented(model):
         raise ValueError("model is already instrumented; call pymape.restore(model) first")
     layers = find_layers(model)
-    base = _implementation(model).removeprefix(_PREFIX)  # a config that models share may carry the prefix already
-    if base not in ("sdpa", "eager"):
-        raise ValueError(f"model must use attn_implementation 'sdpa' or 'eager', got {base!r}")
     states = [filter_state(layer, backend) for layer in layers]
-    if base == "eager":
-        _eager_function(layers[0].attention)
-    _set_implementation(model, _PREFIX + base)
+    if layers[0].attention is not None:
+        _gate_attention(model, layers[0].attention)
     for layer, state in zip(layers, states, strict=True):
-        setattr(layer.attention, STATE, GateState(backend))
+        setattr(layer.head_module, STATE, GateState(backend))
+        if layer.attention is None:
+            layer.output.register_forward_pre_hook(_gate_input)
         bind(layer.ffn, state)
     return model
 
@@ -94,7 +93,11 @@ def restore(model: Model) -> Model:
             unbind(module, state)
         elif state is not None:
             delattr(module, STATE)
-    _set_implementation(model, _implementation(model).removeprefix(_PREFIX))
+            hooks = module._forward_pre_hooks
+            for key in [key for key, hook in hooks.items() if hook is _gate_input]:
+                del hooks[key]
+    if _implementation(model).startswith(_PREFIX):
+        _set_implementation(model, _implementation(model).removeprefix(_PREFIX))
     return model
 
 
@@ -155,6 +158,26 @@ def apply_masks(model: Model, masks: ModuleMasks) -> Model:
         instrument(model)
     set_gates(model, 1 - masks.heads.float(), 1 - masks.filters.float())
     return model
+
+
+def _gate_attention(model: nn.Module, attention: nn.Module) -> None:
+    """Choose the attention implementation that gates what the model's own computes."""
+    base = _implementation(model).removeprefix(_PREFIX)  # a config that models share may carry the prefix already
+    if base not in ("sdpa", "eager"):
+        raise ValueError(f"model must use attn_implementation 'sdpa' or 'eager', got {base!r}")
+    if base == "eager":
+        _eager_function(attention)
+    _set_implementation(model, _PREFIX + base)
+
+
+def _gate_input(output: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The hook of W_O in models that compute attention by themselves; heads come in side by side, [B, T, H * D]."""
+    state: GateState | None = vars(output).get(STATE)
+    if state is None or state.gate is None:
+        return None
+    check_batch(state.gate, args[0].shape[0])
+    heads = args[0].unflatten(-1, (state.gate.shape[-1], -1))
+    return gate_output(heads, state.gate, state.backend).flatten(-2), *args[1:]
 
 
 def _gated_attention(
@@ -224,16 +247,21 @@ def _kernel_can(kwargs: dict[str, Any]) -> bool:
 def _instrumented_layers(model: nn.Module) -> list[LayerModules]:
     if not is_instrumented(model):
         raise ValueError("model must be instrumented: call pymape.instrument(model) first")
-    if not _implementation(model).startswith(_PREFIX):
+    layers = find_layers(model)
+    if any(STATE not in vars(layer.head_module) for layer in layers):
+        raise ValueError(
+            "model must not be wrapped after pymape.instrument, got another W_O: restore it, wrap, instrument"
+        )
+    if layers[0].attention is not None and not _implementation(model).startswith(_PREFIX):
         raise ValueError(
             f"model must keep the attention implementation that pymape.instrument set, got {_implementation(model)!r}"
         )
-    return find_layers(model)
+    return layers
 
 
 def _states(layers: list[LayerModules]) -> list[GateState]:
     """The heads' states of all layers, then the filters'."""
-    return [getattr(layer.attention, STATE) for layer in layers] + [getattr(layer.ffn, STATE) for layer in layers]
+    return [getattr(layer.head_module, STATE) for layer in layers] + [getattr(layer.ffn, STATE) for layer in layers]
 
 
 def _per_layer(name: str, gate: Gates, linears: Sequence[Any], width: int) -> Sequence[Tensor | None]:

@@ -15,12 +15,12 @@ GROUPED = ("llama", "mistral", "qwen2", "qwen3")
 FAMILIES = ENCODERS + VISION + DECODERS  # every test of families takes these
 
 # What has the structure of one of those, or differs in few things; the tests of what depends on it take them too.
-MORE_ENCODERS = ("xlm-roberta", "camembert", "electra", "modernbert")
+MORE_ENCODERS = ("xlm-roberta", "camembert", "electra", "deberta-v2", "modernbert")
 MORE_GROUPED = (
     *("ministral", "gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "olmo3", "granite", "smollm3", "stablelm"),
     *("cohere", "glm", "glm4", "phi", "phi3"),
 )
-MORE_DECODERS = ("gpt_neox", *MORE_GROUPED)
+MORE_DECODERS = ("gpt_neo", "gptj", "gpt_neox", *MORE_GROUPED)
 MORE_FAMILIES = MORE_ENCODERS + MORE_DECODERS
 GATED = ("modernbert", *GROUPED, *(family for family in MORE_GROUPED if family != "phi"))
 FUSED_NORMS = (*GROUPED, "ministral", "olmo2", "olmo3", "granite", "smollm3", "glm", "glm4", "phi3")
@@ -58,6 +58,7 @@ HEAD_DIM = dict.fromkeys(("qwen3", "gemma", "gemma2", "gemma3_text", "glm", "glm
 _BERT_DROPOUTS = ("attention_probs_dropout_prob", "hidden_dropout_prob")
 _DROPOUTS = dict.fromkeys(GROUPED + MORE_GROUPED, ("attention_dropout",)) | {
     "modernbert": ("attention_dropout", "mlp_dropout", "embedding_dropout"),
+    "gpt_neo": ("attention_dropout", "resid_dropout", "embed_dropout"),
     "gpt_neox": ("attention_dropout", "hidden_dropout"),
     "stablelm": ("attention_dropout", "hidden_dropout"),
     "phi": ("attention_dropout", "resid_pdrop", "embd_pdrop"),
@@ -68,6 +69,17 @@ _PARTIAL_ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4
 _OWN = {
     "electra": {"embedding_size": 8},
     "modernbert": {"local_attention": 4, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2},
+    "deberta-v2": {
+        "relative_attention": True,
+        "pos_att_type": ["c2p", "p2c"],
+        "position_buckets": 4,
+        "share_att_key": True,
+        "norm_rel_ebd": "layer_norm",
+        "conv_kernel_size": 3,
+        "conv_act": "gelu",
+    },
+    "gpt_neo": {"window_size": 4},
+    "gptj": {"rotary_dim": 2},
     "gpt_neox": _PARTIAL_ROTARY,
     "phi": _PARTIAL_ROTARY,
     "phi3": {"original_max_position_embeddings": 64},
@@ -82,8 +94,8 @@ _OWN = {
 
 
 def implementations(family: str) -> tuple[str, ...]:
-    """Attention implementations that the family has; Gemma 2 caps its logits, which SDPA does not."""
-    return ("eager",) if family == "gemma2" else ("sdpa", "eager")
+    """Attention implementations that the family has; Gemma 2 caps its logits, which SDPA does not, others are older."""
+    return ("eager",) if family in ("gemma2", "gptj", "gpt_neo", "deberta-v2") else ("sdpa", "eager")
 
 
 def of_every_kind(families: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -97,7 +109,7 @@ def tiny_config(family: str, dropout: float = 0.0, **config: Any) -> transformer
     if family == "distilbert":
         options |= {"dim": 16, "n_layers": LAYERS, "n_heads": HEADS, "hidden_dim": FILTERS, "dropout": dropout}
         options |= {"attention_dropout": dropout, "seq_classif_dropout": dropout, "max_position_embeddings": 64}
-    elif family == "gpt2":
+    elif family in ("gpt2", "gptj"):
         options |= {"n_embd": 16, "n_layer": LAYERS, "n_head": HEADS, "n_inner": FILTERS, "n_positions": 64}
         options |= {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout, "summary_first_dropout": 0.0}
     else:
@@ -112,8 +124,10 @@ def tiny_config(family: str, dropout: float = 0.0, **config: Any) -> transformer
     if family not in (*VISION, "distilbert", "gpt2"):
         options |= {"max_position_embeddings": 64, "classifier_dropout": 0.0}
     options |= _OWN.get(family, {})
+    layers = config.get("num_hidden_layers", LAYERS)
+    if family == "gpt_neo":
+        options["attention_types"] = [[[("global", "local")[layer % 2]], 1] for layer in range(layers)]
     if family in _MIXED:
-        layers = config.get("num_hidden_layers", LAYERS)
         options["layer_types"] = [("sliding_attention", "full_attention")[layer % 2] for layer in range(layers)]
     return transformers.AutoConfig.for_model(family, **(options | config))
 

@@ -14,7 +14,15 @@ from pymape.architectures import Architecture, find_layers, layout, register_arc
 
 FAMILIES = CORE_FAMILIES + MORE_FAMILIES
 HIDDEN = 16
-BIAS_FREE = ("llama", "mistral", "qwen3", "modernbert", *(set(MORE_GROUPED) - {"phi", "glm", "glm4"}))
+BIAS_FREE = (
+    "gpt_neo",
+    "gptj",
+    "llama",
+    "mistral",
+    "qwen3",
+    "modernbert",
+    *(set(MORE_GROUPED) - {"phi", "glm", "glm4"}),
+)
 ERNIE = Architecture(
     layers="encoder.layer",
     attention="attention.self",

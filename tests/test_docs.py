@@ -14,9 +14,10 @@ from model_zoo import tiny_model
 from s3t_tools import make_records, write_base
 from session_tools import WORDS, write_files
 from trainer_tools import arguments, collate, records, some_masks
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ErnieConfig, ErnieModel
 
 import pymape
+from pymape import architectures
 from pymape.experiments.claims import mean_gaps
 from pymape.experiments.pictures import glance_figures
 from pymape.objectives import objective_names
@@ -72,7 +73,7 @@ def test_the_examples_with_own_data_run(tmp_path, monkeypatch, capsys):
     rows = [[row, text, text, "A. Writer" if row < 3 else "B. Writer"] for row, text in enumerate(texts)]
     pd.DataFrame(rows, columns=["id", "question", "answer", "author"]).to_csv("questions.csv", index=False)
     pd.DataFrame({"id": ["17", "204", *"abcdef"], "text": texts[:8]}).to_csv("records.csv", index=False)
-    own, session = python_examples(DOCS / "unlearn.md")
+    own, session, _ = python_examples(DOCS / "unlearn.md")
     names: dict[str, Any] = {}
     exec(own.replace("max_steps=60", "max_steps=2, use_cpu=True"), names)
     original = AutoModelForCausalLM.from_pretrained("my-model")
@@ -82,6 +83,17 @@ def test_the_examples_with_own_data_run(tmp_path, monkeypatch, capsys):
     assert not list(Path("runs").rglob("checkpoint-*"))
     exec(session, names)
     assert names["receipt"]["metrics"]["after"]["forget_loss"] > names["receipt"]["metrics"]["before"]["forget_loss"]
+
+
+def test_the_example_of_another_family_runs(monkeypatch):
+    monkeypatch.setattr(architectures, "_ARCHITECTURES", dict(architectures._ARCHITECTURES))
+    *_, example = python_examples(DOCS / "unlearn.md")
+    exec(example, {})
+    config = ErnieConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=25)
+    model, tokens = ErnieModel(config).eval(), torch.arange(6)[None]
+    before = model(tokens).last_hidden_state
+    with pymape.modules.gates(pymape.instrument(model), torch.ones(2, 4), torch.ones(2, 25)):
+        torch.testing.assert_close(model(tokens).last_hidden_state, before)
 
 
 def test_the_examples_of_the_readme_run(tmp_path, monkeypatch, capsys):

@@ -44,8 +44,9 @@ def counts_padding(model: nn.Module) -> bool:
 
 
 def most_tokens(model: nn.Module) -> int | None:
-    """Tokens of the longest text that a model's learned positions hold; None where it has none, as with rotary ones."""
-    found = []
+    """Tokens of the longest text that a model's table of positions holds; None where there is none, as in Llama."""
+    computed = ((name.rpartition(".")[2], table) for name, table in model.named_buffers())  # GPT-J's
+    found = [len(table) for name, table in computed if name in _TABLES]
     for table in _learned_positions(model):
         unused = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa counts from behind it
         found.append(table.num_embeddings - unused - int(getattr(table, "offset", 0)))
