@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from pymape.architectures import layout
 from pymape.data.positions import with_positions
+from pymape.errors import NothingSelected
 from pymape.forward import LABELS
 from pymape.importance import prepared
 from pymape.losses import base_model, per_sample_loss
@@ -128,7 +129,7 @@ def learn_gates(
         Binary masks within the budget.
 
     Raises:
-        ValueError: an argument out of range, no batches, or a loss that is NaN or infinite.
+        ValueError: an argument out of range, no batches, a loss that is NaN or infinite, or no module left.
 
     Source:
         Louizos et al. 2018, arXiv 1712.01312 (hard concrete gates); Bengio et al. 2013, arXiv 1308.3432
@@ -177,6 +178,11 @@ def learn_gates(
                 bar.update()
     scores = [_expected(x.detach(), method) * cost for x, cost in zip(logits, (shape.head_cost, shape.filter_cost))]
     masks = ModuleMasks.from_scores(scores[0], scores[1], shape, budget)
+    if not (masks.heads.any() or masks.filters.any()):
+        raise NothingSelected(
+            f"learn_gates must leave at least one head or filter, got none after {steps} steps at lr={lr} "
+            f"with lam={lam}: try more steps, a larger lr or a smaller lam"
+        )
     masks.provenance = {
         "objective": f"learned ({method})",
         "budget": float(budget),

@@ -30,7 +30,9 @@ def test_folder_is_complete(demo: tuple[Path, dict[str, Any]]) -> None:
     masks = {f"masks-{setting}-seed{seed}.safetensors" for setting in ("class", "random") for seed in (0, 1)}
     assert {path.name for path in output.iterdir()} == {"summary.json", "report.html", "model", *masks}
     assert {path.name for path in output.parent.iterdir()} == {"demo"}
-    assert json.loads((output / "summary.json").read_text()) == summary
+    written = json.loads((output / "summary.json").read_text())
+    assert written.pop("files") == sorted(path.name for path in output.iterdir())
+    assert written == summary
     model = ViTForImageClassification.from_pretrained(output / "model")
     found = ModuleMasks.load(output / "masks-class-seed0.safetensors", model)
     assert 0 < found.cost() <= summary["config"]["budget"]

@@ -135,6 +135,7 @@ def test_gates_are_drawn_as_the_cost_expects(method: str) -> None:
         ({"lam": -1.0}, r"lam must be finite and >= 0, got -1\.0"),
         ({"steps": 0}, "steps must be finite and > 0, got 0"),
         ({"penalty": 0.0}, r"penalty must be finite and > 0, got 0\.0"),
+        ({}, r"at least one head or filter, got none after 2 steps at lr=0\.1 with lam=1\.0: try more steps"),
         ({"forget": []}, "forget must give at least one batch"),
         ({"loss": lambda outputs, inputs: outputs.logits.sum(1) * torch.nan}, "loss must be finite, got nan at step 0"),
     ],

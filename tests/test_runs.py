@@ -53,6 +53,24 @@ def test_an_earlier_run_is_replaced_only_when_the_new_one_is_complete(tmp_path: 
     assert _content(tmp_path) == {"run"}
 
 
+def test_what_somebody_put_into_a_run_is_not_replaced_with_it(tmp_path: Path) -> None:
+    target = tmp_path / "run"
+
+    def run() -> None:
+        with run_folder(target, "demo") as folder:
+            write_summary(folder, {"versions": {"pymape": "1"}, "kind": "demo"})
+            (folder / "plot.svg").write_text("x")
+
+    run()
+    (target / ".DS_Store").write_text("x")
+    run()
+    assert _content(target) == {"summary.json", "plot.svg"}
+    (target / "notes.txt").write_text("three weeks of work")
+    with pytest.raises(ValueError, match=r"only what its run left, got '.*/run/notes\.txt' too: move it elsewhere"):
+        run()
+    assert (target / "notes.txt").read_text() == "three weeks of work"
+
+
 @pytest.mark.parametrize("late", ["thesis.tex", "summary.json"])
 def test_what_came_to_its_place_during_a_run_stays_and_the_run_too(tmp_path: Path, late: str) -> None:
     target = tmp_path / "run"

@@ -47,7 +47,7 @@ def run_folder(output: str | os.PathLike[str], kind: str, inputs: Iterable[str |
 
     Args:
         output: the run's folder; absent, empty, or an earlier run's folder of the same kind (both recognised by its
-            summary.json), which is replaced.
+            summary.json), which is replaced unless something else was put in it.
         kind: of the run, as its summary.json says.
         inputs: files and folders that the run reads, none of which may lie in a folder that is replaced.
 
@@ -69,6 +69,7 @@ def run_folder(output: str | os.PathLike[str], kind: str, inputs: Iterable[str |
         raise ValueError(f"output must be a writable folder, got {str(output)!r}: {error.strerror}") from error
     try:
         yield stage
+        _list_files(stage)
         stage.chmod(0o777 & ~umask())
         try:
             _check_replaceable(target, kind, read)  # again: a run takes long
@@ -142,18 +143,37 @@ def _check_replaceable(target: Path, kind: str, inputs: Iterable[Path]) -> None:
     others = sorted(name for name in content if _run_kind(target / name / SUMMARY) is not None)
     if others:
         raise ValueError(f"output must hold no run but the one to replace, got {str(target / others[0])!r} too")
+    own = _read(target / SUMMARY).get("files")  # absent in runs of earlier versions
+    added = sorted(name for name in content.difference(own or content) if not name.startswith("."))
+    if added:
+        raise ValueError(
+            f"output must hold only what its run left, got {str(target / added[0])!r} too: move it elsewhere"
+        )
     inside = [path for path in inputs if path == target or target in path.parents]
     if inside:
         raise ValueError(f"output must not hold what the run reads, got {str(target)!r} with {str(inside[0])!r}")
 
 
+def _list_files(stage: Path) -> None:
+    """Note in a run's summary what lies beside it, so that what is added later can be told apart."""
+    summary = _read(stage / SUMMARY)
+    if summary:
+        write_summary(stage, {**summary, "files": sorted(path.name for path in stage.iterdir())})
+
+
 def _run_kind(summary: Path) -> str | None:
     """The kind of the run whose summary this is; None where it is none."""
+    content = _read(summary)
+    return str(content.get("kind")) if "pymape" in content.get("versions", ()) else None
+
+
+def _read(summary: Path) -> dict[str, Any]:
+    """A summary's content; nothing where it is none."""
     try:
         content = json.loads(summary.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return str(content.get("kind")) if isinstance(content, dict) and "pymape" in content.get("versions", ()) else None
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _put_in_place(stage: Path, target: Path) -> None:
