@@ -37,8 +37,7 @@ class Architecture:
 
     Args:
         layers: path of the `nn.ModuleList` of layers, matched at the end of a module's qualified name.
-        attention: the module that calls the Hugging Face attention interface; None where none does, so that heads are
-            gated at the input of `output`.
+        attention: the module that calls the Hugging Face attention interface; None where none does.
         query, key, value: projections of their own, or `qkv`: one projection with the three side by side.
         interleaved_qkv: `qkv` holds the three of one head (key/value group) after those of another; else all queries,
             then all keys, then all values.
@@ -363,11 +362,6 @@ class LayerModules:
     fused_gate_up: bool
     heads: int
     kv_heads: int
-
-    @property
-    def head_module(self) -> nn.Module:
-        """The module that the gates of heads are kept on: what calls the attention interface, or else W_O."""
-        return self.output if self.attention is None else self.attention
 
     @property
     def gated(self) -> bool:

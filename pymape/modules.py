@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -32,6 +32,7 @@ __all__ = [
 
 Model = TypeVar("Model", bound=nn.Module)
 Gates = Tensor | Sequence[Tensor] | None
+Attention = Callable[..., tuple[Tensor, Tensor | None]]  # as the Hugging Face attention interface has them
 
 _PREFIX = "pymape_"
 
@@ -41,15 +42,15 @@ def instrument(model: Model, *, backend: str = "auto") -> Model:
 
     attention output = sum_h m^H[l, h] O[l, h] W_O[:, h];  FFN output = sum_f m^F[l, f] a[l, f] W_out[:, f]
 
-    The model is changed in place: attention goes through the attention interface (where a model does not call it, a
-    hook gates the heads at the input of W_O), the feed-forward method is rebound per instance, no parameter or buffer
-    is added. Until `set_gates` is called, the original code runs. With attention dropout in training, or with eager
-    attention, the model's own attention runs and the head gate follows it. An activation that `masked_ffn` does not
-    know runs as the original operations followed by the gate.
+    The model is changed in place: the attention implementations "sdpa" and "eager" are replaced by ones that gate the
+    heads; with any other, such as "flash_attention_2", and in models that do not call the attention interface, a hook
+    does it at the input of W_O. The feed-forward method is rebound per instance. No parameter or buffer is added, and
+    until `set_gates` is called, the original code runs. With attention dropout in training, or with eager attention,
+    the model's own attention runs and the head gate follows it. An activation that `masked_ffn` does not know runs as
+    the original operations followed by the gate.
 
     Args:
-        model: a model of a supported family, plain or wrapped by PEFT, whose attention implementation is "sdpa" or
-            "eager" if it calls the attention interface.
+        model: a model of a supported family, plain or wrapped by PEFT.
         backend: `auto`, `cpu`, `cuda`, `triton` or `reference` (the original operations, then the gate: gates of one
             give the original outputs and gradients bit for bit).
 
@@ -57,7 +58,7 @@ def instrument(model: Model, *, backend: str = "auto") -> Model:
         The same model.
 
     Raises:
-        ValueError: unknown architecture, already instrumented, or another attention implementation.
+        ValueError: unknown architecture, already instrumented, or a replaced feed-forward method.
 
     Source: the masked Transformer of MAPE-Unlearn (arXiv 2508.17233).
     """
@@ -67,11 +68,12 @@ def instrument(model: Model, *, backend: str = "auto") -> Model:
         raise ValueError("model is already instrumented; call pymape.restore(model) first")
     layers = find_layers(model)
     states = [filter_state(layer, backend) for layer in layers]
-    if layers[0].attention is not None:
-        _gate_attention(model, layers[0].attention)
+    in_attention = _gate_attention(model, layers[0].attention)
     for layer, state in zip(layers, states, strict=True):
-        setattr(layer.head_module, STATE, GateState(backend))
-        if layer.attention is None:
+        if in_attention:
+            setattr(layer.attention, STATE, GateState(backend))
+        else:
+            setattr(layer.output, STATE, GateState(backend))
             layer.output.register_forward_pre_hook(_gate_input)
         bind(layer.ffn, state)
     return model
@@ -160,18 +162,17 @@ def apply_masks(model: Model, masks: ModuleMasks) -> Model:
     return model
 
 
-def _gate_attention(model: nn.Module, attention: nn.Module) -> None:
-    """Choose the attention implementation that gates what the model's own computes."""
+def _gate_attention(model: nn.Module, attention: nn.Module | None) -> bool:
+    """Choose the attention implementation that gates what the model's own computes, if there is one."""
     base = _implementation(model).removeprefix(_PREFIX)  # a config that models share may carry the prefix already
-    if base not in ("sdpa", "eager"):
-        raise ValueError(f"model must use attn_implementation 'sdpa' or 'eager', got {base!r}")
-    if base == "eager":
-        _eager_function(attention)
+    if attention is None or base not in ("sdpa", "eager") or (base == "eager" and _eager_function(attention) is None):
+        return False
     _set_implementation(model, _PREFIX + base)
+    return True
 
 
 def _gate_input(output: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """The hook of W_O in models that compute attention by themselves; heads come in side by side, [B, T, H * D]."""
+    """The hook of W_O where nothing in attention gates the heads; they come in side by side, [B, T, H * D]."""
     state: GateState | None = vars(output).get(STATE)
     if state is None or state.gate is None:
         return None
@@ -181,7 +182,7 @@ def _gate_input(output: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | N
 
 
 def _gated_attention(
-    base: Callable[..., tuple[Tensor, Tensor | None]],
+    base: Attention,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -220,17 +221,14 @@ def _sdpa(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor 
 
 
 def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    return _gated_attention(_eager_function(module), module, *args, **kwargs)
+    return _gated_attention(cast(Attention, _eager_function(module)), module, *args, **kwargs)
 
 
-def _eager_function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """Eager attention has no entry in the interface: every modeling file defines its own."""
+def _eager_function(module: nn.Module) -> Attention | None:
+    """Eager attention has no entry in the interface: every modeling file defines its own, or calls none."""
     if getattr(module, "reorder_and_upcast_attn", False):
         return _gpt2_upcast_attention
-    function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if function is None:
-        raise ValueError(f"model must use attn_implementation 'sdpa': {type(module).__name__} has no eager function")
-    return function
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
 
 
 def _gpt2_upcast_attention(
@@ -248,11 +246,11 @@ def _instrumented_layers(model: nn.Module) -> list[LayerModules]:
     if not is_instrumented(model):
         raise ValueError("model must be instrumented: call pymape.instrument(model) first")
     layers = find_layers(model)
-    if any(STATE not in vars(layer.head_module) for layer in layers):
+    if not all(_in_attention(layer) or STATE in vars(layer.output) for layer in layers):
         raise ValueError(
             "model must not be wrapped after pymape.instrument, got another W_O: restore it, wrap, instrument"
         )
-    if layers[0].attention is not None and not _implementation(model).startswith(_PREFIX):
+    if _in_attention(layers[0]) and not _implementation(model).startswith(_PREFIX):
         raise ValueError(
             f"model must keep the attention implementation that pymape.instrument set, got {_implementation(model)!r}"
         )
@@ -261,7 +259,13 @@ def _instrumented_layers(model: nn.Module) -> list[LayerModules]:
 
 def _states(layers: list[LayerModules]) -> list[GateState]:
     """The heads' states of all layers, then the filters'."""
-    return [getattr(layer.head_module, STATE) for layer in layers] + [getattr(layer.ffn, STATE) for layer in layers]
+    heads = [layer.attention if _in_attention(layer) else layer.output for layer in layers]
+    return [getattr(module, STATE) for module in (*heads, *(layer.ffn for layer in layers))]
+
+
+def _in_attention(layer: LayerModules) -> bool:
+    """Whether the heads' gate is kept by what calls the attention interface, not by W_O."""
+    return layer.attention is not None and STATE in vars(layer.attention)
 
 
 def _per_layer(name: str, gate: Gates, linears: Sequence[Any], width: int) -> Sequence[Tensor | None]:
