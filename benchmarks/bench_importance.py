@@ -21,9 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.harness import Report, alternate, compare
 from pymape import importance
-from pymape.architectures import find_layers
 from pymape.data.batching import PaddingCollator
 from pymape.losses import per_sample_loss
+from pymape.model_layout import find_layers
 
 VOCABULARY = 30522
 BATCHES = {8: 4, 32: 1}  # batch size -> batches per measured call

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Case, Report, alternate
 from pymape import FrozenPrefix, ModuleMasks, PartialParameters, PrefixCache, layout, selected_weight_grad
-from pymape.architectures import find_layers
 from pymape.forward import unlabelled
 from pymape.fused import FusedParts
 from pymape.losses import per_sample_loss
+from pymape.model_layout import find_layers
 
 BATCH, BUDGET = 8, 0.1
 CHECKPOINTED = ", checkpointed"

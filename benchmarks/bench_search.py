@@ -14,7 +14,7 @@ from benchmarks.bench_greedy_swap import gradients, plain_swaps
 from benchmarks.bench_importance import bert_base
 from benchmarks.harness import Report, alternate
 from pymape import Importance, ModuleMasks, layout, search
-from pymape.architectures import ModelLayout
+from pymape.model_layout import ModelLayout
 
 BUDGET = 0.1
 

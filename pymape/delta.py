@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pymape.architectures import layout
+from pymape.model_layout import layout
 from pymape.storage.files import atomic_write
 from pymape.storage.tensors import tensor_digest
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pymape.architectures import LayerModules, activation_name
 from pymape.backends import has_kernel
 from pymape.layers import gate_filters, is_unhooked
+from pymape.model_layout import LayerModules, activation_name
 from pymape.ops.masked_activation import SUPPORTED, apply_gate, masked_activation
 
 __all__ = [
@@ -73,7 +73,7 @@ def fuse_ffn(layers: Sequence[LayerModules], devices: tuple[str, ...]) -> None:
     """
     for layer in layers:
         state = vars(layer.ffn).get(STATE)
-        if state is None and layer.ffn_method not in vars(layer.ffn):
+        if state is None and layer.row.ffn_method not in vars(layer.ffn):
             state = filter_state(layer, "auto")
         if state is not None and state.activation is not None:
             state.fused_on = devices
@@ -111,15 +111,15 @@ def filter_state(layer: LayerModules, backend: str) -> FilterState:
     if activation is None and backend not in ("auto", "reference"):
         name = type(layer.ffn_activation).__name__
         raise ValueError(f"backend must be 'auto' or 'reference' for the activation {name}, got {backend!r}")
-    if before is None and layer.ffn_method in vars(layer.ffn):
-        raise ValueError(f"model must not have a replaced {layer.ffn_method} in {type(layer.ffn).__name__}")
+    if before is None and layer.row.ffn_method in vars(layer.ffn):
+        raise ValueError(f"model must not have a replaced {layer.row.ffn_method} in {type(layer.ffn).__name__}")
     return FilterState(
         backend,
-        method=layer.ffn_method,
+        method=layer.row.ffn_method,
         activation=activation,
         linear_name=names[layer.ffn_in],
         up_name=None if layer.ffn_up is None else names[layer.ffn_up],
-        fused_gate_up=layer.fused_gate_up,
+        fused_gate_up=layer.row.fused_gate_up,
         activation_name=names[layer.ffn_activation],
         tail_names=tuple(names[module] for module in layer.ffn_tail),
         fused_on=() if before is None or activation is None else before.fused_on,

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pymape.architectures import config_text, find_layers, find_prefix
 from pymape.feed_forward import STATE
 from pymape.forward import LABELS
+from pymape.model_layout import config_text, find_layers, find_prefix
 from pymape.prefix_cache import PrefixCache
 from pymape.storage.tensors import tensor_digest
 

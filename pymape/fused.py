@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pymape.architectures import find_layers, find_prefix
 from pymape.feed_forward import fuse_ffn, unfuse_ffn
 from pymape.layers import is_unhooked
+from pymape.model_layout import find_layers, find_prefix
 
 __all__ = ["FusedParts"]
 

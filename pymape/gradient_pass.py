@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pymape.architectures import ModelLayout
 from pymape.data.positions import with_positions
 from pymape.data.records import sample_of
 from pymape.forward import LABELS
 from pymape.losses import base_model, check_labels, per_sample_loss
+from pymape.model_layout import ModelLayout
 
 __all__ = ["BatchScores", "GradientPass", "one_behind"]
 

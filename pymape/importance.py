@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pymape.architectures import ModelLayout, layout
 from pymape.data.batching import RecordBatches
 from pymape.data.records import check_unique, id_list, plain, sample_of
 from pymape.forward import input_fields, padding_token
 from pymape.gradient_pass import BatchScores, GradientPass, one_behind
+from pymape.model_layout import ModelLayout, layout
 from pymape.processes import exchange, rank, require_equal, share_rows, together, world_size
 from pymape.storage.files import atomic_write
 

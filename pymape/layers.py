@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pymape.architectures import in_dim, is_projection
 from pymape.backends import resolve_backend
+from pymape.model_layout import in_dim, is_projection
 from pymape.ops.masked_activation import ACTIVATIONS, masked_activation
 from pymape.ops.masked_attention import SUPPORTED, gate_heads, masked_attention
 from pymape.ops.masked_ffn import masked_ffn

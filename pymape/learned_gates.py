@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pymape.architectures import layout
 from pymape.data.positions import with_positions
 from pymape.errors import NothingSelected
 from pymape.forward import LABELS
 from pymape.importance import prepared
 from pymape.losses import base_model, per_sample_loss
 from pymape.masks import ModuleMasks, versions
+from pymape.model_layout import layout
 from pymape.modules import gates
 
 __all__ = ["METHODS", "evaluate_candidates", "learn_gates"]

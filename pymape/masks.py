@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pymape.architectures import ModelLayout, find_layers
-from pymape.architectures import layout as layout_of
+from pymape.model_layout import ModelLayout, find_layers
+from pymape.model_layout import layout as layout_of
 from pymape.storage.files import atomic_write
 from pymape.version import __version__
 

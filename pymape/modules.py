@@ -12,10 +12,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from pymape.architectures import LayerModules, find_layers
 from pymape.backends import BACKENDS
 from pymape.feed_forward import STATE, FilterState, GateState, bind, check_batch, filter_state, is_instrumented, unbind
 from pymape.layers import gate_output, takes_triton
+from pymape.model_layout import LayerModules, find_layers
 from pymape.ops.masked_attention import masked_attention
 
 if TYPE_CHECKING:

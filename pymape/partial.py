@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
-from pymape.architectures import COMPACT, find_layers, find_prefix, in_dim, is_projection
 from pymape.delta import DeltaPart, inside_digest, write_delta
 from pymape.errors import NothingSelected
 from pymape.fused import FusedParts
 from pymape.masks import ModuleMasks, versions
+from pymape.model_layout import COMPACT, find_layers, find_prefix, in_dim, is_projection
 from pymape.ops.selected_weight_grad import selected_weight_grad
 
 __all__ = ["PartialParameters"]

@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from pymape.architectures import ModelLayout, layout
 from pymape.errors import NothingSelected
 from pymape.importance import Importance
 from pymape.masks import ModuleMasks, versions
+from pymape.model_layout import ModelLayout, layout
 from pymape.ops.greedy_swap import greedy_swap
 
 __all__ = ["MODES", "OBJECTIVES", "Mode", "Objective", "search"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pymape.architectures import layout
 from pymape.masks import ModuleMasks
+from pymape.model_layout import layout
 
 
 def some_masks(model: nn.Module) -> ModuleMasks:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from model_zoo import tiny_model
 
-from pymape.architectures import layout
 from pymape.config import DataConfig, MaskConfig, UnlearnConfig
 from pymape.masks import ModuleMasks
+from pymape.model_layout import layout
 
 WORDS = [f"w{number}" for number in range(40)]
 REQUESTS = {"first": ["r1", "r5", "r9"], "second": ["r2", "r6"], "third": ["r0", "r23"]}

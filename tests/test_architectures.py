@@ -10,7 +10,8 @@ from model_zoo import GATED, GROUPED, HEAD_DIM, MORE_FAMILIES, MORE_GROUPED, VIS
 from torch import nn
 
 from pymape import architectures
-from pymape.architectures import Architecture, find_layers, layout, register_architecture
+from pymape.architectures import Architecture, register_architecture
+from pymape.model_layout import find_layers, layout
 
 FAMILIES = CORE_FAMILIES + MORE_FAMILIES
 HIDDEN = 16
@@ -106,7 +107,7 @@ def test_head_slices_hold_what_the_head_computes_with(family: str) -> None:
     x = torch.randn(1, 5, HIDDEN)
 
     def projected() -> list[torch.Tensor]:
-        if layer.interleaved_qkv:
+        if layer.row.interleaved_qkv:
             return list(layer.qkv(x).unflatten(-1, (found.heads, 3, found.head_dim)).unbind(-2))
         parts = [layer.qkv(x)] if layer.qkv is not None else [layer.query(x), layer.key(x), layer.value(x)]
         heads = torch.cat(parts, dim=-1).unflatten(-1, (-1, found.head_dim))  # [1, T, H + 2 Hkv, D]
@@ -131,7 +132,7 @@ def test_filter_slices_hold_what_the_filter_computes_with(family: str) -> None:
     x = torch.randn(1, 5, HIDDEN)
 
     def projected() -> tuple[torch.Tensor, torch.Tensor]:
-        return layer.ffn_in(x).chunk(2, dim=-1) if layer.fused_gate_up else (layer.ffn_in(x), layer.ffn_up(x))
+        return layer.ffn_in(x).chunk(2, dim=-1) if layer.row.fused_gate_up else (layer.ffn_in(x), layer.ffn_up(x))
 
     before = projected()
     with torch.no_grad():

@@ -13,10 +13,10 @@ import pytest
 from model_zoo import tiny_model
 
 import pymape
-from pymape.architectures import layout
 from pymape.cli import main
 from pymape.config import DemoConfig, UnlearnConfig
 from pymape.masks import ModuleMasks
+from pymape.model_layout import layout
 from pymape.storage.runs import run_folder
 
 REQUIRED = ["--model", "m", "--data.path", "d.csv", "--data.forget", "f.txt"]

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pymape.architectures import find_layers
 from pymape.delta import DeltaPart, apply_delta, inside_digest
+from pymape.model_layout import find_layers
 from pymape.partial import PartialParameters
 
 

@@ -15,7 +15,6 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 
-from pymape.architectures import find_layers
 from pymape.cli import main
 from pymape.commands.demo import run_demo
 from pymape.config import DemoConfig
@@ -34,6 +33,7 @@ from pymape.experiments.runner import run_experiment
 from pymape.experiments.summaries import bootstrap_interval, pool, read_cells, student_interval, summarise_cells
 from pymape.experiments.tasks import forgetting, make_task, train
 from pymape.metrics import METRICS
+from pymape.model_layout import find_layers
 
 YAML = """
 title: Small digits

@@ -16,12 +16,12 @@ from model_zoo import DECODERS, ENCODERS, GROUPED, VISION, tiny_batch, tiny_mode
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from pymape.architectures import find_layers, layout
 from pymape.data.batching import LengthBucketSampler, PaddingCollator, RecordBatches
 from pymape.forward import padding_token
 from pymape.gradient_pass import BatchScores, GradientPass
 from pymape.importance import Importance, importance
 from pymape.metrics.scores import record_scores
+from pymape.model_layout import find_layers, layout
 from pymape.modules import instrument, is_instrumented, set_gates
 
 COUNT = 5

@@ -26,7 +26,7 @@ from model_zoo import (
 from torch._dynamo.testing import CompileCounterWithBackend
 from triton_tools import interpreted
 
-from pymape.architectures import find_layers
+from pymape.model_layout import find_layers
 from pymape.modules import gates, instrument, is_instrumented, restore, set_gates
 
 

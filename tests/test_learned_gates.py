@@ -8,10 +8,10 @@ from model_zoo import tiny_batch, tiny_model
 from torch import Tensor
 
 from pymape import learned_gates
-from pymape.architectures import layout
 from pymape.learned_gates import evaluate_candidates, learn_gates
 from pymape.losses import per_sample_loss
 from pymape.masks import ModuleMasks
+from pymape.model_layout import layout
 from pymape.modules import apply_masks, is_instrumented, restore
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from model_zoo import tiny_model
 
-from pymape.architectures import ModelLayout, find_layers, layout
 from pymape.masks import ModuleMasks
+from pymape.model_layout import ModelLayout, find_layers, layout
 
 LAYOUT = ModelLayout(
     model_type="bert",

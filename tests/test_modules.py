@@ -32,8 +32,9 @@ from transformers.masking_utils import sdpa_mask
 
 import pymape
 from pymape import architectures
-from pymape.architectures import find_layers, layout, register_architecture
+from pymape.architectures import register_architecture
 from pymape.masks import ModuleMasks
+from pymape.model_layout import find_layers, layout
 from pymape.modules import apply_masks, gates, instrument, is_instrumented, restore, set_gates
 
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pymape.partial as partial_module
-from pymape.architectures import find_layers, layout
 from pymape.delta import DeltaPart
 from pymape.masks import ModuleMasks
+from pymape.model_layout import find_layers, layout
 from pymape.modules import gates, instrument, restore
 from pymape.partial import PartialParameters
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from trainer_tools import arguments as trainer_arguments
 from transformers import TrainingArguments
 
-from pymape.architectures import find_layers, layout
 from pymape.data.batching import PaddingCollator
 from pymape.frozen_prefix import FrozenPrefix
 from pymape.masks import ModuleMasks
+from pymape.model_layout import find_layers, layout
 from pymape.modules import gates, instrument
 from pymape.partial import PartialParameters
 from pymape.prefix_cache import PrefixCache

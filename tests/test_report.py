@@ -10,9 +10,9 @@ import pytest
 import torch
 from model_zoo import tiny_model
 
-from pymape.architectures import layout
 from pymape.masks import ModuleMasks
 from pymape.metrics import Predictions
+from pymape.model_layout import layout
 from pymape.report import (
     Figure,
     Report,

@@ -16,7 +16,7 @@ from s3t_tools import options, same_tensors, write_base
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pymape.architectures import find_layers
+from pymape.model_layout import find_layers
 from pymape.s3t.adapters import SlicedAdapters
 from pymape.s3t.config import LoraConfig, S3TConfig
 from pymape.s3t.frozen_base import base_hash, load_base

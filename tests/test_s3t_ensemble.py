@@ -115,7 +115,7 @@ def test_what_shards_have_in_common_is_computed_once(
 
 
 def find(ensemble: Ensemble) -> list:
-    from pymape.architectures import find_layers
+    from pymape.model_layout import find_layers
 
     return find_layers(ensemble.get_base_model())
 

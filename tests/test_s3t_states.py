@@ -15,7 +15,7 @@ from s3t_tools import FAMILIES, LENGTH, SEQUENCE, make_job, setting, train_chain
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pymape.architectures import find_layers
+from pymape.model_layout import find_layers
 from pymape.prefix_cache import PrefixCache
 from pymape.s3t import states, training
 from pymape.s3t.adapters import SlicedAdapters

@@ -12,9 +12,9 @@ from model_zoo import tiny_model
 from torch import Tensor
 
 from pymape import search
-from pymape.architectures import ModelLayout, layout
 from pymape.importance import Importance
 from pymape.masks import ModuleMasks
+from pymape.model_layout import ModelLayout, layout
 
 LAYOUT = ModelLayout(
     model_type="bert",

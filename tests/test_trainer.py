@@ -22,8 +22,8 @@ from torch import Tensor
 from trainer_tools import NAMES, arguments, build, collate, make, mean_loss, outside, records, some_masks
 from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
-from pymape.architectures import find_layers
 from pymape.data.records import bare_record
+from pymape.model_layout import find_layers
 from pymape.trainer import UnlearnTrainer
 from pymape.trainer.pairing import PairSampler
 

@@ -10,10 +10,10 @@ from model_zoo import IMAGE_SIZE, LABELS, PAD, VOCABULARY, tiny_model
 from torch import Tensor
 from transformers import TrainingArguments
 
-from pymape.architectures import find_layers, layout
 from pymape.data.records import bare_record
 from pymape.losses import per_sample_loss
 from pymape.masks import ModuleMasks
+from pymape.model_layout import find_layers, layout
 from pymape.trainer import UnlearnTrainer
 
 NAMES = [

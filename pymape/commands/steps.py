@@ -16,7 +16,6 @@ from transformers import (
     TrainingArguments,
 )
 
-from pymape.architectures import find_layers
 from pymape.checkpoint import full_precision
 from pymape.config import TrainConfig, UnlearnConfig
 from pymape.data.batching import PaddingCollator
@@ -24,6 +23,7 @@ from pymape.data.records import ALTERNATIVE
 from pymape.importance import Importance, importance
 from pymape.masks import ModuleMasks
 from pymape.metrics import METRICS, Predictions, mean_gap, measure_cost, predict, summarise
+from pymape.model_layout import find_layers
 from pymape.objectives import get_objective
 from pymape.prefix_cache import PrefixCache
 from pymape.search import search

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
-from pymape.architectures import layout
 from pymape.data.batching import PaddingCollator, collated, record_lengths
 from pymape.errors import NothingSelected
 from pymape.experiments.config import ExperimentConfig, MethodConfig, SelectionConfig
@@ -25,6 +24,7 @@ from pymape.importance import Importance, importance
 from pymape.learned_gates import learn_gates
 from pymape.losses import per_sample_loss
 from pymape.masks import ModuleMasks
+from pymape.model_layout import layout
 from pymape.objectives import get_objective
 from pymape.search import search
 from pymape.trainer import UnlearnTrainer

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pymape.architectures import LayerModules, find_layers
 from pymape.losses import task_of
+from pymape.model_layout import LayerModules, find_layers
 from pymape.s3t.config import LoraConfig, S3TConfig
 from pymape.s3t.frozen_base import base_facts, hash_stored, task_heads
 from pymape.storage.tensors import tensor_digest

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pymape.architectures import find_layers
+from pymape.model_layout import find_layers
 from pymape.ops.segmented_lora import segmented_lora
 
 __all__ = ["Lora", "SharedForward"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pymape.architectures import find_layers
+from pymape.model_layout import find_layers
 from pymape.s3t.adapters import layers_per_slice
 from pymape.s3t.config import S3TConfig
 from pymape.s3t.frozen_base import base_hash, load_base

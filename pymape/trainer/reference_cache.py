@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from pymape.architectures import config_text
+from pymape.model_layout import config_text
 from pymape.storage.files import atomic_write
 from pymape.storage.tensors import tensor_bytes
 
