@@ -10,14 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pymape.data.positions import most_tokens
+from pymape.data.records import bare_record
 from pymape.losses import IGNORED_LABEL, check_labels, task_of
 from pymape.s3t.config import S3TConfig
 from pymape.s3t.frozen_base import model_class
 from pymape.s3t.stages import decode_row, encode_row
 
-__all__ = ["RecordCheck", "stack_rows"]
+__all__ = ["RecordCheck", "model_fields", "stack_rows"]
 
 _LABEL_PER_TOKEN = ("token classification", "masked language model", "causal language model")
+
+
+def model_fields(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model is to see of a record, without its id and the subject that it is about."""
+    return {name: value for name, value in bare_record(record).items() if name != "subject"}
 
 
 def stack_rows(model: Any, rows: Sequence[Mapping[str, Tensor]], max_length: int) -> dict[str, Tensor]:

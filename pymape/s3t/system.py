@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,19 +14,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from pymape.data.records import bare_record, listed
+from pymape.data.records import listed
 from pymape.s3t.adapters import SlicedAdapters
 from pymape.s3t.config import Combination, EngineName, S3TConfig, check_config
 from pymape.s3t.engines import Engine
 from pymape.s3t.ensemble import Ensemble
 from pymape.s3t.export import export_ensemble
 from pymape.s3t.frozen_base import base_hash, load_base
-from pymape.s3t.ledger import Ledger, RecordRow
-from pymape.s3t.ledger.requests import check_request, names_digest
+from pymape.s3t.ledger import Ledger
+from pymape.s3t.ledger.requests import check_request
 from pymape.s3t.ledger.verify import FOREIGN
 from pymape.s3t.ledger_training import other_options, replay_stage, train_planned
-from pymape.s3t.partition import place, read_identifier, record_name, subject_name
-from pymape.s3t.rows import RecordCheck
+from pymape.s3t.names import RecordNames
+from pymape.s3t.rows import model_fields
 from pymape.s3t.sequences import choose_sequences
 from pymape.s3t.served import ServedStages, read_served, require_served
 from pymape.s3t.settings import placed, read_settings, settings_of
@@ -68,12 +67,13 @@ class S3T:
     def _open(self, ledger: Ledger) -> None:
         self.folder, self._ledger = Path(ledger.folder), ledger
         try:
-            self.config, self._normal_ids = read_settings(ledger.settings, self.folder)
+            self.config, normal = read_settings(ledger.settings, self.folder)
         except (KeyError, TypeError) as error:
             ledger.close()
             raise ValueError(
                 f"folder must hold a system with the options that this pymape knows, got {str(self.folder)!r}: {error}"
             ) from error
+        self._names = RecordNames(ledger, self.config, normal)
 
     @classmethod
     def create(cls, folder: str | os.PathLike[str], config: S3TConfig, *, key: bytes | None = None) -> S3T:
@@ -127,7 +127,7 @@ class S3T:
             ValueError: a record without an id, an id repeated, deleted or known with another content, a record that the
                 model cannot be trained on, or stages trained already. Nothing is added then.
         """
-        rows = self._rows(
+        rows = self._names.rows(
             tqdm(records, desc="ingest", unit="record", disable=None if progress is None else not progress)
         )
         added, there = self._ledger.add_records(rows)
@@ -198,7 +198,7 @@ class S3T:
         Raises:
             ValueError: as `delete`.
         """
-        return self._ledger.plan_deletion(self._names(ids, subjects)[0])
+        return self._ledger.plan_deletion(self._names.wanted(ids, subjects)[0])
 
     def delete(
         self, ids: Sequence[str] = (), request_id: str = "", *, subjects: Sequence[str] = (), finish: bool = True
@@ -225,7 +225,7 @@ class S3T:
             UserWarning: another request could not be finished.
         """
         check_request(request_id)
-        names, asked = self._names(ids, subjects, request_id)
+        names, asked = self._names.wanted(ids, subjects, request_id)
         return self._accept([(request_id, names)], finish, {request_id: asked} if asked else None)[0]
 
     def delete_batch(self, requests: Mapping[str, Sequence[str]], *, finish: bool = True) -> list[dict[str, Any]]:
@@ -246,7 +246,7 @@ class S3T:
         for request, given in requests.items():
             check_request(request)
             ids = listed(given, "ids")
-            accepted.append((request, self._names(ids, (), request)[0]))
+            accepted.append((request, self._names.wanted(ids, (), request)[0]))
             for name, identifier in zip(accepted[-1][1], ids, strict=True):
                 if by.setdefault(name, request) != request:
                     raise ValueError(
@@ -395,7 +395,7 @@ class S3T:
         model = self.ensemble(combination)
         if self.config.stage.device == "cuda" and torch.cuda.is_available():
             model.to("cuda")
-        scores = model.score([_fields(record) for record in records], batch_size=batch_size)
+        scores = model.score([model_fields(record) for record in records], batch_size=batch_size)
         return {"records": len(records), "combination": combination, "live_shards": list(model.shards), **scores}
 
     def export(self, folder: str | os.PathLike[str], *, combination: Combination = "mean") -> list[dict[str, str]]:
@@ -442,68 +442,8 @@ class S3T:
             receipts = [self._ledger.receipt(request) for request, _ in requests]
         return receipts
 
-    def _rows(self, records: Iterable[Mapping[str, Any]]) -> Iterable[RecordRow]:
-        check, seen = RecordCheck(self.config), set()
-        for number, record in enumerate(records, start=1):
-            identifier, subject = (
-                self._identifier(record.get(name), f"{name} of record {number}") for name in ("id", "subject")
-            )
-            if not identifier:
-                raise ValueError(f"records must each have an id, got none in record {number}")
-            if identifier in seen:
-                raise ValueError(f"records must not repeat an id, got {identifier!r} again in record {number}")
-            seen.add(identifier)
-            content = check(_fields(record), identifier)
-            name = record_name(self._ledger.key, identifier)
-            about = subject_name(self._ledger.key, subject) if subject else None
-            shard, part = place(self._ledger.key, subject or identifier, self.config.shards, self.config.slices)
-            yield RecordRow.of(name, about, shard, part, content, identifier)
-
-    def _names(
-        self, ids: Sequence[str], subjects: Sequence[str], request: str | None = None
-    ) -> tuple[list[str], str | None]:
-        """Keyed names of records given by id and by subject; with subjects also a digest of what was asked for.
-
-        Nobody can say any more which records a deleted subject had. A request that was asked for the same before says.
-        """
-        ids, subjects = listed(ids, "ids"), listed(subjects, "subjects")
-        stripped = [self._identifier(identifier, "ids") for identifier in ids]
-        names = [record_name(self._ledger.key, identifier) for identifier in stripped]
-        people = [self._identifier(subject, "subjects") for subject in subjects]
-        asked = (
-            names_digest([*names, *{subject_name(self._ledger.key, person) for person in people}]) if people else None
-        )
-        if request is not None and asked is not None:
-            repeated = self._ledger.names_asked(request, asked)
-            if repeated:
-                return repeated, asked
-        self._ledger.require_live(names, stripped, request)
-        wanted = dict.fromkeys(names)
-        for subject, person in zip(subjects, people, strict=True):
-            found = self._names_of_subject(person)
-            if not found:
-                raise ValueError(f"subjects must have records, got {subject!r} with none")
-            wanted |= dict.fromkeys(found)
-        if not wanted:
-            raise ValueError("ids must name at least one record, got none")
-        return list(wanted), asked
-
-    def _identifier(self, value: Any, argument: str) -> str:
-        return read_identifier(value, argument, normal=self._normal_ids)
-
-    def _names_of_subject(self, subject: str) -> list[str]:
-        """Keyed names of a subject's live records, also of those that an older system took another spelling for."""
-        forms = [] if self._normal_ids else [unicodedata.normalize(form, subject) for form in ("NFC", "NFD")]
-        names = [subject_name(self._ledger.key, form) for form in dict.fromkeys([subject, *forms])]
-        return [found for name in names for found in self._ledger.names_of_subject(name)]
-
 
 def not_finished(request: str | None, problem: Exception) -> str:
     """A sentence about a problem that `S3T.finish` returns."""
     what = "a damaged stage is not erased" if request is None else f"request {request!r} is not finished"
     return f"{what}: {problem}"
-
-
-def _fields(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model is to see of a record."""
-    return {name: value for name, value in bare_record(record).items() if name != "subject"}
