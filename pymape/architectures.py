@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Architecture", "architecture_of", "register_architecture"]
+__all__ = ["Architecture", "architecture_of", "language_model", "register_architecture"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +209,7 @@ _ARCHITECTURES: dict[str, Architecture] = {
         (
             *("llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"),
             *("olmo", "olmo2", "olmo3", "granite", "smollm3", "stablelm", "cohere"),
+            *("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"),
         ),
         _LLAMA,
     ),
@@ -240,13 +241,21 @@ def register_architecture(model_type: str, architecture: Architecture) -> None:
     _ARCHITECTURES[model_type] = architecture
 
 
+def language_model(model: Any) -> nn.Module | None:
+    """The language model inside a model of texts and images, which has layers of its own; None in other models."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", True) or config.get_text_config() is config:
+        return None
+    return model.get_decoder()
+
+
 def architecture_of(model: nn.Module) -> tuple[Any, Architecture]:
-    """A model's config and the row of its family.
+    """The config and the row of a model's layers, which may be those of the language model inside.
 
     Raises:
         ValueError: no Hugging Face model, or one whose family has no row.
     """
-    config: Any = getattr(model, "config", None)
+    config: Any = getattr(language_model(model) or model, "config", None)
     model_type = getattr(config, "model_type", None)
     if model_type is None:
         raise ValueError(f"model must be a Hugging Face model with config.model_type, got {type(model).__name__}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pymape.architectures import language_model
 from pymape.data.positions import with_positions
 
 __all__ = ["LABELS", "eval_mode", "input_fields", "on_device", "padding_token", "unlabelled"]
@@ -37,7 +38,8 @@ def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def padding_token(model: nn.Module) -> int:
     """What `input_ids` are padded with: the model's own token, 0 where it names none (some name -1)."""
-    return max(getattr(getattr(model, "config", None), "pad_token_id", None) or 0, 0)
+    config: Any = getattr(language_model(model) or model, "config", None)
+    return max(getattr(config, "pad_token_id", None) or 0, 0)
 
 
 def input_fields(model: nn.Module) -> frozenset[str] | None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pymape.architectures import language_model
 from pymape.feed_forward import STATE
 from pymape.forward import LABELS
 from pymape.model_layout import config_text, find_layers, find_prefix
@@ -44,10 +45,13 @@ class FrozenPrefix:
         cache: where the states are kept.
 
     Raises:
-        ValueError: no such number of layers, or an architecture row without its embeddings.
+        ValueError: no such number of layers, an architecture row without its embeddings, or a model of texts and
+            images.
     """
 
     def __init__(self, model: Any, layers: int, cache: PrefixCache) -> None:
+        if language_model(model) is not None:
+            raise ValueError(f"model must take texts or images alone for a prefix cache, got {type(model).__name__}")
         total = len(find_layers(model))
         if not 1 <= layers <= total:
             raise ValueError(f"layers must lie in [1, {total}], got {layers}")

@@ -38,6 +38,7 @@ _TASKS = {
     "ForMaskedLM": "masked language model",
     "ForCausalLM": LANGUAGE_MODEL,
     "LMHeadModel": LANGUAGE_MODEL,
+    "ForConditionalGeneration": LANGUAGE_MODEL,  # of texts and images; encoder-decoder models are called so too
 }
 
 
@@ -208,7 +209,7 @@ def task_of(model: nn.Module) -> str:
     base = base_model(model)
     for kind in type(base).__mro__:
         for part, task in _TASKS.items():
-            if part in kind.__name__:
+            if part in kind.__name__ and not (part == "ForConditionalGeneration" and base.config.is_encoder_decoder):
                 return task
     raise ValueError(
         f"model must have a task head among {sorted(set(_TASKS.values()))}, got {type(base).__name__}; "

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pymape.architectures import Architecture, architecture_of
+from pymape.architectures import Architecture, architecture_of, language_model
 
 __all__ = [
     "COMPACT",
@@ -244,7 +244,13 @@ def layout(model: nn.Module) -> ModelLayout:
 def _layer_list(model: nn.Module) -> tuple[str, nn.Module]:
     """The module list of the layers, with its qualified name."""
     config, row = architecture_of(model)
-    lists = [(name, module) for name, module in model.named_modules() if f".{name}".endswith(f".{row.layers}")]
+    inner = language_model(model)
+    start = "" if inner is None else next(f"{name}." for name, module in model.named_modules() if module is inner)
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if name.startswith(start) and f".{name}".endswith(f".{row.layers}")
+    ]
     if len(lists) != 1:
         raise ValueError(f"{config.model_type} model must have one module list {row.layers!r}, found {len(lists)}")
     return lists[0]

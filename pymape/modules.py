@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from pymape.architectures import language_model
 from pymape.backends import BACKENDS
 from pymape.feed_forward import STATE, FilterState, GateState, bind, check_batch, filter_state, is_instrumented, unbind
 from pymape.layers import gate_output, takes_triton
@@ -297,11 +298,13 @@ def _reentrant(model: nn.Module) -> bool:
 
 
 def _implementation(model: Any) -> str:
-    return model.config._attn_implementation
+    inner: Any = language_model(model) or model
+    return inner.config._attn_implementation
 
 
 def _set_implementation(model: Any, name: str) -> None:
-    model.set_attn_implementation(name)
+    inner: Any = language_model(model) or model
+    inner.set_attn_implementation(name)
 
 
 AttentionInterface.register(_PREFIX + "sdpa", _sdpa)

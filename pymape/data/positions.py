@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pymape.architectures import language_model
 from pymape.losses import base_model
 
 __all__ = ["PositionCollator", "counts_padding", "most_tokens", "with_positions"]
@@ -38,7 +39,12 @@ def with_positions(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, A
 
 
 def counts_padding(model: nn.Module) -> bool:
-    """Whether a model counts positions from the first token on, padding or not, unless it is told them."""
+    """Whether a model counts positions from the first token on, padding or not, unless it is told them.
+
+    Models of texts and images count by themselves: some give an image's tokens positions in three dimensions.
+    """
+    if language_model(model) is not None:
+        return False
     skips_padding = any(table.padding_idx is not None for table in _learned_positions(model))  # as RoBERTa does
     return not skips_padding and "position_ids" in inspect.signature(base_model(model).forward).parameters
 

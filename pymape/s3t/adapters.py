@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pymape.architectures import language_model
 from pymape.losses import task_of
 from pymape.model_layout import LayerModules, find_layers
 from pymape.s3t.config import LoraConfig, S3TConfig
@@ -262,6 +263,8 @@ def layers_per_slice(config: S3TConfig, layers: int) -> int:
 
 
 def _check(model: Any, lora: LoraConfig) -> None:
+    if language_model(model) is not None:
+        raise ValueError(f"model must take texts or images alone, got {type(model).__name__}")
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ValueError(
