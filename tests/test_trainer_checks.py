@@ -43,7 +43,7 @@ def test_a_compiled_model(tmp_path: Path) -> None:
     torch.testing.assert_close(measured.heads, expected.heads, rtol=1e-4, atol=1e-7)
     assert measured.layout == expected.layout  # masks of the one fit the other
     batches = [{"input_ids": torch.tensor([[4, 5]]), "labels": torch.tensor([1])}]
-    learn_gates(compiled, batches, batches, steps=1, progress=False)
+    learn_gates(compiled, batches, batches, steps=1, lr=10.0, progress=False)
 
 
 @pytest.mark.parametrize(
