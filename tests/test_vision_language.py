@@ -23,7 +23,8 @@ from pymape.prefix_cache import PrefixCache
 from pymape.s3t.adapters import SlicedAdapters
 from pymape.s3t.config import S3TConfig
 
-KINDS = ("llava", "gemma3", "qwen3_vl")
+HEAD_DIM = {"llava": 8, "gemma3": 8, "qwen2_vl": 4, "qwen2_5_vl": 4, "qwen3_vl": 8}
+KINDS = tuple(HEAD_DIM)
 IMAGE, IMAGE_TOKENS = 45, 4
 TEXT = {
     "hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": 2,
@@ -48,11 +49,20 @@ def tiny(kind: str, dtype: torch.dtype = torch.float32) -> Any:
             text_config=TEXT, vision_config=VISION, mm_tokens_per_image=IMAGE_TOKENS, image_token_index=IMAGE
         )
     else:
-        rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
-        vision = {"depth": 2, "hidden_size": 16, "num_heads": 4, "intermediate_size": 20, "out_hidden_size": 16}
-        config = transformers.Qwen3VLConfig(
-            text_config={**TEXT, "rope_parameters": rope},
-            vision_config={**vision, "patch_size": 4, "deepstack_visual_indexes": [0]},
+        head_dim = HEAD_DIM[kind]
+        sections = [1, 1, head_dim // 2 - 2]
+        rope = {"rope_type": "default", "mrope_section": sections, "rope_theta": 1e4}
+        vision = {"depth": 2, "num_heads": 4, "patch_size": 4, "intermediate_size": 20, "hidden_size": 16}
+        if kind == "qwen2_vl":
+            vision |= {"embed_dim": 16, "mlp_ratio": 1}
+        else:
+            vision |= {"out_hidden_size": 16}
+        if kind == "qwen3_vl":
+            vision["deepstack_visual_indexes"] = [0]
+        config = transformers.AutoConfig.for_model(
+            kind,
+            text_config={**TEXT, "head_dim": head_dim, "rope_parameters": rope},
+            vision_config=vision,
             image_token_id=IMAGE,
             vision_start_token_id=46,
             vision_end_token_id=47,
@@ -71,7 +81,7 @@ def make_records(kind: str, count: int = 6) -> list[dict[str, Any]]:
         tokens[1 : 1 + IMAGE_TOKENS] = IMAGE
         record = {"id": f"r{row}", "input_ids": tokens, "labels": tokens.where(tokens != IMAGE, -100)}
         record["attention_mask"] = torch.ones_like(tokens)
-        if kind == "qwen3_vl":  # four by four patches, of which four make a token
+        if kind.startswith("qwen"):  # four by four patches, of which four make a token
             record["pixel_values"] = torch.randn(16, 3 * 2 * 4 * 4, generator=generator)
             record["image_grid_thw"] = torch.tensor([1, 4, 4])
         else:
@@ -98,7 +108,8 @@ def batch_of(kind: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_layout_is_that_of_the_language_model(kind: str) -> None:
     found = layout(tiny(kind))
-    assert (found.layers, found.heads, found.kv_heads, found.head_dim, found.filters) == (2, 4, 2, 8, FILTERS)
+    expected = (2, 4, 2, HEAD_DIM[kind], FILTERS)
+    assert (found.layers, found.heads, found.kv_heads, found.head_dim, found.filters) == expected
     names = {module: name for name, module in tiny(kind).named_modules()}
     assert not any("vision" in name or "visual" in name for name in names.values() if name.endswith("language_model"))
     model = tiny(kind)
