@@ -217,6 +217,6 @@ def test_triton_backend_agrees_with_the_reference(family: str, padding: str | No
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("backend", ["auto", "cuda", "triton"])
-@pytest.mark.parametrize("family", (*FAMILIES, "deberta-v2", "modernbert", "gpt_neox", "gemma2", "phi3"))
+@pytest.mark.parametrize("family", [*FAMILIES, "deberta-v2", "modernbert", "gpt_neox", "gemma2", "phi3"])
 def test_gpu_backends_agree_with_the_reference(family: str, backend: str) -> None:
     assert_backend_agrees(family, backend, "cuda", None if family in VISION else "left")
