@@ -43,9 +43,15 @@ FUSED_DENSE = "masked gradients, fused"
 OTHER = {"partial, fused": True, "partial, original code": False}
 
 
+def _layer_count(text: str) -> int:
+    if (count := int(text)) < 2:
+        raise argparse.ArgumentTypeError(f"must be at least 2, of which the lower half is a prefix, got {count}")
+    return count
+
+
 def add_options(parser: argparse.ArgumentParser, device: str) -> None:
     parser.add_argument("--models", nargs="+", choices=sorted(LAYERS[device]), default=sorted(LAYERS[device]))
-    parser.add_argument("--layers", type=int, help="default: 12 of BERT-base; of TinyLlama-1.1B 4, and all 22 on a GPU")
+    parser.add_argument("--layers", type=_layer_count, help="default: 12 of BERT-base; of TinyLlama-1.1B 4, and all 22 on a GPU")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
 
