@@ -51,7 +51,9 @@ def _layer_count(text: str) -> int:
 
 def add_options(parser: argparse.ArgumentParser, device: str) -> None:
     parser.add_argument("--models", nargs="+", choices=sorted(LAYERS[device]), default=sorted(LAYERS[device]))
-    parser.add_argument("--layers", type=_layer_count, help="default: 12 of BERT-base; of TinyLlama-1.1B 4, and all 22 on a GPU")
+    parser.add_argument(
+        "--layers", type=_layer_count, help="default: 12 of BERT-base; of TinyLlama-1.1B 4, and all 22 on a GPU"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
 
