@@ -136,28 +136,29 @@ def _gated_ffn(module: nn.Module, x: Tensor) -> Tensor:
         check_batch(state.gate, x.shape[0])
     linear = module.get_submodule(state.linear_name)
     up = None if state.up_name is None else module.get_submodule(state.up_name)
-
-    def project() -> tuple[Tensor, Tensor | None]:
-        if state.fused_gate_up:
-            pre, up_x = linear(x).chunk(2, dim=-1)
-            return pre, up_x
-        return linear(x), None if up is None else up(x)
-
     if kind is not None:
-        pre, up_x = project()
+        pre, up_x = _projected(state, linear, up, x)
         hidden = masked_activation(pre, up=up_x, activation=kind)
     elif state.backend == "reference" or state.activation is None:
-        pre, up_x = project()
+        pre, up_x = _projected(state, linear, up, x)
         hidden = module.get_submodule(state.activation_name)(pre)
         hidden = apply_gate(hidden if up_x is None else hidden * up_x, state.gate)
     elif state.fused_gate_up:
-        pre, up_x = project()
+        pre, up_x = _projected(state, linear, up, x)
         hidden = masked_activation(pre, state.gate, up=up_x, activation=state.activation, backend=state.backend)
     else:
         hidden = gate_filters(linear, up, x, state.gate, state.activation, state.backend)
     for name in state.tail_names:
         hidden = module.get_submodule(name)(hidden)
     return hidden
+
+
+def _projected(state: FilterState, linear: nn.Module, up: nn.Module | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What the activation takes, and what it is multiplied by in a gated block."""
+    if state.fused_gate_up:
+        pre, up_x = linear(x).chunk(2, dim=-1)
+        return pre, up_x
+    return linear(x), None if up is None else up(x)
 
 
 def _fused_activation(module: nn.Module, state: FilterState, x: Tensor) -> str | None:
