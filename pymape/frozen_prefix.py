@@ -26,6 +26,7 @@ __all__ = ["FrozenPrefix"]
 
 _ALL_LAYERS = ("output_hidden_states", "output_attentions")  # what asks for the states of the layers left out
 _STATES = "_pymape_prefix_states"
+_BY_LENGTH = ("longrope", "dynamic")  # types of rotary positions with other frequencies for longer batches
 
 
 class FrozenPrefix:
@@ -45,13 +46,19 @@ class FrozenPrefix:
         cache: where the states are kept.
 
     Raises:
-        ValueError: no such number of layers, an architecture row without its embeddings, or a model of texts and
-            images.
+        ValueError: no such number of layers, an architecture row without its embeddings, a model of texts and
+            images, or rotary positions that depend on a batch's length.
     """
 
     def __init__(self, model: Any, layers: int, cache: PrefixCache) -> None:
         if language_model(model) is not None:
             raise ValueError(f"model must take texts or images alone for a prefix cache, got {type(model).__name__}")
+        rope = next((kind for kind in _rope_types(model.config) if kind in _BY_LENGTH), None)
+        if rope is not None:
+            raise ValueError(
+                f"model must have rotary positions that no other record changes for a prefix cache, got {rope!r}, "
+                "which depends on the longest record of a batch"
+            )
         total = len(find_layers(model))
         if not 1 <= layers <= total:
             raise ValueError(f"layers must lie in [1, {total}], got {layers}")
@@ -215,6 +222,16 @@ class _Key:
     digest: str
     length: int | None
     tokens: int | None
+
+
+def _rope_types(config: Any) -> list[str]:
+    """Types of a model's rotary positions; some have several, for layers of different kinds."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return [
+        str(part["rope_type"])
+        for part in (parameters, *parameters.values())
+        if isinstance(part, Mapping) and "rope_type" in part
+    ]
 
 
 def _return_states(module: Any, *args: Any, **kwargs: Any) -> Any:

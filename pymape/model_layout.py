@@ -207,13 +207,21 @@ def find_layers(model: nn.Module) -> list[LayerModules]:
 
 
 def find_prefix(model: nn.Module, layers: int) -> list[nn.Module]:
-    """Find what computes the input of layer `layers`: the embeddings that the row names and every layer below it."""
+    """Find what computes the input of layer `layers`: the embeddings that the row names and every layer below it.
+
+    In a model of texts and images also what stands beside the language model, which makes tokens of the images.
+    """
     _, row = architecture_of(model)
     name, found = _layer_list(model)
     root = model.get_submodule(name.removesuffix(row.layers).removesuffix("."))
     present = {path for path, _ in root.named_modules()}
     paths = [path.removesuffix("?") for path in row.embeddings if not path.endswith("?") or path[:-1] in present]
-    return [*(root.get_submodule(path) for path in paths), *list(found.children())[:layers]]
+    inner = language_model(model)
+    beside: list[nn.Module] = []
+    if inner is not None:
+        parent = next(module for module in model.modules() if inner in module.children())
+        beside = [module for module in parent.children() if module is not inner]
+    return [*beside, *(root.get_submodule(path) for path in paths), *list(found.children())[:layers]]
 
 
 def layout(model: nn.Module) -> ModelLayout:

@@ -169,6 +169,14 @@ def test_a_model_without_the_interface_is_wrapped_before_it_gets_gates() -> None
     with gates(instrument(merged), heads, filters):
         torch.testing.assert_close(gated, merged(**batch).logits)
     assert torch.equal(restore(model)(**batch).logits, plain)
+    wrapped = instrument(peft.get_peft_model(tiny_model("gpt_neo"), config))
+    set_gates(wrapped, heads, filters)
+    left = wrapped.merge_and_unload()
+    with pytest.raises(ValueError, match="got another W_O: restore it"):
+        set_gates(left, heads, filters)
+    merged = peft.get_peft_model(tiny_model("gpt_neo"), config).merge_and_unload()
+    merged.load_state_dict(left.state_dict())
+    assert torch.equal(restore(left)(**batch).logits, merged(**batch).logits)
     model = peft.get_peft_model(instrument(tiny_model("gpt_neo")), config)
     with pytest.raises(ValueError, match="got another W_O: restore it, wrap, instrument"):
         set_gates(model, heads, filters)

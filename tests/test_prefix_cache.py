@@ -88,6 +88,18 @@ def test_same_bits_as_without(family: str, layers: int, tmp_path: Path) -> None:
     assert not any("forward" in vars(layer.layer) for layer in find_layers(model))
 
 
+def test_positions_that_depend_on_the_batch_are_refused(tmp_path: Path) -> None:
+    factors = {"short_factor": [1.0, 1.0], "long_factor": [2.0, 2.0]}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 8, **factors}
+    model = tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=8)
+    with pytest.raises(ValueError, match="no other record changes for a prefix cache, got 'longrope'"):
+        prefix_of(model, tmp_path, 1)
+    mixed = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model = tiny_model("llama", rope_parameters=mixed)
+    with pytest.raises(ValueError, match="got 'dynamic'"):
+        prefix_of(model, tmp_path, 1)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_layers_below_do_not_run_for_known_records(family: str, tmp_path: Path) -> None:
     model, batch = deep_model(family), tiny_batch(family)

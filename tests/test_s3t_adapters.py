@@ -325,3 +325,8 @@ def test_where_weights_begin_in_memory_does_not_depend_on_the_file(tmp_path: Pat
         assert all(tensor.data_ptr() % 64 == 0 for tensor in (*model.parameters(), *model.buffers()))
         if family == "gpt2":
             assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def test_projections_of_more_than_records_are_refused() -> None:
+    with pytest.raises(ValueError, match="see a batch's records alone, got DeBERTa"):
+        SlicedAdapters(tiny_model("deberta-v2"), S3TConfig("model", slices=2))

@@ -19,6 +19,7 @@ from pymape.frozen_prefix import FrozenPrefix
 from pymape.masks import ModuleMasks
 from pymape.model_layout import find_layers, layout
 from pymape.modules import gates, instrument, restore, set_gates
+from pymape.partial import PartialParameters
 from pymape.prefix_cache import PrefixCache
 from pymape.s3t.adapters import SlicedAdapters
 from pymape.s3t.config import S3TConfig
@@ -166,6 +167,8 @@ def test_unlearning_changes_what_the_masks_select_alone(kind: str, fused: bool, 
         model, args, forget_dataset=records[:3], retain_dataset=records[3:], objective="npo", masks=masks,
         data_collator=collate, fused=fused,
     )  # fmt: skip
+    with pytest.raises(ValueError, match="resume_from_checkpoint must be None for a model of texts and images"):
+        trainer.train(resume_from_checkpoint=str(tmp_path))
     trainer.train()
     after = trainer.merge().state_dict()
     changed = [name for name, value in after.items() if not torch.equal(value, before[name])]
@@ -179,6 +182,21 @@ def test_positions_are_left_to_the_model() -> None:
     model, batch = tiny("qwen3_vl"), batch_of("qwen3_vl")
     batch["attention_mask"][0, 0] = 0
     assert with_positions(model, batch) is batch
+
+
+def test_what_makes_tokens_of_images_stays_in_eval_mode_below_what_trains() -> None:
+    model, batch = tiny("llava"), batch_of("llava")
+    masks = ModuleMasks.random(layout(model), budget=0.3, seed=1)
+    masks.heads[0], masks.filters[0] = False, False
+    for part in model.model.vision_tower.modules():
+        if hasattr(part, "dropout"):
+            part.dropout = 0.5
+    partial = PartialParameters(model, masks)
+    model.train()
+    assert not any(part.training for part in model.model.vision_tower.modules())
+    assert not any(part.training for part in model.model.multi_modal_projector.modules())
+    assert torch.equal(model(**batch).logits, model(**batch).logits)
+    assert partial.merge().train().model.vision_tower.training
 
 
 def test_what_reads_texts_alone_says_so(tmp_path: Path) -> None:

@@ -265,6 +265,11 @@ def layers_per_slice(config: S3TConfig, layers: int) -> int:
 def _check(model: Any, lora: LoraConfig) -> None:
     if language_model(model) is not None:
         raise ValueError(f"model must take texts or images alone, got {type(model).__name__}")
+    if model.config.model_type == "deberta-v2":
+        raise ValueError(
+            "model must have projections that see a batch's records alone, got DeBERTa, which also projects relative "
+            "positions that all of them share"
+        )
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ValueError(

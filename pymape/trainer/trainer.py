@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
+from pymape.architectures import language_model
 from pymape.data.batching import PaddingCollator
 from pymape.data.positions import PositionCollator, counts_padding
 from pymape.errors import NotFinite
@@ -196,6 +197,11 @@ class UnlearnTrainer(Trainer):
 
     def _check_checkpoint(self, checkpoint: str | bool) -> None:
         """Refuse a checkpoint of a training that began with other weights, or trained others."""
+        if language_model(self.model) is not None:  # their weights have other names on disk, which it passes over
+            raise ValueError(
+                "resume_from_checkpoint must be None for a model of texts and images, whose checkpoints transformers' "
+                f"Trainer does not load back, got {checkpoint!r}"
+            )
         folder = get_last_checkpoint(self.args.output_dir) if isinstance(checkpoint, bool) else checkpoint
         if folder is None or not Path(folder).is_dir():
             return  # which the Trainer refuses
