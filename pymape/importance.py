@@ -206,8 +206,9 @@ def importance(
     heads: g_n[l, h] = sum_t <O[n, t, l, h], d loss_n / d O[n, t, l, h]>, filters: g_n[l, f] = sum_t a[n, t, l, f] *
     d loss_n / d a[n, t, l, f], with O a head's output before W_O and a the activation of a filter. One forward and one
     backward per batch give the gradients of all its samples, because samples do not mix; weights get no gradient. The
-    result does not depend on how records are batched or padded. Where `torch.distributed` runs, each process takes a
-    share of the batches and all get the whole result; all must be given the same model and the same data, undivided.
+    result does not depend on how records are batched or padded, unless the model itself does (rotary positions of type
+    "longrope" or "dynamic"). Where `torch.distributed` runs, each process takes a share of the batches and all get the
+    whole result; all must be given the same model and the same data, undivided.
 
     Args:
         model: Hugging Face model of a supported architecture. It runs in eval mode and is left as it was found.
