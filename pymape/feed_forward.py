@@ -56,14 +56,14 @@ class FilterState(GateState):
     fused_gate_up: bool = False
     activation_name: str = ""
     tail_names: tuple[str, ...] = ()
-    gated: bool = False  # by `instrument`
+    instrumented: bool = False  # not only fused
     fused_on: tuple[str, ...] = ()  # devices on which the activation is fused even without a gate
 
 
 def is_instrumented(model: nn.Module) -> bool:
     """Whether `instrument` has been called on the model."""
     states = (vars(module).get(STATE) for module in model.modules())
-    return any(isinstance(state, FilterState) and state.gated for state in states)
+    return any(isinstance(state, FilterState) and state.instrumented for state in states)
 
 
 def fuse_ffn(layers: Sequence[LayerModules], devices: tuple[str, ...]) -> None:

@@ -212,8 +212,7 @@ def find_prefix(model: nn.Module, layers: int) -> list[nn.Module]:
     In a model of texts and images also what stands beside the language model, which makes tokens of the images.
     """
     _, row = architecture_of(model)
-    name, found = _layer_list(model)
-    root = model.get_submodule(name.removesuffix(row.layers).removesuffix("."))
+    root, found = _layer_list(model)
     present = {path for path, _ in root.named_modules()}
     paths = [path.removesuffix("?") for path in row.embeddings if not path.endswith("?") or path[:-1] in present]
     inner = language_model(model)
@@ -249,19 +248,15 @@ def layout(model: nn.Module) -> ModelLayout:
     )
 
 
-def _layer_list(model: nn.Module) -> tuple[str, nn.Module]:
-    """The module list of the layers, with its qualified name."""
+def _layer_list(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The module that a row's `layers` and `embeddings` are relative to, and the module list of the layers."""
     config, row = architecture_of(model)
-    inner = language_model(model)
-    start = "" if inner is None else next(f"{name}." for name, module in model.named_modules() if module is inner)
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if name.startswith(start) and f".{name}".endswith(f".{row.layers}")
-    ]
+    within = language_model(model) or model
+    lists = [(name, module) for name, module in within.named_modules() if f".{name}".endswith(f".{row.layers}")]
     if len(lists) != 1:
         raise ValueError(f"{config.model_type} model must have one module list {row.layers!r}, found {len(lists)}")
-    return lists[0]
+    name, layers = lists[0]
+    return within.get_submodule(name.removesuffix(row.layers).removesuffix(".")), layers
 
 
 def _submodule(layer: nn.Module, path: str | None) -> nn.Module | None:

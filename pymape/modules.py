@@ -76,7 +76,7 @@ def instrument(model: Model, *, backend: str = "auto") -> Model:
         else:
             setattr(layer.output, STATE, GateState(backend))
             layer.output.register_forward_pre_hook(_gate_input)
-        state.gated = True
+        state.instrumented = True
         bind(layer.ffn, state)
     return model
 
@@ -92,7 +92,7 @@ def restore(model: Model) -> Model:
     for module in model.modules():
         state = vars(module).get(STATE)
         if isinstance(state, FilterState) and state.fused_on:
-            state.gate, state.backend, state.gated = None, "auto", False
+            state.gate, state.backend, state.instrumented = None, "auto", False
         elif isinstance(state, FilterState):
             unbind(module, state)
         elif state is not None:

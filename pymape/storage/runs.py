@@ -136,14 +136,15 @@ def _check_replaceable(target: Path, kind: str, inputs: Iterable[Path]) -> None:
         raise ValueError(f"output must be a writable folder, got {str(target)!r}: {error.strerror}") from error
     if not content:
         return
-    found = _run_kind(target / SUMMARY)
+    summary = _read(target / SUMMARY)
+    found = _kind_of(summary)
     if found != kind:
         what = "other files" if found is None else f"a run of another kind, {found}"
         raise ValueError(f"output must be a new or empty folder or an earlier run's, got {str(target)!r} with {what}")
     others = sorted(name for name in content if _run_kind(target / name / SUMMARY) is not None)
     if others:
         raise ValueError(f"output must hold no run but the one to replace, got {str(target / others[0])!r} too")
-    own = _read(target / SUMMARY).get("files")  # absent in runs of earlier versions
+    own = summary.get("files")  # absent in runs of earlier versions
     added = sorted(name for name in content.difference(own or content) if not name.startswith("."))
     if added:
         raise ValueError(
@@ -162,13 +163,16 @@ def _list_files(stage: Path) -> None:
 
 
 def _run_kind(summary: Path) -> str | None:
-    """The kind of the run whose summary this is; None where it is none."""
-    content = _read(summary)
-    return str(content.get("kind")) if "pymape" in content.get("versions", ()) else None
+    """The kind of the run whose summary lies there; None where none does."""
+    return _kind_of(_read(summary))
+
+
+def _kind_of(summary: Mapping[str, Any]) -> str | None:
+    return str(summary.get("kind")) if "pymape" in summary.get("versions", ()) else None
 
 
 def _read(summary: Path) -> dict[str, Any]:
-    """A summary's content; nothing where it is none."""
+    """A summary's content; nothing where there is none."""
     try:
         content = json.loads(summary.read_text(encoding="utf-8"))
     except (OSError, ValueError):
